@@ -1,0 +1,150 @@
+"""Fixed-length training and evaluation windows over one indexed token stream."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalite.data.indexed import IndexedDataset
+from megalite.data.order import SampleOrder
+
+
+class Layout(NamedTuple):
+    """Where tokens stand, known from the index alone: pipeline stages without embedding or loss need no more.
+
+    `positions` [b, s] int64, counted from the first visible token. `bounds` [b, s, 2] int64: query i may see
+    keys [first, i + 1) of its window; None when documents are not isolated.
+    """
+
+    positions: NDArray[np.int64]
+    bounds: NDArray[np.int64] | None
+
+
+class Batch(NamedTuple):
+    """`tokens`, `labels`, `positions` [b, s] int64; `loss_mask` [b, s] float32; `bounds` as in Layout."""
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    loss_mask: NDArray[np.float32]
+    positions: NDArray[np.int64]
+    bounds: NDArray[np.int64] | None
+
+
+class WindowDataset:
+    """Every window of a stream in file order; the last, partial one is padded and masked.
+
+    Together they predict each token but the very first exactly once. Windows past the end are wholly masked,
+    so that an evaluation can fill up its last batch.
+
+    isolate_documents: attention and positions restart at each document (bounds are returned).
+    eod_mask_loss: the first token of a document is not a label (Megatron's name for it).
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        seq_len: int,
+        *,
+        isolate_documents: bool = False,
+        eod_mask_loss: bool = False,
+    ) -> None:
+        if indexed.num_tokens < 2:
+            raise ValueError(
+                f"{indexed.prefix}: the data has {indexed.num_tokens} tokens, but one prediction needs 2; use more data"
+            )
+        self.indexed = indexed
+        self.seq_len = seq_len
+        self.isolate_documents = isolate_documents
+        self.eod_mask_loss = eod_mask_loss
+
+    def __len__(self) -> int:
+        return -(-(self.indexed.num_tokens - 1) // self.seq_len)
+
+    def window(self, index: int) -> int:
+        """The window that sample `index` shows."""
+        return index
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples of `indices`, stacked [b, s]."""
+        windows = [self.window(index) for index in indices]
+        shape = (len(windows), self.seq_len + 1)
+        stream = np.zeros(shape, dtype=np.int64)
+        loss_mask = np.zeros((shape[0], self.seq_len), dtype=np.float32)
+        for row, window in enumerate(windows):
+            start = window * self.seq_len
+            stop = min(start + self.seq_len + 1, self.indexed.num_tokens)
+            if stop - start > 1:
+                stream[row, : stop - start] = self.indexed.tokens(start, stop)
+                loss_mask[row, : stop - start - 1] = 1
+                if self.eod_mask_loss:
+                    starts = self._document_starts(start + 1, stop)
+                    loss_mask[row, starts - start - 1] = 0
+        return Batch(stream[:, :-1].copy(), stream[:, 1:].copy(), loss_mask, *self._layout(windows))
+
+    def layout(self, indices: Sequence[int]) -> Layout:
+        """Positions and bounds of `indices` without reading a token."""
+        return self._layout([self.window(index) for index in indices])
+
+    def _layout(self, windows: Sequence[int]) -> Layout:
+        query = np.arange(self.seq_len)
+        if not self.isolate_documents:
+            return Layout(np.tile(query, (len(windows), 1)), None)
+        first = np.zeros((len(windows), self.seq_len), dtype=np.int64)
+        for row, window in enumerate(windows):
+            start = window * self.seq_len
+            starts = self._document_starts(start + 1, start + self.seq_len) - start
+            first[row, starts] = starts
+        first = np.maximum.accumulate(first, axis=1)
+        return Layout(query - first, np.stack([first, np.broadcast_to(query + 1, first.shape)], axis=-1))
+
+    def _document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Document starts in [start, stop) of the stream."""
+        starts = self.indexed.document_starts
+        low, high = np.searchsorted(starts, [start, min(stop, self.indexed.num_tokens)])
+        return starts[low:high]
+
+
+class PretrainDataset(WindowDataset):
+    """Whole windows in a shuffled order without end; sample numbers are global consumed-sample numbers.
+
+    `len` is one epoch.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        seq_len: int,
+        seed: int,
+        *,
+        shuffle: bool = True,
+        isolate_documents: bool = False,
+        eod_mask_loss: bool = False,
+    ) -> None:
+        self.order = SampleOrder(indexed.num_tokens, seq_len, seed, shuffle)
+        super().__init__(indexed, seq_len, isolate_documents=isolate_documents, eod_mask_loss=eod_mask_loss)
+
+    def __len__(self) -> int:
+        return self.order.num_samples
+
+    def window(self, index: int) -> int:
+        return self.order[index][1]
+
+
+def heldout_windows(indexed: IndexedDataset, seq_len: int, *, isolate_documents: bool = False) -> WindowDataset:
+    """All windows of a held-out stream, in order: every token but the very first is predicted once."""
+    return WindowDataset(indexed, seq_len, isolate_documents=isolate_documents)
+
+
+def check_vocabulary(indexed: IndexedDataset, vocab_size: int) -> None:
+    """Reads the whole stream; raises ValueError at the first token that a model of `vocab_size` cannot embed."""
+    for start, tokens in indexed.chunks():
+        wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+        if wrong.size:
+            position = start + int(wrong[0])
+            document = int(np.searchsorted(indexed.document_starts, position, side="right")) - 1
+            raise ValueError(
+                f"{indexed.bin_path}: token {tokens[wrong[0]]} at position {position} (document {document}) is not "
+                f"in 0..{vocab_size - 1} as model.vocab_size={vocab_size} asks; the largest token is "
+                f"{indexed.max_token()}: raise vocab_size or preprocess the text with the model's own tokenizer"
+            )
