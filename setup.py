@@ -1,0 +1,66 @@
+"""Build megalite's compiled parts; all metadata is in pyproject.toml.
+
+    pip install --no-build-isolation --no-deps -e .
+
+builds `megalite._C` (torch ops) and `megalite._index` (index reader, no torch inside). Environment:
+
+MEGALITE_NO_EXT=1   build neither: a pure Python install, slower but whole
+MEGALITE_CUDA=0|1   leave out or insist on the CUDA kernels; by default they are built when nvcc and a CUDA build of
+                    torch are both present
+MAX_JOBS=n          compile n files at a time
+"""
+
+import os
+import shutil
+
+from setuptools import setup
+
+
+def wants_cuda(torch, cuda_home: str | None) -> bool:
+    """Whether to compile the .cu files; SystemExit when they are insisted on and cannot be."""
+    wish = os.environ.get("MEGALITE_CUDA")
+    missing = []
+    if torch.version.cuda is None:
+        missing.append("a CUDA build of torch")
+    if cuda_home is None and shutil.which("nvcc") is None:
+        missing.append("nvcc")
+    if wish == "1" and missing:
+        raise SystemExit(f"MEGALITE_CUDA=1 needs {' and '.join(missing)}; install that or unset MEGALITE_CUDA")
+    return wish != "0" and not missing
+
+
+def extensions() -> dict:
+    """Arguments of setup() for the compiled parts."""
+    if os.environ.get("MEGALITE_NO_EXT") == "1":
+        return {}
+    try:
+        import torch
+        from pybind11.setup_helpers import Pybind11Extension
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise SystemExit(
+            f"building megalite needs {error.name}: install it first (and use --no-build-isolation), "
+            "or set MEGALITE_NO_EXT=1 for a pure Python install"
+        ) from None
+
+    ops = ["softmax", "rope"]
+    sources = ["csrc/ops.cpp"] + [f"csrc/{op}/{op}{part}.cpp" for op in ops for part in ("", "_cpu")]
+    # OpenMP is compiled in but not linked: its symbols come from the runtime torch has already loaded, so that
+    # torch.set_num_threads reaches our loops too.
+    flags = {"cxx": ["-O3", "-fopenmp", "-g0", "-fvisibility=hidden"]}
+    extension = cpp_extension.CppExtension
+    if wants_cuda(torch, cpp_extension.CUDA_HOME):
+        extension = cpp_extension.CUDAExtension
+        sources += [f"csrc/{op}/{op}_cuda.cu" for op in ops]
+        flags = {"cxx": [*flags["cxx"], "-DMEGALITE_WITH_CUDA"], "nvcc": ["-O3"]}
+    return {
+        "ext_modules": [
+            # _C touches Python only to be importable, so one build serves every Python version.
+            extension("megalite._C", sources, extra_compile_args=flags, py_limited_api=True),
+            Pybind11Extension("megalite._index", ["csrc/index/index.cpp"], cxx_std=17, extra_compile_args=["-O3"]),
+        ],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+    }
+
+
+setup(**extensions())
