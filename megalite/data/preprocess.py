@@ -1,0 +1,207 @@
+"""Text files to indexed token files, streaming and in parallel; the output does not depend on the workers."""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalite.data.documents import Row, read_rows, texts
+from megalite.data.indexed import IndexedWriter, paths, token_dtype
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
+
+BATCH_BYTES = 1 << 18
+
+
+@dataclass
+class Written:
+    """What stands under one prefix; `text_bytes` is the UTF-8 size of the text without end-of-document tokens."""
+
+    prefix: Path
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+
+
+@dataclass
+class Report:
+    """One entry per JSON key; `empty` counts the texts of no characters and `bad_rows` says why rows were skipped."""
+
+    written: list[Written]
+    empty: int
+    bad_rows: list[str]
+
+
+class Encoded(NamedTuple):
+    """The documents of a batch under one key: their tokens back to back and `lengths` in tokens."""
+
+    tokens: NDArray[Any]
+    lengths: list[int]
+    text_bytes: int
+    empty: int
+
+
+class Encoder:
+    """Encodes batches of rows; one lives in each worker process."""
+
+    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], eod_id: int | None, skip_bad_rows: bool) -> None:
+        self.tokenizer = tokenizer
+        self.keys = keys
+        self.end = [] if eod_id is None else [eod_id]
+        self.skip_bad_rows = skip_bad_rows
+
+    def __call__(self, rows: Sequence[Row]) -> tuple[list[Encoded], list[str]]:
+        """One Encoded per key, and the reasons of the rows left out."""
+        columns: list[list[str]] = [[] for _ in self.keys]
+        bad = []
+        for row in rows:
+            try:
+                for column, text in zip(columns, texts(row, self.keys)):
+                    column.append(text)
+            except ValueError as error:
+                if not self.skip_bad_rows:
+                    raise
+                bad.append(str(error))
+        return [self._encode(column) for column in columns], bad
+
+    def _encode(self, column: list[str]) -> Encoded:
+        full = [text for text in column if text]
+        documents = [ids + self.end for ids in self.tokenizer.encode_batch(full)]
+        return Encoded(
+            np.array([token for ids in documents for token in ids], token_dtype(self.tokenizer.vocab_size)),
+            [len(ids) for ids in documents],
+            sum(len(text.encode()) for text in full),
+            len(column) - len(full),
+        )
+
+
+_worker: Encoder
+
+
+def _start_worker(tokenizer: Path, keys: Sequence[str], eod_id: int | None, skip_bad_rows: bool) -> None:
+    global _worker
+    _worker = Encoder(load_tokenizer(tokenizer), keys, eod_id, skip_bad_rows)
+
+
+def _run_worker(rows: Sequence[Row]) -> tuple[list[Encoded], list[str]]:
+    return _worker(rows)
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.raw)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _ordered_map(
+    executor: ProcessPoolExecutor, function: Callable[[list[Row]], Any], batches: Iterable[list[Row]], ahead: int
+) -> Iterator[Any]:
+    """Results in the order of the batches, with at most `ahead` of them in flight."""
+    pending: deque[Future[Any]] = deque()
+    for batch in batches:
+        pending.append(executor.submit(function, batch))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def preprocess(
+    files: Sequence[str | Path],
+    output_prefix: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    keys: Sequence[str] = ("text",),
+    document_per: str = "paragraph",
+    append_eod: bool = False,
+    workers: int = 1,
+    skip_bad_rows: bool = False,
+    overwrite: bool = False,
+    log_interval: int = 0,
+) -> Report:
+    """Writes `{output_prefix}_{key}_document.{bin,idx,json}` for each JSON key.
+
+    Texts of no characters are left out. Raises ValueError at the first bad row unless they are skipped, and
+    then leaves nothing behind. log_interval: documents between two progress lines on stderr, 0 for none.
+    """
+    if append_eod and tokenizer.eos_id is None:
+        raise ValueError(f"{tokenizer.path}: has no end-of-sequence token to append; leave out --append-eod")
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    written = [Written(Path(f"{output_prefix}_{key}_document")) for key in keys]
+    existing = [path for each in written for path in paths(each.prefix) if path.exists()]
+    if existing and not overwrite:
+        raise ValueError(f"{existing[0]} exists; pass --overwrite to replace it or choose another --output-prefix")
+    eod_id = tokenizer.eos_id if append_eod else None
+    report = Report(written, 0, [])
+    with ExitStack() as stack:
+        writers = [stack.enter_context(IndexedWriter(each.prefix, tokenizer.vocab_size)) for each in written]
+        batches = _batches(read_rows(files, document_per))
+        results: Iterable[tuple[list[Encoded], list[str]]]
+        if workers == 1:
+            results = map(Encoder(tokenizer, keys, eod_id, skip_bad_rows), batches)
+        else:
+            settings = (tokenizer.path, keys, eod_id, skip_bad_rows)
+            executor = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=settings)
+            stack.callback(executor.shutdown, cancel_futures=True)
+            results = _ordered_map(executor, _run_worker, batches, ahead=4 * workers)
+        _write(results, writers, report, log_interval)
+        if not any(each.documents for each in written):
+            raise ValueError(f"{', '.join(map(str, files))}: no document with any text; check the input")
+        for writer, each in zip(writers, written):
+            writer.sidecar = {
+                "documents": each.documents,
+                "tokens": each.tokens,
+                "text_bytes": each.text_bytes,
+                "vocab_size": tokenizer.vocab_size,
+                "append_eod": append_eod,
+                "eod_id": eod_id,
+                "tokenizer": _relative(tokenizer.path, each.prefix.parent),
+                "tokenizer_sha256": tokenizer.fingerprint,
+                "sources": [Path(file).name for file in files],
+            }
+    return report
+
+
+def _write(
+    results: Iterable[tuple[list[Encoded], list[str]]],
+    writers: Sequence[IndexedWriter],
+    report: Report,
+    log_interval: int,
+) -> None:
+    started, logged = time.monotonic(), 0
+    for columns, bad in results:
+        report.bad_rows += bad
+        for writer, column, each in zip(writers, columns, report.written):
+            for document in np.split(column.tokens, np.cumsum(column.lengths)[:-1]) if column.lengths else ():
+                writer.add_document(document)
+            each.documents += len(column.lengths)
+            each.tokens += len(column.tokens)
+            each.text_bytes += column.text_bytes
+            report.empty += column.empty
+        first = report.written[0]
+        if log_interval and first.documents // log_interval > logged:
+            logged = first.documents // log_interval
+            speed = first.text_bytes / (time.monotonic() - started) / 1e6
+            print(f"{first.documents} documents, {first.tokens} tokens, {speed:.1f} MB/s", file=sys.stderr)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """Relative to the sidecar where the file lies beside or below it, so that the folder may move."""
+    full, base = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    return str(full.relative_to(base) if full.is_relative_to(base) else full)

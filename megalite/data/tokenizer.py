@@ -1,0 +1,158 @@
+"""One face for sentencepiece models and Hugging Face tokenizer files; each library is loaded only when used."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+# Names under which models without a tokenizer_config.json keep their special tokens.
+USUAL_EOS = ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "[EOS]")
+USUAL_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<｜begin▁of▁sentence｜>", "[BOS]")
+USUAL_PAD = ("<pad>", "[PAD]", "<|pad|>")
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back; never adds special tokens by itself.
+
+    `vocab_size` is one more than the largest id; `eos_id`, `bos_id`, `pad_id` are None where absent.
+    """
+
+    path: Path
+    vocab_size: int
+    eos_id: int | None
+    bos_id: int | None
+    pad_id: int | None
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        known = list(ids)
+        for token in known:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(
+                    f"token {token} is not in 0..{self.vocab_size - 1} of {self.path}; "
+                    f"decode with the tokenizer the model was trained with"
+                )
+        return self._decode(known)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of the tokenizer file, hexadecimal."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece `.model` file."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        self.path = path
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a sentencepiece model; give a .model file or tokenizer.json") from error
+        self.vocab_size = self._processor.vocab_size()
+        self.eos_id, self.bos_id, self.pad_id = (
+            token if token >= 0 else None
+            for token in (self._processor.eos_id(), self._processor.bos_id(), self._processor.pad_id())
+        )
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._processor.encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return list(self._processor.encode(list(texts), num_threads=1))
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._processor.decode(ids))
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`; special tokens are named by the tokenizer_config.json beside it."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise ValueError(f"{path}: reading it needs the tokenizers package; pip install tokenizers") from error
+        self.path = path
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{path}: not a tokenizer.json ({reason}); give a .model file or tokenizer.json"
+            ) from error
+        self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        config = self._config()
+        self.eos_id = self._special(config.get("eos_token"), USUAL_EOS)
+        self.bos_id = self._special(config.get("bos_token"), USUAL_BOS)
+        self.pad_id = self._special(config.get("pad_token"), USUAL_PAD)
+
+    def _config(self) -> dict[str, Any]:
+        path = self.path.with_name("tokenizer_config.json")
+        config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        return config
+
+    def _special(self, token: Any, usual: Sequence[str]) -> int | None:
+        # The token is written as a string or as a dict that describes an added token.
+        name = token.get("content") if isinstance(token, dict) else token
+        ids = (self._tokenizer.token_to_id(candidate) for candidate in ([name] if name else usual))
+        return next((found for found in ids if found is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids))
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Opens a sentencepiece `.model` file, a `tokenizer.json`, or a folder that holds one of them."""
+    file = Path(path)
+    if file.is_dir():
+        found = [*file.glob("tokenizer.json"), *sorted(file.glob("*.model"))]
+        if not found:
+            raise ValueError(f"{file}: holds neither a tokenizer.json nor a .model file; give the file itself")
+        if len(found) > 2 or (len(found) == 2 and found[0].suffix != ".json"):
+            names = ", ".join(each.name for each in found)
+            raise ValueError(f"{file}: holds several tokenizers ({names}); give the file itself")
+        file = found[0]
+    if not file.is_file():
+        raise ValueError(f"{file}: no such tokenizer; give a sentencepiece .model file or a tokenizer.json")
+    return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
+
+
+def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text piece by piece as ids arrive; an unfinished UTF-8 character is held back until its bytes are there.
+
+    The pieces joined are `decode` of all ids.
+    """
+    # The last finished group is decoded again with the new ids: alone, a piece may lose its leading space.
+    context: list[int] = []
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        text = tokenizer.decode(context + pending)
+        if not text.endswith("\ufffd"):
+            yield text[len(tokenizer.decode(context)) :]
+            context, pending = pending, []
+    if pending:
+        yield tokenizer.decode(context + pending)[len(tokenizer.decode(context)) :]
