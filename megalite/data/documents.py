@@ -73,6 +73,8 @@ def texts(row: Row, keys: Sequence[str]) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{row.where}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from error
     if not row.is_json:
+        if len(keys) > 1:
+            raise ValueError(f"{row.where}: plain text cannot hold {len(keys)} JSON keys; choose one key")
         return [text]
     try:
         found = json.loads(text)

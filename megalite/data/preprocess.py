@@ -143,6 +143,8 @@ def preprocess(
         raise ValueError(f"{tokenizer.path}: has no end-of-sequence token to append; leave out --append-eod")
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the JSON keys {', '.join(keys)} repeat themselves; name each once")
     written = [Written(Path(f"{output_prefix}_{key}_document")) for key in keys]
     existing = [path for each in written for path in paths(each.prefix) if path.exists()]
     if existing and not overwrite:

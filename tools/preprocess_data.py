@@ -1,0 +1,92 @@
+"""Tokenizes text into Megatron's indexed files.
+
+    python tools/preprocess_data.py --input my.jsonl --output-prefix my --tokenizer-model tokenizer.model \\
+        --append-eod --workers 4
+
+writes my_text_document.bin, .idx and .json.
+"""
+
+import argparse
+import sys
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megalite.data.preprocess import preprocess
+from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+
+# Megatron's names for the two kinds; the file itself says which one it is.
+TOKENIZER_TYPES = {
+    "SentencePieceTokenizer": SentencePieceTokenizer,
+    "GPTSentencePieceTokenizer": SentencePieceTokenizer,
+    "Llama2Tokenizer": SentencePieceTokenizer,
+    "HuggingFaceTokenizer": HuggingFaceTokenizer,
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, metavar="FILE", help="*.jsonl or *.txt, either may end in .gz")
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one output for each (default: text)")
+    add(
+        "--document-per",
+        choices=["file", "line", "paragraph"],
+        default="paragraph",
+        help="what a document is in *.txt; a paragraph ends at a blank line (default: paragraph)",
+    )
+    add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.{bin,idx,json}")
+    add(
+        "--tokenizer-model",
+        required=True,
+        metavar="PATH",
+        help="sentencepiece .model, Hugging Face tokenizer.json, or a folder with one of them",
+    )
+    add("--tokenizer-type", choices=list(TOKENIZER_TYPES), help="optional: refuse a tokenizer of another kind")
+    add("--append-eod", action="store_true", help="end each document with the end-of-sequence token")
+    add("--workers", type=int, default=1, metavar="N", help="processes; the output is the same for every N")
+    add("--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines, 0: none")
+    add("--overwrite", action="store_true", help="replace existing output")
+    add("--skip-bad-rows", action="store_true", help="count bad rows and go on instead of stopping at the first")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    tokenizer = load_tokenizer(args.tokenizer_model)
+    if args.tokenizer_type and not isinstance(tokenizer, TOKENIZER_TYPES[args.tokenizer_type]):
+        raise ValueError(
+            f"{tokenizer.path} is a {type(tokenizer).__name__}, not a {args.tokenizer_type}; leave out --tokenizer-type"
+        )
+    report = preprocess(
+        args.input,
+        args.output_prefix,
+        tokenizer,
+        keys=args.json_keys,
+        document_per=args.document_per,
+        append_eod=args.append_eod,
+        workers=args.workers,
+        skip_bad_rows=args.skip_bad_rows,
+        overwrite=args.overwrite,
+        log_interval=args.log_interval,
+    )
+    if report.bad_rows:
+        print(f"skipped {len(report.bad_rows)} bad rows, the first: {report.bad_rows[0]}", file=sys.stderr)
+    if report.empty:
+        print(f"left out {report.empty} empty texts", file=sys.stderr)
+    for written in report.written:
+        print(
+            f"{written.prefix}: {written.documents} documents, {written.tokens} tokens, "
+            f"{written.text_bytes} bytes of text"
+        )
+    print(f"train on it with data.path={report.written[0].prefix}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, BrokenProcessPool) as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
