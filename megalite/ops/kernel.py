@@ -1,6 +1,7 @@
 """Loading of the compiled ops and the choice between them and the torch reference."""
 
 import functools
+import importlib
 import logging
 from typing import Literal
 
@@ -24,7 +25,7 @@ _OPS = ("causal_softmax", "rope")
 def _load() -> str | None:
     """Register the compiled ops with torch; returns why not, or None."""
     try:
-        from megalite import _C  # noqa: F401
+        importlib.import_module("megalite._C")
     except ModuleNotFoundError:
         return "megalite._C is not built"
     except ImportError as error:  # built against another torch, most often
