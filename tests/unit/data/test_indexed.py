@@ -1,0 +1,225 @@
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalite.data.indexed import CHUNK, IndexedDataset, IndexedWriter, token_dtype
+
+# Documents [[5,6,7],[8]], [[9,10,2]], [] as Megatron-LM's own builder writes them.
+GOLDEN_BIN = bytes.fromhex("0500 0600 0700 0800 0900 0a00 0200")
+GOLDEN_IDX = b"".join(
+    [
+        bytes.fromhex("4d 4d 49 44 49 44 58 00 00"),
+        struct.pack("<QBQQ", 1, 8, 3, 4),
+        struct.pack("<3i", 3, 1, 3),
+        struct.pack("<3q", 0, 6, 8),
+        struct.pack("<4q", 0, 2, 3, 3),
+    ]
+)
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    (tmp_path / "golden.bin").write_bytes(GOLDEN_BIN)
+    (tmp_path / "golden.idx").write_bytes(GOLDEN_IDX)
+    return tmp_path / "golden"
+
+
+def patch(prefix: Path, at: int, field: bytes) -> None:
+    idx = Path(f"{prefix}.idx")
+    old = idx.read_bytes()
+    idx.write_bytes(old[:at] + field + old[at + len(field) :])
+
+
+def test_writer_gives_the_golden_bytes(tmp_path: Path):
+    with IndexedWriter(tmp_path / "out", vocab_size=600) as writer:
+        writer.add_document([5, 6, 7], [8])
+        writer.add_document(np.array([9, 10, 2], dtype=np.int32))
+        writer.add_document()
+    assert (tmp_path / "out.bin").read_bytes() == GOLDEN_BIN
+    assert (tmp_path / "out.idx").read_bytes() == GOLDEN_IDX
+    assert len(GOLDEN_IDX) == 102
+
+
+def test_reader_reads_the_golden_bytes(golden: Path):
+    data = IndexedDataset(golden)
+    assert data.dtype == np.uint16
+    assert (data.num_sequences, data.num_documents, data.num_tokens, len(data)) == (3, 3, 7, 3)
+    assert data.lengths.tolist() == [3, 1, 3]
+    assert data.offsets.tolist() == [0, 6, 8]
+    assert data.documents.tolist() == [0, 2, 3, 3]
+    assert [data[i].tolist() for i in (0, 1, 2, -1)] == [[5, 6, 7], [8], [9, 10, 2], [9, 10, 2]]
+    assert data.tokens(2, 6).tolist() == [7, 8, 9, 10]
+    assert data.document_starts.tolist() == [0, 4, 7]
+    assert data.max_token() == 10
+    assert data.sidecar == {}
+
+
+def test_sequence_modes_are_tolerated(golden: Path):
+    with Path(f"{golden}.idx").open("ab") as idx:
+        idx.write(bytes(3))
+    assert IndexedDataset(golden)[2].tolist() == [9, 10, 2]
+
+
+def test_tokens_are_a_copy_and_bounded(golden: Path):
+    data = IndexedDataset(golden)
+    data.tokens(0, 7)[:] = 0
+    assert data.tokens(0, 1).tolist() == [5]
+    for start, stop in ((-1, 2), (3, 2), (0, 8)):
+        with pytest.raises(IndexError):
+            data.tokens(start, stop)
+    with pytest.raises(IndexError):
+        data[3]
+
+
+def test_the_index_alone_is_mapped_until_tokens_are_asked_for(golden: Path):
+    data = IndexedDataset(golden)
+    assert data.document_starts.tolist() == [0, 4, 7]
+    assert "_data" not in vars(data)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(2, "uint16"), (65499, "uint16"), (65500, "int32"), (129280, "int32")]
+)
+def test_dtype_follows_the_vocabulary(tmp_path: Path, vocab_size: int, dtype: str):
+    assert token_dtype(vocab_size) == np.dtype(dtype)
+    with IndexedWriter(tmp_path / "out", vocab_size) as writer:
+        writer.add_document([0, vocab_size - 1])
+    data = IndexedDataset(tmp_path / "out")
+    assert (data.dtype, data.max_token()) == (np.dtype(dtype), vocab_size - 1)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16"])
+def test_every_integer_type_comes_back(tmp_path: Path, dtype: str):
+    random = np.random.default_rng(1)
+    documents = [random.integers(100, size=size) for size in (4, 0, 1, 300)]
+    with IndexedWriter(tmp_path / "out", dtype=dtype) as writer:
+        for tokens in documents:
+            writer.add_document(tokens)
+    data = IndexedDataset(tmp_path / "out")
+    assert data.dtype == np.dtype(dtype)
+    assert [data[i].tolist() for i in range(4)] == [tokens.tolist() for tokens in documents]
+    assert data.document_starts.tolist() == [0, 4, 4, 5]
+
+
+def test_empty_stream(tmp_path: Path):
+    with IndexedWriter(tmp_path / "out", 10):
+        pass
+    data = IndexedDataset(tmp_path / "out")
+    assert (data.num_tokens, data.num_documents, data.max_token()) == (0, 0, -1)
+    assert data.tokens(0, 0).size == data.document_starts.size == 0
+
+
+def test_streams_longer_than_a_chunk(tmp_path: Path):
+    long = np.arange(CHUNK + 10) % 251
+    with IndexedWriter(tmp_path / "out", dtype="uint8") as writer:
+        writer.add_document(long)
+    data = IndexedDataset(tmp_path / "out")
+    assert [(start, len(tokens)) for start, tokens in data.chunks()] == [(0, CHUNK), (CHUNK, 10)]
+    assert data.max_token() == 250
+
+
+def test_an_aborted_writer_leaves_nothing(tmp_path: Path):
+    with pytest.raises(RuntimeError), IndexedWriter(tmp_path / "out", 10) as writer:  # noqa: PT012
+        writer.add_document([1])
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_has_its_final_name_before_close_and_the_old_files_stay(golden: Path):
+    writer = IndexedWriter(golden, 20)
+    writer.add_document([1])
+    assert IndexedDataset(golden).num_tokens == 7
+    writer.sidecar = {"documents": 1, "name": "诗"}
+    writer.close()
+    assert IndexedDataset(golden).num_tokens == 1
+    assert IndexedDataset(golden).sidecar == {"documents": 1, "name": "诗"}
+    assert {path.name for path in golden.parent.iterdir()} == {"golden.bin", "golden.idx", "golden.json"}
+
+
+def test_a_failing_close_cleans_up(tmp_path: Path):
+    writer = IndexedWriter(tmp_path / "out", 10)
+    writer.sidecar = {"tokens": object()}
+    with pytest.raises(TypeError):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([1, 10], r"document 1: token 10 is outside 0\.\.9"),
+        ([-1], r"token -1 is outside"),
+        ([[1]], r"shape \(1, 1\)"),
+        ([0.5], "float64"),
+    ],
+)
+def test_writer_refuses_what_is_no_token(tmp_path: Path, tokens: list, message: str):
+    with IndexedWriter(tmp_path / "out", 10) as writer:
+        writer.add_document([1])
+        with pytest.raises(ValueError, match=message):
+            writer.add_document(tokens)
+
+
+@pytest.mark.parametrize("settings", [{}, {"vocab_size": 5, "dtype": "int32"}, {"dtype": "float32"}])
+def test_writer_refuses_its_settings(tmp_path: Path, settings: dict):
+    with pytest.raises(ValueError, match=r"vocab_size|dtype"):
+        IndexedWriter(tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize(
+    ("at", "field", "message"),
+    [
+        (0, b"TNTIDX\0\0", r"starts with b'TNTIDX.*expected b'MMIDIDX"),
+        (9, struct.pack("<Q", 2), "has version 2, expected 1"),
+        (17, b"\x09", "dtype code 9, expected an integer type"),
+        (17, b"\x07", "dtype code 7, expected an integer type"),
+        (18, struct.pack("<Q", 4), "is 102 bytes, expected 114 for 4 sequences and 4 document boundaries"),
+        (34, struct.pack("<i", -3), "has length -3 at sequence 0"),
+        (54, struct.pack("<q", -6), "has offset -6 at sequence 1"),
+        (62, struct.pack("<q", 10), r"golden\.bin: is 14 bytes, expected 16 by its index of 7 uint16 tokens"),
+        (70, struct.pack("<q", 1), "document index from 1 to 3, expected 0 to 3"),
+        (94, struct.pack("<q", 2), "document index from 0 to 2, expected 0 to 3"),
+        (78, struct.pack("<q", 4), "document index falling from 4 to 3 at document 1"),
+    ],
+)
+def test_damaged_index(golden: Path, at: int, field: bytes, message: str):
+    patch(golden, at, field)
+    with pytest.raises(ValueError, match=message) as caught:
+        IndexedDataset(golden)
+    assert "\n" not in str(caught.value)
+    assert "tools/preprocess_data.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 10, 33, 34, 60, 101])
+def test_truncated_index(golden: Path, size: int):
+    Path(f"{golden}.idx").write_bytes(GOLDEN_IDX[:size])
+    with pytest.raises(ValueError, match=rf"golden\.idx: is {size} bytes, (shorter|expected)"):
+        IndexedDataset(golden)
+
+
+def test_no_document_boundaries(golden: Path):
+    Path(f"{golden}.idx").write_bytes(GOLDEN_IDX[:9] + struct.pack("<QBQQ", 1, 8, 0, 0))
+    with pytest.raises(ValueError, match="0 document boundaries"):
+        IndexedDataset(golden)
+
+
+def test_truncated_or_missing_tokens(golden: Path):
+    Path(f"{golden}.bin").write_bytes(GOLDEN_BIN[:-2])
+    with pytest.raises(ValueError, match=r"golden\.bin: is 12 bytes, expected 14"):
+        IndexedDataset(golden)
+    Path(f"{golden}.bin").unlink()
+    with pytest.raises(ValueError, match=r"golden\.bin: no such file"):
+        IndexedDataset(golden)
+    with pytest.raises(ValueError, match=r"golden\.bin\.idx: no such file.*without the suffix"):
+        IndexedDataset(f"{golden}.bin")
+
+
+def test_sequences_out_of_order_have_no_flat_stream(golden: Path):
+    patch(golden, 46, struct.pack("<3q", 8, 6, 0))
+    data = IndexedDataset(golden)
+    assert data[0].tolist() == [9, 10, 2]
+    for ask in (lambda: data.tokens(0, 1), lambda: data.document_starts):
+        with pytest.raises(ValueError, match="not back to back"):
+            ask()
