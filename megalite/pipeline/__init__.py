@@ -1,0 +1,1 @@
+"""Pipeline parallelism: schedules as plain lists of actions, and what plays them."""
