@@ -1,0 +1,184 @@
+"""From a configuration to one rank's engine: the only place where the tables meet.
+
+mesh, the layers of this rank's stage, the cut model with its weights, the schedule, gradient buffers and optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from megalite.config import Config
+from megalite.model.cut_table import cut_model, find_cut, global_name, is_partial
+from megalite.model.decoder import Decoder
+from megalite.model.init import draw, materialise
+from megalite.optim.adamw import AdamW
+from megalite.parallel.cuts import Shard, sum_of_squares
+from megalite.parallel.grad_buffers import GradBuffers, all_reduce_together
+from megalite.parallel.groups import World
+from megalite.parallel.mesh import Mesh
+from megalite.pipeline.executor import execute
+from megalite.pipeline.lower import lower
+from megalite.pipeline.schedule import Action, forward_only, make_plan
+from megalite.pipeline.simulate import Costs
+from megalite.plan import head_flops, layer_flops, stage_layers
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass
+class Microbatch:
+    """Tensors [b, s] of one microbatch; `bounds` [b, s, 2] or None (see AttentionCore)."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    positions: Tensor
+    bounds: Tensor | None = None
+
+
+@dataclass
+class Engine:
+    """One rank's part of the run. `parameters`, `shards` and gradients go by global parameter names."""
+
+    config: Config
+    mesh: Mesh
+    model: Decoder
+    parameters: dict[str, nn.Parameter]
+    shards: dict[str, Shard]
+    grads: GradBuffers
+    optimizer: AdamW
+    trace: Callable[[str], Callable[[], None]] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        self._plans = cache(self._lowered)
+
+    def _lowered(self, training: bool, num_microbatches: int) -> list[Action]:
+        c, stages = self.config, self.mesh.pp.size
+        plan = (
+            make_plan(c.parallel.schedule, stages, num_microbatches)
+            if training
+            else forward_only(stages, num_microbatches)
+        )
+        return lower(plan, stage_costs(c))[self.mesh.pp.rank]
+
+    def _run(self, microbatches: Sequence[Microbatch], training: bool) -> list[Tensor]:
+        c, last = self.config, self.mesh.is_last_stage
+        b, s = microbatches[0].tokens.shape
+        shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
+
+        def forward(m: int, x: Tensor | None) -> Tensor:
+            mb = microbatches[m]
+            out: Tensor = self.model(
+                mb.tokens if x is None else x,
+                mb.positions,
+                mb.bounds,
+                mb.labels if last else None,
+                mb.loss_mask if last else None,
+            )
+            return out
+
+        return execute(
+            self._plans(training, len(microbatches)),
+            forward,
+            link=self.mesh.link,
+            ranks=self.mesh.pp.ranks,
+            hidden=torch.empty(shape, dtype=DTYPES[c.train.dtype], device=self.mesh.device),
+            training=training,
+            reduce=self.reduce_gradients if training else None,
+            trace=self.trace if training else None,
+        )
+
+    def forward_backward(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
+        """Gradients of Σ mask · ce over this replica's microbatches, summed over replicas, left in `grads`.
+
+        Gives (Σ loss, valid tokens) of this replica on one rank of it, the last stage's tp rank 0, else zeros.
+        """
+        self.grads.begin(len(microbatches))
+        return self._totals(self._run(microbatches, training=True), microbatches)
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
+        """The same sums without gradients."""
+        return self._totals(self._run(microbatches, training=False), microbatches)
+
+    def _totals(self, losses: list[Tensor], microbatches: Sequence[Microbatch]) -> tuple[float, float]:
+        if not self.mesh.is_last_stage or self.mesh.tp.rank != 0:
+            return 0.0, 0.0
+        total = torch.stack(losses).double().sum()
+        tokens = torch.stack([mb.loss_mask.sum() for mb in microbatches]).double().sum()
+        return float(total), float(tokens)
+
+    def reduce_gradients(self) -> None:
+        """Finish all sums that a gradient is owed: replicas, partial tp gradients, kv replicas, tied ends."""
+        self.grads.finish()
+        main_grad, sp = self.grads.main_grad, self.config.parallel.sp
+        all_reduce_together([g for name, g in main_grad.items() if is_partial(name, sp)], self.mesh.tp)
+        if self.mesh.kv.size > 1:
+            replicated = [
+                shard.local_rows(main_grad[name], shard.pieces[-1])
+                for name, shard in self.shards.items()
+                if (cut := find_cut(name)) is not None and cut.kind == "qkv"
+            ]
+            all_reduce_together(replicated, self.mesh.kv)
+        if self.config.model.tie_embeddings and "embed.weight" in main_grad:
+            self.mesh.embed.all_reduce(main_grad["embed.weight"])
+
+    def gradient_squares(self) -> float:
+        """This rank's share of Σ g² over the whole model: every element is counted by one rank of the world."""
+        if self.mesh.dp.rank != 0:
+            return 0.0
+        return float(
+            sum(
+                (sum_of_squares(self.shards[name], self.grads.main_grad[name]) for name in self.owned()),
+                torch.tensor(0.0),
+            )
+        )
+
+    def owned(self) -> list[str]:
+        """Parameters this rank's stage answers for: a tied matrix belongs to the first stage."""
+        copy = self.config.model.tie_embeddings and not self.mesh.is_first_stage
+        return [name for name in self.parameters if not (copy and name == "embed.weight")]
+
+
+def stage_costs(config: Config) -> Costs:
+    """How long a stage's forward takes beside an average one's, for the schedule."""
+    m, seq_len = config.model, config.train.seq_len
+    head = head_flops(m) / layer_flops(m, seq_len)
+    layers = [float(len(r)) for r in stage_layers(config)]
+    layers[-1] += head
+    return Costs(stage_factors=tuple(n * len(layers) / sum(layers) for n in layers))
+
+
+def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Engine:
+    """This rank's engine for a resolved, checked `config`.
+
+    `value(global name, whole shape)` gives the initial whole parameter; default: drawn from train.seed.
+    """
+    m, p, t = config.model, config.parallel, config.train
+    assert None not in (p.tp, p.pp, p.dp, m.num_kv_heads), "resolve the configuration first"
+    mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
+    with torch.device("meta"):
+        model = Decoder(
+            m,
+            stage_layers(config)[mesh.pp.rank],
+            first=mesh.is_first_stage,
+            last=mesh.is_last_stage,
+            kernel=t.kernels,
+        )
+    cut_model(model, m, mesh.tp, p.sp)
+    shards = materialise(
+        model,
+        m,
+        mesh.tp,
+        value or (lambda name, shape: draw(name, shape, m, t.seed)),
+        dtype=DTYPES[t.dtype],
+        device=mesh.device,
+    )
+    parameters = {global_name(name, m.tie_embeddings): parameter for name, parameter in model.named_parameters()}
+    shards = {global_name(name, m.tie_embeddings): shard for name, shard in shards.items()}
+    grads = GradBuffers(parameters, mesh.dp, p.bucket_mb * 2**20, p.overlap)
+    return Engine(config, mesh, model, parameters, shards, grads, AdamW(config.optim, parameters, grads.main_grad))

@@ -1,0 +1,43 @@
+"""The configuration of a run: plain frozen dataclasses, read from YAML and `a.b=c` overrides, checked in one place.
+
+Nothing here imports torch, so that a mistake is told within a second.
+"""
+
+from megalite.config.check import check, resolve
+from megalite.config.load import (
+    ConfigError,
+    Request,
+    from_mapping,
+    key_help,
+    parse_command_line,
+    to_yaml,
+)
+from megalite.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Request",
+    "TrainConfig",
+    "check",
+    "from_mapping",
+    "key_help",
+    "parse_command_line",
+    "resolve",
+    "to_yaml",
+]

@@ -1,0 +1,201 @@
+"""All rules that tie one key to another, and to the number of ranks. Messages carry the numbers and what would work."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from megalite.config.load import ConfigError
+from megalite.config.schema import Config, ModelConfig
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _either(values: Iterable[int]) -> str:
+    words = [str(v) for v in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def valid_tp(model: ModelConfig) -> list[int]:
+    """Tensor-parallel sizes that divide the heads and divide, or are a multiple of, the kv heads."""
+    kv = model.num_kv_heads or model.num_heads
+    return [
+        tp
+        for tp in range(1, model.num_heads + 1)
+        if model.num_heads % tp == 0 and (kv % tp == 0 or tp % kv == 0) and model.ffn_hidden_size % tp == 0
+    ]
+
+
+def resolve(config: Config, world_size: int) -> Config:
+    """The configuration with every null replaced that follows from other keys and the number of ranks.
+
+    parallel.tp and parallel.pp must have been chosen before (megalite.plan). Call `check` on the result.
+    """
+    model, parallel, optim, train = config.model, config.parallel, config.optim, config.train
+    _require(model.num_heads >= 1, f"model.num_heads={model.num_heads} must be at least 1")
+    model = dataclasses.replace(
+        model,
+        num_kv_heads=model.num_kv_heads if model.num_kv_heads is not None else model.num_heads,
+        head_dim=model.head_dim if model.head_dim is not None else model.hidden_size // model.num_heads,
+    )
+    tp, pp = parallel.tp or 1, parallel.pp or 1
+    ranks_per_replica = tp * pp * parallel.cp
+    dp = parallel.dp if parallel.dp is not None else max(1, world_size // max(1, ranks_per_replica))
+    parallel = dataclasses.replace(parallel, tp=tp, pp=pp, dp=dp, sp=parallel.sp and tp > 1)
+    if optim.decay_samples is None:
+        optim = dataclasses.replace(
+            optim, decay_samples=max(train.steps * train.global_batch_size, optim.warmup_samples)
+        )
+    return dataclasses.replace(config, model=model, parallel=parallel, optim=optim)
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise ConfigError if a resolved `config` cannot run on `world_size` ranks."""
+    _check_ranges(config)
+    _check_model(config)
+    _check_topology(config, world_size)
+    _check_batch(config)
+    _check_data(config)
+
+
+def _check_ranges(config: Config) -> None:
+    at_least_one = {
+        "model": (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_hidden_size",
+        ),
+        "parallel": ("tp", "pp", "dp", "cp"),
+        "train": ("steps", "seq_len", "micro_batch_size", "global_batch_size"),
+    }
+    for section, names in at_least_one.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            _require(value >= 1, f"{section}.{name}={value} must be at least 1")
+    not_negative = {
+        "optim": ("lr", "min_lr", "warmup_samples", "decay_samples", "eps", "weight_decay", "clip_grad"),
+        "train": ("threads", "eval_interval", "eval_samples", "patience", "time_limit_s", "seed"),
+        "checkpoint": ("interval", "keep"),
+        "model": ("init_std", "norm_eps"),
+    }
+    for section, names in not_negative.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            _require(value >= 0, f"{section}.{name}={value} must not be negative")
+    positive = {"model": ("rope_theta",), "parallel": ("bucket_mb", "timeout_s"), "log": ("interval",)}
+    for section, names in positive.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            _require(value > 0, f"{section}.{name}={value} must be greater than 0")
+    for name in ("beta1", "beta2"):
+        value = getattr(config.optim, name)
+        _require(0 <= value < 1, f"optim.{name}={value} must be at least 0 and less than 1, e.g. 0.9")
+    share = config.data.valid_fraction
+    _require(0 <= share < 1, f"data.valid_fraction={share} must be at least 0 and less than 1, e.g. 0.02")
+    _require(
+        config.optim.min_lr <= config.optim.lr,
+        f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}; lower it or raise optim.lr",
+    )
+
+
+def _check_model(config: Config) -> None:
+    m = config.model
+    assert m.num_kv_heads is not None
+    assert m.head_dim is not None
+    divisors = [k for k in range(1, m.num_heads + 1) if m.num_heads % k == 0]
+    _require(
+        m.num_heads % m.num_kv_heads == 0,
+        f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; use {_either(divisors)}",
+    )
+    _require(
+        config.model.head_dim != 0 and m.head_dim % 2 == 0,
+        f"model.head_dim={m.head_dim} (hidden_size {m.hidden_size} / num_heads {m.num_heads}) must be even for RoPE; "
+        f"set model.head_dim or change model.num_heads",
+    )
+
+
+def _check_topology(config: Config, world_size: int) -> None:
+    m, p = config.model, config.parallel
+    assert p.tp is not None
+    assert p.pp is not None
+    assert p.dp is not None
+    allowed = valid_tp(m)
+    for name, size in (("num_heads", m.num_heads), ("ffn_hidden_size", m.ffn_hidden_size)):
+        _require(size % p.tp == 0, f"parallel.tp={p.tp} does not divide model.{name}={size}; use {_either(allowed)}")
+    _require(
+        p.tp in allowed,
+        f"parallel.tp={p.tp} neither divides model.num_kv_heads={m.num_kv_heads} nor is a multiple of it; "
+        f"use {_either(allowed)}",
+    )
+    _require(
+        p.pp <= m.num_layers,
+        f"parallel.pp={p.pp} stages need at least {p.pp} layers, model.num_layers={m.num_layers}; "
+        f"use parallel.pp={m.num_layers} or less",
+    )
+    if p.stages is not None:
+        total = sum(p.stages)
+        _require(
+            len(p.stages) == p.pp,
+            f"parallel.stages={list(p.stages)} names {len(p.stages)} stages, parallel.pp={p.pp}; make them equal",
+        )
+        _require(min(p.stages) >= 1, f"parallel.stages={list(p.stages)}: every stage needs at least 1 layer")
+        _require(
+            total == m.num_layers,
+            f"parallel.stages={list(p.stages)} adds up to {total}, model.num_layers={m.num_layers}; make them equal",
+        )
+    _require(p.cp == 1, f"parallel.cp={p.cp}: context parallelism is not built yet; use parallel.cp=1")
+    product = p.pp * p.dp * p.cp * p.tp
+    if product != world_size:
+        model_ranks = p.pp * p.cp * p.tp
+        if world_size % model_ranks == 0:
+            remedy = f"use parallel.dp={world_size // model_ranks}, or start {product} processes"
+        else:
+            more = -(-world_size // model_ranks) * model_ranks
+            remedy = f"start a multiple of {model_ranks} processes (e.g. {more}), or lower parallel.tp or parallel.pp"
+        start = "" if world_size > 1 else " (without torchrun there is one: torchrun --nproc_per_node N ...)"
+        raise ConfigError(
+            f"pp {p.pp} x dp {p.dp} x cp {p.cp} x tp {p.tp} = {product} ranks, "
+            f"but the world size is {world_size}{start}; {remedy}"
+        )
+    if p.sp:
+        seq = config.train.seq_len
+        _require(
+            seq % p.tp == 0,
+            f"parallel.sp needs train.seq_len={seq} to be a multiple of parallel.tp={p.tp}; "
+            f"use train.seq_len={-(-seq // p.tp) * p.tp} or parallel.sp=false",
+        )
+
+
+def _check_batch(config: Config) -> None:
+    t, dp = config.train, config.parallel.dp
+    assert dp is not None
+    unit = t.micro_batch_size * dp
+    if t.global_batch_size % unit:
+        lower, upper = t.global_batch_size // unit * unit, -(-t.global_batch_size // unit) * unit
+        fits = f"{lower} or {upper}" if lower else f"{upper}"
+        raise ConfigError(
+            f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{t.micro_batch_size} x dp {dp} = {unit}; use train.global_batch_size={fits}"
+        )
+    decay, warmup = config.optim.decay_samples, config.optim.warmup_samples
+    assert decay is not None
+    _require(
+        warmup <= decay,
+        f"optim.warmup_samples={warmup} is more than optim.decay_samples={decay} "
+        f"(train.steps {t.steps} x global batch {t.global_batch_size}); lower it",
+    )
+
+
+def _check_data(config: Config) -> None:
+    for name in config.data.valid:
+        _require(
+            name.replace("_", "").replace("-", "").isalnum(),
+            f"data.valid: {name!r} is not a plain name; use letters, digits, - and _",
+        )

@@ -1,0 +1,133 @@
+"""Every key a user can set, with its type, default and one line of help.
+
+Values are strings, numbers and booleans, never classes. `None` means "chosen by megalite": `resolve` (check.py)
+replaces each such value by a concrete one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _key(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Llama-style decoder. Names follow Megatron; the Hugging Face name stands in the help where it differs."""
+
+    vocab_size: int = _key(600, "number of token ids; unpadded, padding belongs to the cut")
+    hidden_size: int = _key(128, "width h of the residual stream")
+    num_layers: int = _key(4, "number of transformer blocks (HF num_hidden_layers)")
+    num_heads: int = _key(4, "query heads (HF num_attention_heads)")
+    num_kv_heads: int | None = _key(None, "key/value heads: fewer than num_heads is GQA, 1 is MQA; null: num_heads")
+    head_dim: int | None = _key(None, "size of one head; null: hidden_size / num_heads")
+    ffn_hidden_size: int = _key(352, "width of the SwiGLU feed-forward (HF intermediate_size)")
+    norm_eps: float = _key(1e-5, "epsilon of RMSNorm (HF rms_norm_eps)")
+    rope_theta: float = _key(10000.0, "base of the rotary position embedding")
+    tie_embeddings: bool = _key(False, "one matrix for input embedding and output head (HF tie_word_embeddings)")
+    qkv_bias: bool = _key(False, "bias on the query/key/value projection (Qwen2)")
+    qk_norm: bool = _key(False, "RMSNorm on each query and key head before RoPE (Qwen3)")
+    init_std: float = _key(0.02, "std of the initial weights; residual outputs use init_std / sqrt(2 num_layers)")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The mesh and how the model is laid on it: world size = pp x dp x cp x tp."""
+
+    tp: int | None = _key(None, "tensor-parallel ranks per replica; null: chosen")
+    pp: int | None = _key(None, "pipeline stages; null: chosen")
+    dp: int | None = _key(None, "data-parallel replicas; null: world size / (tp pp cp)")
+    cp: int = _key(1, "context-parallel ranks; only 1 for now, the axis of the mesh exists")
+    sp: bool = _key(True, "sequence parallel: shard norms and residuals over tp along the sequence")
+    schedule: str = _key("1f1b", "pipeline schedule", choices=("1f1b", "gpipe"))
+    stages: tuple[int, ...] | None = _key(None, "layers on each stage, e.g. [9, 8, 8, 7]; null: balanced by cost")
+    overlap: bool = _key(True, "start gradient buckets and tp reductions while the backward still computes")
+    bucket_mb: float = _key(25.0, "size of one gradient bucket in MiB")
+    timeout_s: float = _key(600.0, "seconds after which a collective that hangs ends the run")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Indexed token files made by tools/preprocess_data.py. A path is the prefix of PREFIX.bin and PREFIX.idx."""
+
+    path: str | None = _key(None, "training data: the prefix printed by tools/preprocess_data.py")
+    valid: Mapping[str, str] = _key({}, "held-out sets, NAME: PREFIX; each is evaluated and reported by name")
+    valid_fraction: float = _key(0.02, "share of data.path held out, from its end, if data.valid is empty")
+    tokenizer: str | None = _key(None, "sentencepiece .model or tokenizer.json, kept with the run for generation")
+    isolate_documents: bool = _key(False, "attention and positions restart at each document")
+    reader: str = _key("auto", "reader of indexed data", choices=("auto", "numpy", "cpp"))
+    cache_dir: str = _key(".cache/megalite", "where prepared data is kept")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019) and its learning-rate curve, counted in samples."""
+
+    lr: float = _key(3e-4, "peak learning rate")
+    min_lr: float = _key(3e-5, "learning rate at the end of the decay")
+    lr_schedule: str = _key("cosine", "shape of the decay", choices=("constant", "linear", "cosine"))
+    warmup_samples: int = _key(0, "samples of linear warm-up from 0 to lr")
+    decay_samples: int | None = _key(None, "samples until min_lr is reached; null: all of train.steps")
+    beta1: float = _key(0.9, "decay of the first moment")
+    beta2: float = _key(0.95, "decay of the second moment")
+    eps: float = _key(1e-8, "added to the root of the second moment")
+    weight_decay: float = _key(0.1, "decoupled weight decay of matrices; norms and biases have none")
+    clip_grad: float = _key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: global_batch_size = micro_batch_size x microbatches x dp."""
+
+    run_dir: str = _key("runs/default", "folder of the run: config, metrics, checkpoints, plot; never overwritten")
+    steps: int = _key(100, "optimizer steps of the whole run")
+    seq_len: int = _key(256, "tokens of one sample")
+    micro_batch_size: int = _key(4, "samples of one forward")
+    global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas")
+    seed: int = _key(1234, "of initial weights and sample order")
+    dtype: str = _key("fp32", "of weights and activations; bf16 keeps fp32 masters", choices=("fp32", "bf16", "fp64"))
+    device: str = _key("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    kernels: str = _key("auto", "attention and RoPE kernels", choices=("auto", "fused", "torch"))
+    threads: int = _key(0, "CPU threads of one rank; 0: cores / local ranks, or OMP_NUM_THREADS")
+    eval_interval: int = _key(0, "steps between held-out evaluations; 0: only before the first and after the last")
+    eval_samples: int = _key(0, "samples of each held-out set; 0: all of it")
+    eval_only: bool = _key(False, "evaluate the loaded weights and end")
+    patience: int = _key(0, "stop after so many evaluations without a better mean held-out loss; 0: never")
+    time_limit_s: float = _key(0.0, "save and stop cleanly after so many seconds; 0: none")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints are written under train.run_dir and load at any topology."""
+
+    interval: int = _key(0, "steps between checkpoints; 0: only at the end")
+    keep: int = _key(2, "newest checkpoints kept; 0: all")
+    resume: str = _key("auto", "go on with what train.run_dir holds", choices=("auto", "never", "must"))
+    load: str | None = _key(None, "start from this checkpoint or run folder instead of fresh weights")
+    load_optim: bool = _key(True, "with load: take optimizer state and counters too, not the weights alone")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    interval: int = _key(10, "steps between log lines; the terminal's progress line is live in any case")
+    plot: bool = _key(True, "write loss.png at the end (needs matplotlib)")
+    tensorboard: bool = _key(False, "also write TensorBoard events (needs tensorboard)")
+    trace: bool = _key(False, "write the event trace of the last step to trace.json, one file a rank")
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

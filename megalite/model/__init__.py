@@ -1,0 +1,1 @@
+"""The plain model, the table of its cuts, and its names elsewhere."""

@@ -1,0 +1,97 @@
+"""Tensor parallelism as a table: one row per kind of module says how its weights are cut and what it becomes.
+
+The same table answers for init, gradient norm, checkpoint, conversion and gathering: `shard_of` is a function of a
+parameter's global name. For parameters that are not cut it says how their gradient is partial over tp.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from megalite.config import ModelConfig
+from megalite.model.decoder import Attention, CrossEntropy, Decoder
+from megalite.parallel.cuts import Shard, even, grouped_qkv, padded, uncut
+from megalite.parallel.groups import Group
+from megalite.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabCrossEntropy, VocabEmbedding
+
+
+@dataclass(frozen=True)
+class Cut:
+    """`module`: pattern of the module's name; `kind`: vocab, column or row; `parts`: equal blocks, each cut alike."""
+
+    module: str
+    kind: str
+    parts: int = 1
+
+
+CUT_TABLE = (
+    Cut(r"embed", "vocab"),
+    Cut(r"layers\.\d+\.attn\.qkv", "qkv"),
+    Cut(r"layers\.\d+\.attn\.out", "row"),
+    Cut(r"layers\.\d+\.mlp\.gate_up", "column", parts=2),
+    Cut(r"layers\.\d+\.mlp\.down", "row"),
+    Cut(r"loss_head\.head", "vocab"),
+)
+
+# Uncut parameters whose gradient each tp rank sees only in part: always, or only under sequence parallelism.
+PARTIAL_ALWAYS = re.compile(r".*\.(q_norm|k_norm)\.weight")
+PARTIAL_UNDER_SP = re.compile(r"(.*\.)?(attn_norm|mlp_norm|norm)\.weight")
+
+
+def global_name(name: str, tied: bool) -> str:
+    """The name under which a parameter is initialised, counted and stored: tied weights have one."""
+    return "embed.weight" if tied and name == "loss_head.head.weight" else name
+
+
+def find_cut(name: str) -> Cut | None:
+    """The row of the table for a module or parameter name; None where nothing is cut."""
+    module = re.sub(r"\.(weight|bias)$", "", name)
+    return next((cut for cut in CUT_TABLE if re.fullmatch(cut.module, module)), None)
+
+
+def shard_of(name: str, shape: Sequence[int], model: ModelConfig, size: int, rank: int) -> Shard:
+    """What tp rank `rank` of `size` holds of the parameter `name`, whole `shape`."""
+    cut = find_cut(name)
+    if cut is None or (cut.kind == "row" and name.endswith(".bias")):
+        return uncut(shape, rank)
+    if cut.kind == "vocab":
+        return padded(shape, size, rank)
+    if cut.kind == "qkv":
+        assert model.num_kv_heads is not None
+        assert model.head_dim is not None
+        queries = model.num_heads // model.num_kv_heads
+        return grouped_qkv(
+            shape, kv_groups=model.num_kv_heads, queries=queries, head_dim=model.head_dim, size=size, rank=rank
+        )
+    return even(shape, 1 if cut.kind == "row" else 0, size, rank, cut.parts)
+
+
+def is_partial(name: str, sp: bool) -> bool:
+    """Whether the gradient of an uncut parameter must be summed over tp."""
+    return bool(PARTIAL_ALWAYS.fullmatch(name) or (sp and PARTIAL_UNDER_SP.fullmatch(name)))
+
+
+def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> None:
+    """Swap the modules named by the table for their parallel twins, in place. Weights stay whole (they are on meta)."""
+    if group.size == 1:
+        return
+    vocab = padded((model.vocab_size, model.hidden_size), group.size, group.rank)
+    for name, module in list(decoder.named_modules()):
+        parent_name, _, child = name.rpartition(".")
+        parent = decoder.get_submodule(parent_name)
+        cut = find_cut(name)
+        if isinstance(module, Attention):
+            assert model.num_kv_heads is not None
+            module.queries //= max(1, group.size // model.num_kv_heads)
+        elif isinstance(module, CrossEntropy):
+            setattr(parent, child, VocabCrossEntropy(group, vocab))
+        elif cut is not None and isinstance(module, nn.Embedding):
+            setattr(parent, child, VocabEmbedding(module, group, sp, vocab))
+        elif cut is not None and isinstance(module, nn.Linear):
+            setattr(
+                parent, child, RowLinear(module, group, sp) if cut.kind == "row" else ColumnLinear(module, group, sp)
+            )

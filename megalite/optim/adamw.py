@@ -1,0 +1,85 @@
+"""AdamW over a rank's local parameters, with fp32 masters where the parameters are not fp32.
+
+The gradients it reads are sums over tokens; the division by the number of tokens and the clipping are one scaling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from megalite.config import OptimConfig
+
+
+def clip_scale(c: OptimConfig, squares: float, tokens: float) -> tuple[float, float]:
+    """(gradient norm of the mean loss, factor for the summed gradients).
+
+    `squares` is Σ g² of the summed gradients in float64, `tokens` the valid tokens of the global batch.
+    """
+    if tokens == 0:
+        return 0.0, 0.0
+    # rounded once to fp32, so that the order in which ranks were added does not show
+    norm = float(torch.tensor(squares**0.5 / tokens, dtype=torch.float32))
+    clip = min(1.0, c.clip_grad / (norm + 1e-6)) if c.clip_grad > 0 else 1.0
+    return norm, clip / tokens
+
+
+class AdamW:
+    """Decoupled weight decay on matrices only: norms and biases have none."""
+
+    def __init__(self, c: OptimConfig, parameters: Mapping[str, nn.Parameter], main_grad: Mapping[str, Tensor]) -> None:
+        self.parameters = parameters
+        self.masters: dict[str, Tensor] = {}
+        for name, parameter in parameters.items():
+            own = parameter.dtype == main_grad[name].dtype
+            master = parameter if own else parameter.detach().to(main_grad[name].dtype, copy=True)
+            master.grad = main_grad[name]
+            self.masters[name] = master
+        decayed = [m for m in self.masters.values() if m.dim() >= 2]
+        plain = [m for m in self.masters.values() if m.dim() < 2]
+        groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self.torch = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
+        )
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for group in self.torch.param_groups:
+            group["lr"] = lr
+        self.torch.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the parameters, where they are not the same tensors."""
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def adopt(self) -> None:
+        """Take the parameters' present values as masters (weights were loaded without optimizer state)."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    self.masters[name].copy_(parameter)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """{kind: {parameter name: tensor}} of what a checkpoint stores beside the weights, made if not there yet."""
+        kinds: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
+        for name, master in self.masters.items():
+            state = self.torch.state[master]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+            for kind in kinds:
+                kinds[kind][name] = state[kind]
+        masters = {n: m for n, m in self.masters.items() if m is not self.parameters[n]}
+        return kinds | ({"master": masters} if masters else {})
+
+    def set_step(self, step: int) -> None:
+        """Set the number of updates done, on which Adam's bias correction depends."""
+        self.state()
+        for master in self.masters.values():
+            self.torch.state[master]["step"].fill_(float(step))

@@ -1,0 +1,264 @@
+"""What a configuration costs, by arithmetic alone: parameters, FLOPs, bytes per rank, layers per stage, topology.
+
+No torch here: the answer comes before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+from megalite.config import Config, ConfigError, ModelConfig, resolve
+from megalite.config.check import valid_tp
+
+GIB = 2**30
+BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+# torch, its allocator's slack and the communicators of one rank
+OVERHEAD_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.4 * GIB)}
+
+
+def layer_parameters(m: ModelConfig) -> int:
+    """Parameters of one transformer block."""
+    assert m.num_kv_heads is not None
+    assert m.head_dim is not None
+    width, qkv = m.num_heads * m.head_dim, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+    attention = m.hidden_size * (qkv + width) + (qkv if m.qkv_bias else 0) + (2 * m.head_dim if m.qk_norm else 0)
+    return attention + 3 * m.hidden_size * m.ffn_hidden_size + 2 * m.hidden_size
+
+
+def parameters(m: ModelConfig) -> int:
+    """Parameters of the whole model; tied weights count once."""
+    ends = m.vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2) + m.hidden_size
+    return m.num_layers * layer_parameters(m) + ends
+
+
+def layer_flops(m: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs of one block per token; causal attention counts half of the s x s scores."""
+    assert m.num_kv_heads is not None
+    assert m.head_dim is not None
+    width, qkv = m.num_heads * m.head_dim, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+    return 2.0 * m.hidden_size * (qkv + width + 3 * m.ffn_hidden_size) + 2.0 * seq_len * width
+
+
+def head_flops(m: ModelConfig) -> float:
+    """Forward FLOPs of the output head per token."""
+    return 2.0 * m.hidden_size * m.vocab_size
+
+
+def training_flops(m: ModelConfig, seq_len: int) -> float:
+    """FLOPs of forward and backward per token: three times the forward (Narayanan et al. 2021, appendix)."""
+    return 3 * (m.num_layers * layer_flops(m, seq_len) + head_flops(m))
+
+
+def stage_layers(config: Config) -> list[range]:
+    """The layers of each pipeline stage: parallel.stages, or cut so that the slowest stage is as fast as can be.
+
+    The output head counts for what it costs in layers; of equally good cuts the most even one is taken.
+    """
+    m, p = config.model, config.parallel
+    assert p.pp is not None
+    counts = p.stages or _balanced(m.num_layers, p.pp, head_flops(m) / layer_flops(m, config.train.seq_len))
+    starts = [sum(counts[:i]) for i in range(p.pp + 1)]
+    return [range(a, b) for a, b in pairwise(starts)]
+
+
+def _balanced(layers: int, stages: int, head: float) -> tuple[int, ...]:
+    @cache
+    def best(left: int, stage: int) -> tuple[float, float, tuple[int, ...]]:
+        if stage == stages - 1:
+            cost = left + head
+            return cost, cost * cost, (left,)
+        found = []
+        for take in range(1, left - (stages - stage - 1) + 1):
+            worst, squares, rest = best(left - take, stage + 1)
+            found.append((max(worst, take), squares + take * take, (take, *rest)))
+        return min(found)
+
+    return best(layers, 0)[2]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that the fullest rank needs, by kind."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def table(self) -> str:
+        kinds = ", ".join(f"{k} {v / GIB:.2f}" for k, v in dataclasses.asdict(self).items())
+        return f"{self.total / GIB:.2f} GiB ({kinds})"
+
+
+def activation_bytes(config: Config) -> int:
+    """Bytes that one block keeps of one microbatch for its backward, on one tp rank.
+
+    After Korthikanti et al. 2022, section 4, for this block: inputs and outputs of the two norms, query, key, value
+    (kv heads repeated), the core's output, and four times the feed-forward width.
+    """
+    m, p, t = config.model, config.parallel, config.train
+    assert p.tp is not None
+    assert m.head_dim is not None
+    residual = 4 * m.hidden_size / (p.tp if p.sp else 1)
+    cut = (5 * m.num_heads * m.head_dim + 4 * m.ffn_hidden_size) / p.tp
+    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * (residual + cut))
+
+
+def memory(config: Config, device: str) -> Memory:
+    """Bytes per rank of a resolved configuration, for the rank that needs most."""
+    m, p, t = config.model, config.parallel, config.train
+    assert p.tp is not None
+    assert p.pp is not None
+    assert p.dp is not None
+    microbatches = max(1, t.global_batch_size // (t.micro_batch_size * p.dp))
+    element, wide = BYTES[t.dtype], max(4, BYTES[t.dtype])
+    masters = wide if element < wide else 0
+    candidates = []
+    for stage, layers in enumerate(stage_layers(config)):
+        ends = (stage == 0) + (stage == p.pp - 1 and not (m.tie_embeddings and p.pp == 1))
+        local = (len(layers) * layer_parameters(m) + ends * m.vocab_size * m.hidden_size) // p.tp
+        live = microbatches if p.schedule == "gpipe" else min(p.pp - stage, microbatches)
+        last = stage == p.pp - 1
+        # logits, and their softmax in fp32 with one temporary
+        logits = t.micro_batch_size * t.seq_len * -(-m.vocab_size // p.tp) * (element + 2 * wide) if last else 0
+        candidates.append(
+            Memory(
+                weights=local * element,
+                gradients=local * wide,
+                optimizer=local * (2 * wide + masters),
+                activations=live * len(layers) * activation_bytes(config),
+                logits=logits,
+                overhead=OVERHEAD_BYTES[device],
+            )
+        )
+    return max(candidates, key=lambda c: c.total)
+
+
+def device_memory(device: str, local_ranks: int) -> tuple[str, int]:
+    """("cuda" or "cpu", bytes free for one rank): NVML's total of the smallest GPU, or this machine's memory shared."""
+    if device != "cpu":
+        gpus = gpu_memory()
+        if gpus:
+            return "cuda", min(gpus)
+        if device == "cuda":
+            raise ConfigError("train.device=cuda: NVML finds no NVIDIA GPU here; use train.device=cpu or auto")
+    return "cpu", available_memory() // max(1, local_ranks)
+
+
+def gpu_memory() -> list[int]:
+    """Total bytes of each GPU by NVML; empty where there is no driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver, no library: both mean that there is no GPU to plan for
+        return []
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+    return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
+
+
+def available_memory() -> int:
+    """Bytes of memory this machine can still give, within its cgroup's limit."""
+    text = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
+    found = [int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable")]
+    total = found[0] if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        total = min(total, int(text))
+    return total
+
+
+def _topologies(config: Config, world_size: int, local_ranks: int) -> Iterator[tuple[int, int]]:
+    m, p = config.model, config.parallel
+    for tp in valid_tp(m) if p.tp is None else [p.tp]:
+        for pp in range(1, m.num_layers + 1) if p.pp is None else [p.pp]:
+            fits_ranks = world_size % (tp * pp * p.cp) == 0 and p.dp in (None, world_size // (tp * pp * p.cp))
+            if fits_ranks and (p.tp is not None or tp <= local_ranks):
+                yield tp, pp
+
+
+def choose_topology(config: Config, world_size: int, local_ranks: int, explicit: frozenset[str]) -> tuple[Config, str]:
+    """`config` with tp and pp set, and a line that says why.
+
+    A preset's own tp and pp hold where they divide the ranks; a user's are never changed. Otherwise the smallest
+    tp x pp that fits the memory leaves the most replicas; of two alike the one with the larger tp, up to a node's
+    ranks, has the smaller bubble.
+    """
+    p = config.parallel
+    if p.stages is not None and "parallel.pp" not in explicit:
+        p = dataclasses.replace(p, pp=len(p.stages))
+    if p.tp and p.pp and world_size % (p.tp * p.pp) == 0:
+        why = "as asked" if {"parallel.tp", "parallel.pp"} <= explicit else "the preset's"
+        return dataclasses.replace(config, parallel=p), _said(p.tp, p.pp, world_size, why)
+    p = dataclasses.replace(
+        p,
+        tp=p.tp if "parallel.tp" in explicit else None,
+        pp=p.pp if "parallel.pp" in explicit or p.stages is not None else None,
+    )
+    config = dataclasses.replace(config, parallel=p)
+
+    device, free = device_memory(config.train.device, local_ranks)
+    found = []
+    for tp, pp in _topologies(config, world_size, local_ranks):
+        candidate = resolve(dataclasses.replace(config, parallel=dataclasses.replace(p, tp=tp, pp=pp)), world_size)
+        dp = candidate.parallel.dp or 1
+        if candidate.train.global_batch_size % (candidate.train.micro_batch_size * dp):
+            continue
+        found.append((tp * pp, -tp, memory(candidate, device), candidate))
+    if not found:
+        # no topology obeys every rule: let the checks say which is broken
+        one = dataclasses.replace(p, tp=p.tp or 1, pp=p.pp or 1)
+        return dataclasses.replace(config, parallel=one), "no topology divides"
+    fitting = [f for f in found if f[2].total <= free]
+    if fitting:
+        _, _, need, chosen = min(fitting, key=lambda f: f[:2])
+        why = f"the smallest that fits: {need.total / GIB:.1f} of {free / GIB:.1f} GiB per rank"
+    else:
+        _, _, need, chosen = min(found, key=lambda f: f[2].total)
+        why = "the thriftiest"
+    tp, pp = chosen.parallel.tp or 1, chosen.parallel.pp or 1
+    return dataclasses.replace(config, parallel=dataclasses.replace(p, tp=tp, pp=pp)), _said(tp, pp, world_size, why)
+
+
+def _said(tp: int, pp: int, world_size: int, why: str) -> str:
+    return f"tp {tp} x pp {pp} x dp {world_size // (tp * pp)} on {world_size} ranks ({why})"
+
+
+def check_memory(config: Config, world_size: int, local_ranks: int) -> Memory:
+    """The need of a resolved configuration; ConfigError with the bytes by kind where this machine has less."""
+    device, free = device_memory(config.train.device, local_ranks)
+    need = memory(config, device)
+    if need.total <= free:
+        return need
+    p = config.parallel
+    where = "GPU" if device == "cuda" else "CPU rank"
+    open_parallel = dataclasses.replace(p, tp=None, pp=None, dp=None, stages=None)
+
+    def least(ranks: int) -> int:
+        layouts = (
+            dataclasses.replace(config, parallel=dataclasses.replace(open_parallel, tp=tp, pp=pp))
+            for tp, pp in _topologies(dataclasses.replace(config, parallel=open_parallel), ranks, 8)
+        )
+        return min((memory(resolve(layout, ranks), device).total for layout in layouts), default=need.total)
+
+    ranks = next((world_size << k for k in range(1, 8) if least(world_size << k) <= free), None)
+    more = f"{ranks} such ranks" if ranks else f"{where}s with more memory"
+    raise ConfigError(
+        f"a model of {parameters(config.model) / 1e9:.2f}e9 parameters does not fit {world_size} ranks of "
+        f"{free / GIB:.1f} GiB per {where}: tp {p.tp} x pp {p.pp} x dp {p.dp} needs {need.table()} per rank; "
+        f"what would fit: {more}, ranks of {math.ceil(need.total / GIB)} GiB, a smaller model (--preset tiny, 125m, 1b), "
+        f"or less train.micro_batch_size ({config.train.micro_batch_size}) or train.seq_len ({config.train.seq_len})"
+    )
