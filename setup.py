@@ -12,6 +12,7 @@ MAX_JOBS=n          compile n files at a time
 
 import os
 import shutil
+from glob import glob
 
 from setuptools import setup
 
@@ -43,24 +44,28 @@ def extensions() -> dict:
             "or set MEGALITE_NO_EXT=1 for a pure Python install"
         ) from None
 
-    ops = ["softmax", "rope"]
-    sources = ["csrc/ops.cpp"] + [f"csrc/{op}/{op}{part}.cpp" for op in ops for part in ("", "_cpu")]
+    folders = ["softmax", "rope"]
+    sources = ["csrc/ops.cpp"] + [f"csrc/{op}/{op}{part}.cpp" for op in folders for part in ("", "_cpu")]
     # OpenMP is compiled in but not linked: its symbols come from the runtime torch has already loaded, so that
     # torch.set_num_threads reaches our loops too.
     flags = {"cxx": ["-O3", "-fopenmp", "-g0", "-fvisibility=hidden"]}
     extension = cpp_extension.CppExtension
     if wants_cuda(torch, cpp_extension.CUDA_HOME):
         extension = cpp_extension.CUDAExtension
-        sources += [f"csrc/{op}/{op}_cuda.cu" for op in ops]
+        sources += [f"csrc/{op}/{op}_cuda.cu" for op in folders]
         flags = {"cxx": [*flags["cxx"], "-DMEGALITE_WITH_CUDA"], "nvcc": ["-O3"]}
-    return {
-        "ext_modules": [
-            # _C touches Python only to be importable, so one build serves every Python version.
-            extension("megalite._C", sources, extra_compile_args=flags, py_limited_api=True),
-            Pybind11Extension("megalite._index", ["csrc/index/index.cpp"], cxx_std=17, extra_compile_args=["-O3"]),
-        ],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
-    }
+    headers = glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)
+    # _C touches Python only to be importable, so one build serves every Python version.
+    ops = extension("megalite._C", sources, extra_compile_args=flags, py_limited_api=True, depends=headers)
+    # Contracting multiply-add would break ties of the blending arithmetic differently from machine to machine.
+    index = Pybind11Extension(
+        "megalite._index",
+        ["csrc/index/index.cpp"],
+        cxx_std=17,
+        extra_compile_args=["-O3", "-ffp-contract=off"],
+        depends=headers,
+    )
+    return {"ext_modules": [ops, index], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
 setup(**extensions())

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -220,7 +220,7 @@ class IndexedDataset:
                 if values.min() < 0:
                     worst = int(values.argmin())
                     raise self._error(f"has {name} {values[worst]} at sequence {start + worst}, expected 0 or more")
-            ends = offsets + lengths * item
+            ends = offsets.astype(np.uint64) + (lengths * item).astype(np.uint64)  # int64 could wrap
             expected = np.concatenate([[total * item], total * item + np.cumsum(lengths[:-1]) * item])
             contiguous &= bool((offsets == expected).all())
             total += int(lengths.sum())
@@ -283,3 +283,16 @@ class IndexedDataset:
     def _require_contiguous(self) -> None:
         if not self._contiguous:
             raise self._error("has offsets that are not back to back in sequence order, expected them to be")
+
+
+def open_indexed(prefix: str | Path, reader: Literal["auto", "numpy", "cpp"] = "auto") -> IndexedDataset:
+    """Open `prefix.{bin,idx}` with the numpy or the compiled reader; "auto" takes the compiled one where it is built.
+
+    Raises ValueError where IndexedDataset does, and when "cpp" is asked for and not built.
+    """
+    if reader not in ("auto", "numpy", "cpp"):
+        raise ValueError(f'reader={reader!r} is unknown; use "auto", "numpy" or "cpp"')
+    from megalite.data import native
+
+    use_native = reader == "cpp" or (reader == "auto" and native.preferred())
+    return native.NativeDataset(prefix) if use_native else IndexedDataset(prefix)

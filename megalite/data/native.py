@@ -1,0 +1,71 @@
+"""The compiled reader of indexed token files behind IndexedDataset's interface."""
+
+import functools
+import importlib
+import logging
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from megalite.data.indexed import IndexedDataset, paths
+
+_log = logging.getLogger(__name__)
+
+
+def compiled() -> ModuleType | None:
+    """megalite._index, or None where it is not built."""
+    try:
+        return importlib.import_module("megalite._index")
+    except ModuleNotFoundError:
+        return None
+
+
+@functools.cache
+def preferred() -> bool:
+    """Whether "auto" means the compiled reader; logged once."""
+    built = compiled() is not None
+    _log.info("token files are read by %s", "megalite._index" if built else "numpy (megalite._index is not built)")
+    return built
+
+
+class NativeDataset(IndexedDataset):
+    """An IndexedDataset that checks its index and copies tokens in C++.
+
+    Tokens are read with pread and never mapped: a .bin file cut short while in use is a ValueError instead of the end
+    of the process, and `dataset[i]` is a copy instead of a view. Cutting the mapped .idx file short still kills.
+    """
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = Path(prefix)
+        self.bin_path, self.idx_path, self.sidecar_path = paths(prefix)
+        module = compiled()
+        if module is None:
+            raise ValueError(
+                'reader="cpp": megalite._index is not built; build it with '
+                '`pip install --no-build-isolation --no-deps -e .` or use reader="numpy"'
+            )
+        self._reader = module.Reader(str(prefix))
+        self.dtype = self._reader.dtype
+        self.num_sequences = self._reader.num_sequences
+        self.num_documents = self._reader.num_documents
+        self.num_tokens = self._reader.num_tokens
+        self.lengths = self._reader.lengths
+        self.offsets = self._reader.offsets
+        self.documents = self._reader.documents
+        self._contiguous = self._reader.contiguous
+
+    def tokens(self, start: int, stop: int) -> NDArray[Any]:
+        tokens: NDArray[Any] = self._reader.tokens(start, stop)
+        return tokens
+
+    def max_token(self) -> int:
+        return int(self._reader.max_token())
+
+    def __getitem__(self, sequence: int) -> NDArray[Any]:
+        tokens: NDArray[Any] = self._reader[sequence]
+        return tokens
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return NativeDataset, (self.prefix,)
