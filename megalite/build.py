@@ -160,6 +160,10 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
     """
     m, p, t = config.model, config.parallel, config.train
     assert None not in (p.tp, p.pp, p.dp, m.num_kv_heads), "resolve the configuration first"
+    assert p.tp is not None
+    assert p.pp is not None
+    assert p.dp is not None
+    assert m.num_kv_heads is not None
     mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
     with torch.device("meta"):
         model = Decoder(

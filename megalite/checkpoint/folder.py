@@ -1,0 +1,82 @@
+"""Where checkpoints lie and what their manifest says. No torch here, so that a wrong folder is told at once.
+
+RUN/checkpoints/step-00000100/manifest.json      step, samples, config, and for every tensor its blocks
+RUN/checkpoints/step-00000100/rank-00000.safetensors   the blocks that rank 0 owns
+RUN/checkpoints/latest                           the name of the newest, a hint: folders are what counts
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+NAME = re.compile(r"[A-Za-z0-9._-]+")
+STEP = re.compile(r"step-(\d{8,})")
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first: a folder gets its name only when it is whole."""
+    folder = run_dir / "checkpoints"
+    names = os.listdir(folder) if folder.is_dir() else []
+    steps = sorted((int(m[1]), name) for name in names if (m := STEP.fullmatch(name)))
+    return [folder / name for _, name in steps if (folder / name / "manifest.json").is_file()]
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest finished checkpoint of a run folder, None if it has none."""
+    found = complete(run_dir)
+    return found[-1] if found else None
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint meant by `path`: a step folder, or the newest of a run folder. ValueError if there is none."""
+    folder = Path(path)
+    if (folder / "manifest.json").is_file():
+        return folder
+    newest = latest(folder)
+    if newest is None:
+        what = "no such folder" if not folder.is_dir() else "neither a checkpoint nor a run folder with one"
+        raise ValueError(f"{folder}: {what}; name a run folder or one of its checkpoints/step-NNNNNNNN")
+    return newest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint; ValueError naming the file where it is damaged."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        assert manifest["format"] == FORMAT
+        tensors = manifest["tensors"]
+        for name, tensor in tensors.items():
+            assert NAME.fullmatch(name)
+            for block in tensor["blocks"]:
+                assert re.fullmatch(r"rank-\d{5}\.safetensors", block["file"])
+        assert isinstance(manifest["step"], int)
+        assert isinstance(manifest["consumed_samples"], int)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"{path}: not a manifest of format {FORMAT} ({type(error).__name__} {error}); the checkpoint is damaged, "
+            f"resume from an older one with checkpoint.load=RUN/checkpoints/step-NNNNNNNN"
+        ) from None
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def check_model(manifest: dict[str, Any], model: dict[str, Any], folder: Path) -> None:
+    """ValueError if the checkpoint is of another model than `model`, the resolved model section as a dict."""
+    saved = manifest["config"]["model"]
+    ignored = {"init_std"}
+    for key, value in model.items():
+        if key not in ignored and saved.get(key, value) != value:
+            raise ValueError(
+                f"{folder} is of another model: model.{key} is {saved[key]} there and {value} here; "
+                f"use the same model or another train.run_dir"
+            )

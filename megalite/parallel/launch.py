@@ -1,0 +1,110 @@
+"""From the environment that torchrun (or srun) gives a process to a `World`, and back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megalite.config import Config
+from megalite.parallel.groups import DistWorld, SoloWorld, World
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands, by its launcher's environment; one process without a launcher."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_ranks: int
+
+
+def place() -> Place:
+    env = os.environ
+    return Place(
+        int(env.get("RANK", 0)),
+        int(env.get("WORLD_SIZE", 1)),
+        int(env.get("LOCAL_RANK", 0)),
+        int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", 1))),
+    )
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks: fresh pages cost a fault each, 18 times the price of writing them."""
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, -1)
+        libc.mallopt(m_top_pad, 256 * 2**20)
+    except (OSError, AttributeError):
+        return  # not glibc: nothing to tell
+
+
+def set_threads(threads: int, local_ranks: int) -> int:
+    """CPU threads of this rank: `threads`, else what OMP_NUM_THREADS says, else cores / local ranks.
+
+    torchrun sets OMP_NUM_THREADS=1 for its workers where the user did not: that is not a wish.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS")
+    by_user = asked is not None and not (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
+    if not threads:
+        cores = len(os.sched_getaffinity(0))
+        threads = int(asked) if by_user and asked is not None else max(1, cores // local_ranks)
+    torch.set_num_threads(threads)
+    return threads
+
+
+@contextmanager
+def start_world(config: Config) -> Iterator[World]:
+    """The world of this run: gloo on CPU, NCCL on CUDA, no process group at all for one rank."""
+    here = place()
+    warnings.filterwarnings("ignore", message=".*barrier.*device_id.*")
+    cuda = config.train.device == "cuda" or (config.train.device == "auto" and torch.cuda.is_available())
+    device = torch.device("cuda", here.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    set_threads(config.train.threads, here.local_ranks)
+    if here.world_size == 1:
+        yield SoloWorld(device)
+        return
+    timeout = timedelta(seconds=config.parallel.timeout_s)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=_store(here, timeout),
+        rank=here.rank,
+        world_size=here.world_size,
+        timeout=timeout,
+        device_id=device if cuda else None,
+    )
+    try:
+        yield DistWorld(device, config.parallel.timeout_s)
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(here: Place, timeout: timedelta) -> dist.Store:
+    """Where ranks find each other. torchrun's agent serves one, and after a restart it still holds the dead ranks'
+    addresses: each attempt gets a name space of its own.
+    """
+    env = os.environ
+    served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    tcp = dist.TCPStore(
+        env.get("MASTER_ADDR", "127.0.0.1"),
+        int(env.get("MASTER_PORT", 29500)),
+        here.world_size,
+        is_master=not served and here.rank == 0,
+        timeout=timeout,
+        multi_tenant=True,
+    )
+    return dist.PrefixStore(f"megalite/attempt_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", tcp)

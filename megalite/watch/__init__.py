@@ -1,0 +1,1 @@
+"""What a run tells: metrics on disk, a progress line, a plot."""

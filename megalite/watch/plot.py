@@ -1,0 +1,56 @@
+"""The loss curve of a run as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megalite.watch.metrics import read_metrics
+
+
+def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Path | None:
+    """Draw run_dir/loss.png from metrics.jsonl: training loss, its running mean, held-out sets, learning rate.
+
+    `references`: horizontal lines by name, nats per token. None where matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        return None
+    metrics = read_metrics(run_dir)
+    rows = metrics.get("train", [])
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    steps = [row["step"] for row in rows]
+    losses = [row["loss"] for row in rows]
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
+    axes.plot(steps, _running_mean(losses), color="tab:blue", linewidth=1.8, label="training (mean of 10)")
+    held_out: dict[str, list[dict[str, Any]]] = {}
+    for row in metrics.get("eval", []):
+        held_out.setdefault(row["name"], []).append(row)
+    for color, (name, points) in zip(("tab:orange", "tab:green", "tab:red", "tab:purple"), sorted(held_out.items())):
+        axes.plot(
+            [p["step"] for p in points], [p["loss"] for p in points], "o-", color=color, label=f"held out: {name}"
+        )
+    for name, value in (references or {}).items():
+        axes.axhline(value, linestyle="--", linewidth=1, color="gray")
+        axes.annotate(name, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.name)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right", frameon=False)
+    if rows and "lr" in rows[0]:
+        rate = axes.twinx()
+        rate.plot(steps, [row["lr"] for row in rows], color="black", alpha=0.25, linewidth=1)
+        rate.set_ylabel("learning rate (thin line)")
+        rate.set_ylim(bottom=0)
+    figure.tight_layout()
+    path = run_dir / "loss.png"
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path
+
+
+def _running_mean(values: list[float], width: int = 10) -> list[float]:
+    return [sum(values[max(0, i - width + 1) : i + 1]) / (i + 1 - max(0, i - width + 1)) for i in range(len(values))]
