@@ -12,6 +12,7 @@ namespace {
 ScoreShape shape_of(const at::Tensor& t) {
   TORCH_CHECK(t.dim() == 4, "megalite::causal_softmax: scores must be [b, heads, s_q, s_k], got ", t.sizes());
   TORCH_CHECK(t.size(3) >= t.size(2), "megalite::causal_softmax: s_k=", t.size(3), " is less than s_q=", t.size(2));
+  TORCH_CHECK(t.size(3) < (int64_t{1} << 31), "megalite::causal_softmax: s_k=", t.size(3), " is 2^31 or more");
   return {t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2)};
 }
 

@@ -18,51 +18,57 @@ int64_t row_offset(const ScoreShape& s, int64_t row) {
 
 int64_t visible_keys(const ScoreShape& s, int64_t row) { return row % s.queries + 1 + s.keys - s.queries; }
 
+// Rows are walked a little past the diagonal, to a multiple of the widest vector, with hidden keys masked: short rows
+// would otherwise spend most of their time in the loops' scalar tails.
+int32_t walked(int64_t visible, int64_t keys) {
+  return static_cast<int32_t>(std::min<int64_t>(keys, (visible + 15) / 16 * 16));
+}
+
 // `exps` holds the row's exponentials: scratch for bf16, the output row itself otherwise. The row stays in cache
 // between the three loops, so memory is read and written once.
 template <class T, class A>
-MEGALITE_INLINE void forward_row(const T* x, T* y, A* exps, int64_t visible, int64_t keys, A scale) {
-  A peak = -std::numeric_limits<A>::infinity();
+MEGALITE_INLINE void forward_row(const T* x, T* y, A* exps, int32_t visible, int32_t walk, A scale) {
+  constexpr A lowest = -std::numeric_limits<A>::infinity();
+  A peak = lowest;
 #pragma omp simd reduction(max : peak)
-  for (int64_t j = 0; j < visible; ++j) {
-    const A v = widen(x[j]) * scale;
+  for (int32_t j = 0; j < walk; ++j) {
+    const A v = j < visible ? widen(x[j]) * scale : lowest;
     peak = v > peak ? v : peak;
   }
   // All -inf (or NaN): subtracting 0 instead gives zeros (or NaN) where -inf - -inf would give NaN.
-  if (peak == -std::numeric_limits<A>::infinity()) peak = 0;
+  if (peak == lowest) peak = 0;
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < visible; ++j) {
+  for (int32_t j = 0; j < walk; ++j) {
     const A scaled = widen(x[j]) * scale;
-    const A e = exp_nonpositive(scaled - peak);
+    const A e = exp_nonpositive(j < visible ? scaled - peak : lowest);
     exps[j] = e;
     sum += e;
   }
   const A inverse = sum == 0 ? A(0) : 1 / sum;
 #pragma omp simd
-  for (int64_t j = 0; j < visible; ++j) y[j] = narrow<T, A>(exps[j] * inverse);
-  std::memset(y + visible, 0, (keys - visible) * sizeof(T));
+  for (int32_t j = 0; j < walk; ++j) y[j] = narrow<T, A>(exps[j] * inverse);
 }
 
 template <class T, class A>
-MEGALITE_INLINE void backward_row(const T* grad, const T* probs, T* out, int64_t visible, int64_t keys, A scale) {
+MEGALITE_INLINE void backward_row(const T* grad, const T* probs, T* out, int32_t visible, int32_t walk, A scale) {
   A dot = 0;
 #pragma omp simd reduction(+ : dot)
-  for (int64_t j = 0; j < visible; ++j) dot += widen(grad[j]) * widen(probs[j]);
+  for (int32_t j = 0; j < walk; ++j) dot += j < visible ? widen(grad[j]) * widen(probs[j]) : A(0);
 #pragma omp simd
-  for (int64_t j = 0; j < visible; ++j) {
-    out[j] = narrow<T, A>(scale * widen(probs[j]) * (widen(grad[j]) - dot));
+  for (int32_t j = 0; j < walk; ++j) {
+    const A d = scale * widen(probs[j]) * (widen(grad[j]) - dot);
+    out[j] = narrow<T, A>(j < visible ? d : A(0));
   }
-  std::memset(out + visible, 0, (keys - visible) * sizeof(T));
 }
 
 // One function per type and direction, no templates: target_clones does not apply to them.
 #define MEGALITE_ROWS(T, A)                                                                                      \
-  MEGALITE_CLONES void forward(const T* x, T* y, A* exps, int64_t visible, int64_t keys, A scale) {              \
-    forward_row<T, A>(x, y, exps, visible, keys, scale);                                                         \
+  MEGALITE_CLONES void forward(const T* x, T* y, A* exps, int32_t visible, int32_t walk, A scale) {              \
+    forward_row<T, A>(x, y, exps, visible, walk, scale);                                                         \
   }                                                                                                              \
-  MEGALITE_CLONES void backward(const T* grad, const T* probs, T* out, int64_t visible, int64_t keys, A scale) { \
-    backward_row<T, A>(grad, probs, out, visible, keys, scale);                                                  \
+  MEGALITE_CLONES void backward(const T* grad, const T* probs, T* out, int32_t visible, int32_t walk, A scale) { \
+    backward_row<T, A>(grad, probs, out, visible, walk, scale);                                                  \
   }
 MEGALITE_ROWS(float, float)
 MEGALITE_ROWS(double, double)
@@ -79,7 +85,9 @@ void forward_all(const T* scores, T* probs, const ScoreShape& s, double scale) {
     for (int64_t r = begin; r < end; ++r) {
       T* y = probs + r * s.keys;
       A* exps = std::is_same_v<T, A> ? reinterpret_cast<A*>(y) : scratch.get();
-      forward(scores + row_offset(s, r), y, exps, visible_keys(s, r), s.keys, static_cast<A>(scale));
+      const int64_t visible = visible_keys(s, r), walk = walked(visible, s.keys);
+      forward(scores + row_offset(s, r), y, exps, visible, walk, static_cast<A>(scale));
+      std::memset(y + walk, 0, (s.keys - walk) * sizeof(T));
     }
   });
 }
@@ -89,8 +97,9 @@ void backward_all(const T* grad, const T* probs, T* out, const ScoreShape& s, do
   using A = typename Accumulate<T>::type;
   at::parallel_for(0, s.batch * s.heads * s.queries, grain(s), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const int64_t dense = r * s.keys;
-      backward(grad + row_offset(s, r), probs + dense, out + dense, visible_keys(s, r), s.keys, static_cast<A>(scale));
+      const int64_t dense = r * s.keys, visible = visible_keys(s, r), walk = walked(visible, s.keys);
+      backward(grad + row_offset(s, r), probs + dense, out + dense, visible, walk, static_cast<A>(scale));
+      std::memset(out + dense + walk, 0, (s.keys - walk) * sizeof(T));
     }
   });
 }
