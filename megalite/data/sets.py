@@ -103,6 +103,6 @@ def _open(prefix: str, key: str, reader: str) -> IndexedDataset:
 
 
 def _bytes_per_token(data: IndexedDataset) -> float | None:
-    found = data.sidecar.get("bytes")
+    found = data.sidecar.get("text_bytes")
     # the first token of the stream is never predicted
     return found / max(1, data.num_tokens - 1) if isinstance(found, int) and found > 0 else None

@@ -12,7 +12,7 @@ class Metrics:
     """Appends to `run_dir/metrics.jsonl`; a rank that does not report gets `run_dir` None and writes nothing."""
 
     def __init__(self, run_dir: Path | None) -> None:
-        self._file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8") if run_dir else None
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if run_dir else None
 
     def write(self, kind: str, **values: Any) -> None:
         if self._file:

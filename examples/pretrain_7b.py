@@ -1,0 +1,12 @@
+"""Pretrain: `torchrun --nproc_per_node 8 examples/pretrain_7b.py [--preset NAME] [--config FILE] [section.key=value]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megalite.entry import pretrain
+
+if __name__ == "__main__":
+    corpus = Path(__file__).resolve().parent / "corpus"
+    sys.exit(pretrain(sys.argv[1:], default_preset="llama2-7b", corpus=corpus))

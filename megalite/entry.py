@@ -1,0 +1,177 @@
+"""What the scripts in examples/ call: command line to finished run, every mistake told in one line.
+
+All that can be wrong without torch is looked for before torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megalite import plan
+from megalite.checkpoint.folder import check_model, find, latest, read_manifest
+from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
+from megalite.config.load import read_yaml_file
+from megalite.data.sets import DataSets, open_data
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+
+
+def fail(message: object) -> int:
+    """Tell the user once, not once a rank; the other ranks wait a moment so that the launcher lets rank 0 speak."""
+    if RANK == 0:
+        sys.stdout.flush()
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1.0)
+    return 2
+
+
+def say(text: str) -> None:
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
+    """Run `examples/pretrain_7b.py`; gives the exit status. `corpus`: what the preset tiny learns from by itself."""
+    try:
+        request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
+        config, why = configure(request)
+        if request.print_config:
+            say(to_yaml(config).rstrip())
+            return 0
+        say(f"{request.preset or 'model'}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
+        need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
+        if request.dry_run:
+            say(to_yaml(config) + describe(config, need))
+            return 0
+        config = with_corpus(config, corpus, request)
+        data = open_data(config, scan=RANK == 0)
+        resume = resume_from(config)
+        if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:
+            say(
+                f"{config.train.run_dir} is complete: step {read_manifest(resume)['step']} of {config.train.steps}; "
+                f"raise train.steps to go on, or choose another train.run_dir"
+            )
+            return 0
+    except (ConfigError, ValueError, OSError) as error:
+        return fail(error)
+    return run(config, data, resume)
+
+
+def configure(request: Request) -> tuple[Config, str]:
+    """The resolved and checked configuration, and how its topology was chosen."""
+    config, why = plan.choose_topology(request.config, WORLD_SIZE, LOCAL_RANKS, request.explicit)
+    config = resolve(config, WORLD_SIZE)
+    check(config, WORLD_SIZE)
+    return config, why
+
+
+def describe(config: Config, need: plan.Memory) -> str:
+    """The plan in a few lines: stages, batch, memory, work."""
+    p, t = config.parallel, config.train
+    pp = p.pp or 1
+    stages = ", ".join(f"{len(r)}" for r in plan.stage_layers(config))
+    microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
+    tokens = t.global_batch_size * t.seq_len
+    flops = plan.training_flops(config.model, t.seq_len)
+    return (
+        f"plan:\n"
+        f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
+        f"  layers by stage: {stages}; {p.schedule}, {microbatches} microbatches, bubble "
+        f"{(pp - 1) / (microbatches + pp - 1):.1%}\n"
+        f"  memory of the fullest rank: {need.table()}\n"
+        f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
+        f"{t.steps * tokens / 1e6:.1f}e6 tokens in all"
+    )
+
+
+def with_corpus(config: Config, corpus: Path, request: Request) -> Config:
+    """For the preset tiny without data.path: the committed corpus, prepared once and cached."""
+    if config.data.path is not None or request.preset != "tiny":
+        return config
+    from megalite.data.corpus import prepare
+
+    cache = Path(config.data.cache_dir)
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        # the first rank to come prepares, the others find it done
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = prepare(corpus, cache, config.model.vocab_size)
+    data = dataclasses.replace(
+        config.data,
+        path=str(found.train),
+        valid=config.data.valid or {name: str(prefix) for name, prefix in found.heldout.items()},
+        tokenizer=str(found.tokenizer),
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def resume_from(config: Config) -> Path | None:
+    """The checkpoint that train.run_dir goes on from; ConfigError where the folder must not be touched."""
+    run_dir, resume = Path(config.train.run_dir), config.checkpoint.resume
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"train.run_dir={run_dir} is a file; name a folder")
+    newest = latest(run_dir)
+    if resume == "never" and run_dir.is_dir() and any(run_dir.iterdir()):
+        raise ConfigError(
+            f"train.run_dir={run_dir} is not empty and checkpoint.resume=never; choose another folder, "
+            f"or checkpoint.resume=auto to go on"
+        )
+    if newest is None:
+        if resume == "must":
+            raise ConfigError(f"checkpoint.resume=must, but {run_dir} has no finished checkpoint")
+        if run_dir.is_dir() and not (run_dir / "config.yaml").is_file() and any(run_dir.iterdir()):
+            raise ConfigError(f"train.run_dir={run_dir} holds other files; choose a new or empty folder")
+        if config.checkpoint.load is not None:
+            source = find(config.checkpoint.load)
+            check_model(read_manifest(source), dataclasses.asdict(config.model), source)
+        return None
+    check_model(read_manifest(newest), dataclasses.asdict(config.model), newest)
+    saved = run_dir / "config.yaml"
+    for line in changed_keys(saved, config) if saved.is_file() else []:
+        say(f"changed since the last run: {line}")
+    return newest
+
+
+def changed_keys(saved: Path, config: Config) -> list[str]:
+    """`section.key: old -> new` of every key in which `config` differs from the saved one."""
+    from megalite.config import from_mapping
+
+    old, new = dataclasses.asdict(from_mapping(read_yaml_file(saved), str(saved))), dataclasses.asdict(config)
+    return [
+        f"{section}.{key}: {old[section][key]} -> {value}"
+        for section, values in new.items()
+        for key, value in values.items()
+        if old[section][key] != value
+    ]
+
+
+def run(config: Config, data: DataSets, resume: Path | None) -> int:
+    """Import torch, start the world, train; gives the exit status."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    import torch
+
+    from megalite.parallel.launch import start_world
+    from megalite.trainer import TrainingError, train
+
+    try:
+        with start_world(config) as world:
+            train(config, data, world, resume)
+    except (TrainingError, ValueError, OSError) as error:
+        return fail(error)
+    except torch.OutOfMemoryError as error:
+        print(f"error: rank {RANK} ran out of memory: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        os._exit(1)
+    except RuntimeError as error:
+        # a peer is gone: say so and end at once, so that the launcher can end the others
+        print(f"error: rank {RANK} lost the others: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        os._exit(1)
+    return 0

@@ -1,0 +1,249 @@
+"""One loop for every kind of training: what differs is the data and the configuration, never the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalite import checkpoint
+from megalite.build import Engine, Microbatch, build
+from megalite.config import Config, to_yaml
+from megalite.data.dataset import Batch, WindowDataset
+from megalite.data.sets import DataSets
+from megalite.optim.adamw import clip_scale
+from megalite.optim.lr import learning_rate
+from megalite.parallel.groups import World
+from megalite.watch.metrics import Metrics
+from megalite.watch.plot import plot_losses
+from megalite.watch.progress import Progress
+from megalite.watch.stop import Stop
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, and the user has to change something."""
+
+
+@dataclass
+class State:
+    """What a checkpoint keeps beside tensors. `consumed_samples` is the data cursor: samples used, not fetched."""
+
+    step: int = 0
+    consumed_samples: int = 0
+    best_loss: float | None = None
+    evals_without_gain: int = 0
+    data: str = ""
+
+
+@dataclass
+class Run:
+    """One rank's run: the engine and all that watches it."""
+
+    config: Config
+    engine: Engine
+    data: DataSets
+    state: State
+    metrics: Metrics
+    progress: Progress
+    stop: Stop
+    saved_step: int = -1
+
+
+def train(config: Config, data: DataSets, world: World, resume: Path | None) -> State:
+    """Train (or with train.eval_only evaluate) a resolved, checked configuration to its end or until it is stopped.
+
+    `resume`: the checkpoint to go on from, the same on every rank. Raises TrainingError where a loss is not finite.
+    """
+    run = _start(config, data, world, resume)
+    try:
+        if run.state.step == 0 or config.train.eval_only:
+            evaluate(run)
+        while not config.train.eval_only and run.state.step < config.train.steps:
+            reason = train_step(run)
+            if _due(run, config.train.eval_interval):
+                evaluate(run)
+                reason = reason or _no_gain(run)
+            if _due(run, config.checkpoint.interval) or reason:
+                save(run)
+            if reason:
+                run.progress.say(f"stopped at step {run.state.step}: {reason}; the same command goes on from here")
+                break
+        _finish(run)
+    finally:
+        run.stop.close()
+        run.metrics.close()
+    return run.state
+
+
+def _start(config: Config, data: DataSets, world: World, resume: Path | None) -> Run:
+    run_dir, first = Path(config.train.run_dir), world.rank == 0
+    engine = build(config, world)
+    state = State(data=data.fingerprint)
+    progress = Progress(first, config.train.steps, config.log.interval)
+    source = resume or (checkpoint.find(config.checkpoint.load) if config.checkpoint.load else None)
+    if source is not None:
+        whole = resume is not None or config.checkpoint.load_optim
+        state = load(engine, source, state, whole)
+        progress.say(f"loaded {source}" + (f", at step {state.step}" if whole else ", weights only"))
+        if whole and state.data != data.fingerprint:
+            progress.say(f"note: the data was {state.data} and is now {data.fingerprint}; the order of samples changes")
+            state.data = data.fingerprint
+    if first:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        keep = run_dir / "config.yaml"
+        if keep.exists() and keep.read_text() != to_yaml(config):
+            keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")
+        keep.write_text(to_yaml(config), encoding="utf-8")
+        (run_dir / "STOP").unlink(missing_ok=True)
+    metrics = Metrics(run_dir if first else None)
+    metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
+    return Run(config, engine, data, state, metrics, progress, Stop(run_dir, config.train.time_limit_s))
+
+
+def train_step(run: Run) -> str:
+    """One optimizer step on the next global batch; gives the reason to stop after it, or ''."""
+    began = time.monotonic()
+    c, engine, state = run.config, run.engine, run.state
+    rate = learning_rate(c.optim, state.consumed_samples)
+    microbatches = _microbatches(run, run.data.train, state.consumed_samples, c.train.global_batch_size)
+    loss_sum, tokens = engine.forward_backward(microbatches)
+    stop = run.stop.asked()
+    loss_sum, tokens, squares, stops = _sum(engine, loss_sum, tokens, engine.gradient_squares(), float(stop))
+    norm, scale = clip_scale(c.optim, squares, tokens)
+    loss = loss_sum / max(tokens, 1.0)
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise TrainingError(
+            f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the last "
+            f"checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
+        )
+    engine.grads.flat.mul_(scale)
+    engine.optimizer.step(rate)
+    state.step += 1
+    state.consumed_samples += c.train.global_batch_size
+    seconds = time.monotonic() - began
+    speed = c.train.global_batch_size * c.train.seq_len / seconds
+    run.metrics.write(
+        "train", step=state.step, loss=loss, grad_norm=norm, lr=rate, tokens_per_s=speed, samples=state.consumed_samples
+    )
+    run.progress.step(state.step, f"loss {loss:.4f}  grad norm {norm:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s")
+    return (run.stop.reason or "another rank was told to") if stops else ""
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Mean nats per token of every held-out set, reported by name; also bits per byte where the text is known."""
+    c, t = run.config, run.config.train
+    losses: dict[str, float] = {}
+    for name, windows in run.data.heldout.items():
+        count = min(len(windows), t.eval_samples or len(windows))
+        unit = t.micro_batch_size * run.engine.mesh.dp.size
+        # past the end windows are masked: the last batch is filled up with them
+        microbatches = _microbatches(run, windows, 0, -(-count // unit) * unit, count)
+        loss_sum, tokens = _sum(run.engine, *run.engine.evaluate(microbatches))
+        losses[name] = loss_sum / max(tokens, 1.0)
+        row: dict[str, Any] = {"step": run.state.step, "name": name, "loss": losses[name], "tokens": int(tokens)}
+        text = f"held out {name}: {losses[name]:.4f} nats/token"
+        per_token = run.data.bytes_per_token[name]
+        if per_token:
+            row["bits_per_byte"] = losses[name] / math.log(2) / per_token
+            text += f", {row['bits_per_byte']:.4f} bits/byte"
+        run.metrics.write("eval", **row)
+        run.progress.say(f"step {run.state.step:>{len(str(c.train.steps))}}/{c.train.steps}  {text}")
+    if losses:
+        mean = sum(losses.values()) / len(losses)
+        better = run.state.best_loss is None or mean < run.state.best_loss
+        run.state.evals_without_gain = 0 if better else run.state.evals_without_gain + 1
+        run.state.best_loss = mean if better else run.state.best_loss
+    return losses
+
+
+def save(run: Run) -> Path:
+    """Write a checkpoint of this step, once."""
+    engine, state = run.engine, run.state
+    if run.saved_step != state.step:
+        run_dir = Path(run.config.train.run_dir)
+        weights: dict[str, torch.Tensor] = dict(engine.parameters)
+        kinds = {"weight": weights, **engine.optimizer.state()}
+        folder = checkpoint.save(
+            run_dir, run.config, engine.mesh, engine.shards, kinds, engine.owned(), dataclasses.asdict(state)
+        )
+        run.saved_step = state.step
+        run.metrics.write("checkpoint", step=state.step, folder=str(folder))
+    return checkpoint.folder.step_folder(Path(run.config.train.run_dir), state.step)
+
+
+def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
+    """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.folder.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
+    checkpoint.load(folder, manifest, engine.shards, {"weight": dict(engine.parameters)})
+    engine.optimizer.adopt()
+    if not whole:
+        return state
+    kinds = engine.optimizer.state()
+    if "master" in kinds and not any(name.startswith("master.") for name in manifest["tensors"]):
+        kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
+    checkpoint.load(folder, manifest, engine.shards, kinds)
+    engine.optimizer.set_step(manifest["step"])
+    return State(**{f.name: manifest[f.name] for f in dataclasses.fields(State)})
+
+
+def _microbatches(
+    run: Run, dataset: WindowDataset, start: int, count: int, limit: int | None = None
+) -> list[Microbatch]:
+    """This replica's share of samples [start, start + count): replicas take turns, a microbatch each.
+
+    Samples from `limit` on are masked.
+    """
+    size, dp = run.config.train.micro_batch_size, run.engine.mesh.dp
+    firsts = range(start + dp.rank * size, start + count, size * dp.size)
+    return [_microbatch(run, dataset.batch(range(first, first + size)), first, limit) for first in firsts]
+
+
+def _microbatch(run: Run, batch: Batch, first: int, limit: int | None) -> Microbatch:
+    vocab_size, device = run.config.model.vocab_size, run.engine.mesh.device
+    largest = max(int(batch.tokens.max()), int(batch.labels.max()))
+    if largest >= vocab_size:
+        raise TrainingError(
+            f"sample {first}: token {largest} is not below model.vocab_size={vocab_size}; "
+            f"preprocess the text with the model's own tokenizer"
+        )
+    if limit is not None and first + len(batch.tokens) > limit:
+        batch.loss_mask[max(0, limit - first) :] = 0
+    tensors = [None if x is None else torch.from_numpy(x).to(device, non_blocking=True) for x in batch]
+    return Microbatch(*tensors)  # type: ignore[arg-type]
+
+
+def _sum(engine: Engine, *values: float) -> Sequence[float]:
+    """Sum numbers over all ranks: the one small collective of a step, in float64."""
+    return engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64, device=engine.mesh.device)).tolist()
+
+
+def _due(run: Run, interval: int) -> bool:
+    return run.state.step == run.config.train.steps or (interval > 0 and run.state.step % interval == 0)
+
+
+def _no_gain(run: Run) -> str:
+    patience = run.config.train.patience
+    if patience and run.state.evals_without_gain >= patience and run.state.step < run.config.train.steps:
+        return f"{patience} evaluations without a better held-out loss than {run.state.best_loss:.4f}"
+    return ""
+
+
+def _finish(run: Run) -> None:
+    c = run.config
+    run_dir = Path(c.train.run_dir)
+    run.metrics.write("end", at_step=run.state.step)
+    if run.engine.mesh.world.rank == 0:
+        done = run.state.step >= c.train.steps and not c.train.eval_only
+        if done:
+            run.progress.say(f"checkpoint {checkpoint.latest(run_dir)}")
+        if c.log.plot and not c.train.eval_only:
+            picture = plot_losses(run_dir)
+            run.progress.say(f"plot {picture}" if picture else "no plot: pip install 'megalite[plot]'")
+    run.engine.mesh.world.barrier()
