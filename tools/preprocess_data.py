@@ -8,7 +8,6 @@ writes my_text_document.bin, .idx and .json.
 
 import argparse
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -88,5 +87,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, BrokenProcessPool) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{Path(__file__).name}: {error}")

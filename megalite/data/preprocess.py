@@ -4,10 +4,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing import Pipe, Process
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,10 @@ class Encoded(NamedTuple):
     empty: int
 
 
+# One Encoded per key, and the reasons of the rows left out.
+Answer = tuple[list[Encoded], list[str]]
+
+
 class Encoder:
     """Encodes batches of rows; one lives in each worker process."""
 
@@ -58,8 +63,7 @@ class Encoder:
         self.end = [] if eod_id is None else [eod_id]
         self.skip_bad_rows = skip_bad_rows
 
-    def __call__(self, rows: Sequence[Row]) -> tuple[list[Encoded], list[str]]:
-        """One Encoded per key, and the reasons of the rows left out."""
+    def __call__(self, rows: Sequence[Row]) -> Answer:
         columns: list[list[str]] = [[] for _ in self.keys]
         bad = []
         for row in rows:
@@ -83,18 +87,6 @@ class Encoder:
         )
 
 
-_worker: Encoder
-
-
-def _start_worker(tokenizer: Path, keys: Sequence[str], eod_id: int | None, skip_bad_rows: bool) -> None:
-    global _worker
-    _worker = Encoder(load_tokenizer(tokenizer), keys, eod_id, skip_bad_rows)
-
-
-def _run_worker(rows: Sequence[Row]) -> tuple[list[Encoded], list[str]]:
-    return _worker(rows)
-
-
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     batch: list[Row] = []
     size = 0
@@ -108,17 +100,76 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _ordered_map(
-    executor: ProcessPoolExecutor, function: Callable[[list[Row]], Any], batches: Iterable[list[Row]], ahead: int
-) -> Iterator[Any]:
-    """Results in the order of the batches, with at most `ahead` of them in flight."""
-    pending: deque[Future[Any]] = deque()
+def _serve(connection: Connection, tokenizer: Path, *settings: Any) -> None:
+    """A worker process: answers each batch until the other end closes."""
+    encode = Encoder(load_tokenizer(tokenizer), *settings)
+    try:
+        while True:
+            rows = connection.recv()
+            try:
+                connection.send(encode(rows))
+            except ValueError as error:
+                connection.send(error)
+    except (EOFError, OSError, KeyboardInterrupt):
+        pass
+
+
+class Worker:
+    """A worker process and our end of the pipe to it.
+
+    A pipe for each worker, rather than the shared queues of a process pool: when one is killed while it writes
+    to a queue, the pool waits for ever.
+    """
+
+    def __init__(self, tokenizer: Path, *settings: Any) -> None:
+        self.pipe, theirs = Pipe()
+        self.process = Process(target=_serve, args=(theirs, tokenizer, *settings), daemon=True)
+        self.process.start()
+        # Only the worker may hold this end, or its death would go unseen.
+        theirs.close()
+
+    def send(self, batch: list[Row]) -> None:
+        try:
+            self.pipe.send(batch)
+        except OSError as error:
+            raise self._died() from error
+
+    def receive(self) -> Answer:
+        try:
+            answer: Answer | ValueError = self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
+
+    def _died(self) -> ValueError:
+        self.process.join()
+        return ValueError(
+            f"a worker process died (exit code {self.process.exitcode}), most likely for want of memory; "
+            f"use fewer workers"
+        )
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
+
+
+def _parallel(batches: Iterable[list[Row]], workers: Sequence[Worker]) -> Iterator[Answer]:
+    """The answers in the order of the batches, which are dealt to the workers in turn."""
+    idle, busy = deque(workers), deque[Worker]()
     for batch in batches:
-        pending.append(executor.submit(function, batch))
-        if len(pending) >= ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+        answer = None
+        if not idle:
+            answer = busy[0].receive()
+            idle.append(busy.popleft())
+        idle[0].send(batch)
+        busy.append(idle.popleft())
+        if answer is not None:
+            yield answer
+    while busy:
+        yield busy.popleft().receive()
 
 
 def preprocess(
@@ -154,15 +205,16 @@ def preprocess(
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(each.prefix, tokenizer.vocab_size)) for each in written]
         batches = _batches(read_rows(files, document_per))
-        results: Iterable[tuple[list[Encoded], list[str]]]
+        settings = (keys, eod_id, skip_bad_rows)
         if workers == 1:
-            results = map(Encoder(tokenizer, keys, eod_id, skip_bad_rows), batches)
+            answers: Iterator[Answer] = map(Encoder(tokenizer, *settings), batches)
         else:
-            settings = (tokenizer.path, keys, eod_id, skip_bad_rows)
-            executor = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=settings)
-            stack.callback(executor.shutdown, cancel_futures=True)
-            results = _ordered_map(executor, _run_worker, batches, ahead=4 * workers)
-        _write(results, writers, report, log_interval)
+            started: list[Worker] = []
+            for _ in range(workers):
+                started.append(Worker(tokenizer.path, *settings))
+                stack.callback(started[-1].close)
+            answers = _parallel(batches, started)
+        _write(answers, writers, report, log_interval)
         if not any(each.documents for each in written):
             raise ValueError(f"{', '.join(map(str, files))}: no document with any text; check the input")
         for writer, each in zip(writers, written):
@@ -181,13 +233,13 @@ def preprocess(
 
 
 def _write(
-    results: Iterable[tuple[list[Encoded], list[str]]],
+    answers: Iterable[Answer],
     writers: Sequence[IndexedWriter],
     report: Report,
     log_interval: int,
 ) -> None:
     started, logged = time.monotonic(), 0
-    for columns, bad in results:
+    for columns, bad in answers:
         report.bad_rows += bad
         for writer, column, each in zip(writers, columns, report.written):
             for document in np.split(column.tokens, np.cumsum(column.lengths)[:-1]) if column.lengths else ():

@@ -1,12 +1,15 @@
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megalite.data import preprocess as module
+from megalite.data.documents import Row
 from megalite.data.indexed import IndexedDataset, paths
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import Tokenizer
@@ -72,6 +75,20 @@ def test_bad_rows_stop_or_are_skipped(bad_source: Path, tokenizer: Tokenizer, tm
     assert set(tmp_path.iterdir()) == before
     report = preprocess([bad_source], tmp_path / "out", tokenizer, workers=workers, skip_bad_rows=True)
     assert (report.written[0].documents, report.empty, len(report.bad_rows)) == (2, 1, 1)
+
+
+def test_a_killed_worker_is_noticed(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def rows_and_a_kill(*_: object) -> Iterator[Row]:
+        for number in range(5000):
+            if number == 2000:
+                multiprocessing.active_children()[-1].kill()
+            yield Row(f"x:{number}", b"some words " * 100, False)
+
+    monkeypatch.setattr(module, "read_rows", rows_and_a_kill)
+    with pytest.raises(ValueError, match=r"a worker process died \(exit code -9\).*use fewer workers"):
+        preprocess(["x"], tmp_path / "out", tokenizer, workers=2)
+    assert list(tmp_path.iterdir()) == []
+    assert multiprocessing.active_children() == []
 
 
 def test_existing_output_is_kept_unless_told(source: Path, tokenizer: Tokenizer, tmp_path: Path):
