@@ -10,6 +10,7 @@ import fcntl
 import os
 import sys
 import time
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from megalite import plan
 from megalite.checkpoint.folder import check_model, find, latest, read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.load import read_yaml_file
-from megalite.data.sets import DataSets, open_data
+
+if typing.TYPE_CHECKING:
+    from megalite.data.sets import DataSets
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -53,6 +56,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
             say(to_yaml(config) + describe(config, need))
             return 0
         config = with_corpus(config, corpus, request)
+        from megalite.data.sets import open_data
+
         data = open_data(config, scan=RANK == 0)
         resume = resume_from(config)
         if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:

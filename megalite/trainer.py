@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
-from megalite import checkpoint
 from megalite.build import Engine, Microbatch, build
+from megalite.checkpoint import folder as folders
+from megalite.checkpoint.load import load as load_tensors
+from megalite.checkpoint.save import save as save_tensors
 from megalite.config import Config, to_yaml
 from megalite.data.dataset import Batch, WindowDataset
 from megalite.data.sets import DataSets
@@ -86,7 +88,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     engine = build(config, world)
     state = State(data=data.fingerprint)
     progress = Progress(first, config.train.steps, config.log.interval)
-    source = resume or (checkpoint.find(config.checkpoint.load) if config.checkpoint.load else None)
+    source = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
     if source is not None:
         whole = resume is not None or config.checkpoint.load_optim
         state = load(engine, source, state, whole)
@@ -169,26 +171,26 @@ def save(run: Run) -> Path:
         run_dir = Path(run.config.train.run_dir)
         weights: dict[str, torch.Tensor] = dict(engine.parameters)
         kinds = {"weight": weights, **engine.optimizer.state()}
-        folder = checkpoint.save(
+        folder = save_tensors(
             run_dir, run.config, engine.mesh, engine.shards, kinds, engine.owned(), dataclasses.asdict(state)
         )
         run.saved_step = state.step
         run.metrics.write("checkpoint", step=state.step, folder=str(folder))
-    return checkpoint.folder.step_folder(Path(run.config.train.run_dir), state.step)
+    return folders.step_folder(Path(run.config.train.run_dir), state.step)
 
 
 def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
-    manifest = checkpoint.read_manifest(folder)
-    checkpoint.folder.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
-    checkpoint.load(folder, manifest, engine.shards, {"weight": dict(engine.parameters)})
+    manifest = folders.read_manifest(folder)
+    folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
+    load_tensors(folder, manifest, engine.shards, {"weight": dict(engine.parameters)})
     engine.optimizer.adopt()
     if not whole:
         return state
     kinds = engine.optimizer.state()
     if "master" in kinds and not any(name.startswith("master.") for name in manifest["tensors"]):
         kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
-    checkpoint.load(folder, manifest, engine.shards, kinds)
+    load_tensors(folder, manifest, engine.shards, kinds)
     engine.optimizer.set_step(manifest["step"])
     return State(**{f.name: manifest[f.name] for f in dataclasses.fields(State)})
 
@@ -242,7 +244,7 @@ def _finish(run: Run) -> None:
     if run.engine.mesh.world.rank == 0:
         done = run.state.step >= c.train.steps and not c.train.eval_only
         if done:
-            run.progress.say(f"checkpoint {checkpoint.latest(run_dir)}")
+            run.progress.say(f"checkpoint {folders.latest(run_dir)}")
         if c.log.plot and not c.train.eval_only:
             picture = plot_losses(run_dir)
             run.progress.say(f"plot {picture}" if picture else "no plot: pip install 'megalite[plot]'")
