@@ -1,11 +1,10 @@
 """The compiled kernels' Python face: for each op a torch reference, an autograd function, and the choice of kernel."""
 
-from megalite.ops.kernel import Kernel, available, compiled
+from megalite.ops.kernel import available, compiled
 from megalite.ops.rope import apply_rope, apply_rope_reference, rope_cos_sin
 from megalite.ops.softmax import causal_softmax, causal_softmax_reference
 
 __all__ = [
-    "Kernel",
     "apply_rope",
     "apply_rope_reference",
     "available",

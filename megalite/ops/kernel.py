@@ -3,11 +3,8 @@
 import functools
 import importlib
 import logging
-from typing import Literal
 
 import torch
-
-Kernel = Literal["auto", "fused", "torch"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +49,7 @@ def available() -> dict[str, dict[str, list[str]]]:
     return {op: {d: ["fused"] * compiled(op, d) + ["torch"] for d in _DISPATCH_KEYS} for op in _OPS}
 
 
-def use_fused(op: str, kernel: Kernel, x: torch.Tensor) -> bool:
+def use_fused(op: str, kernel: str, x: torch.Tensor) -> bool:
     """Whether `op` on `x` runs the compiled kernel rather than the torch reference.
 
     `kernel` is "fused", "torch", or "auto": fused where it is compiled for x's device and takes x's dtype. The
@@ -62,7 +59,7 @@ def use_fused(op: str, kernel: Kernel, x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _use_fused(op: str, kernel: Kernel, device: str, dtype: torch.dtype) -> bool:
+def _use_fused(op: str, kernel: str, device: str, dtype: torch.dtype) -> bool:
     if kernel not in ("auto", "fused", "torch"):
         raise ValueError(f'kernel={kernel!r} of {op} is unknown; use "auto", "fused" or "torch"')
     if kernel == "torch":

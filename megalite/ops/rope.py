@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from megalite.ops.kernel import Kernel, use_fused
+from megalite.ops.kernel import use_fused
 
 
 def rope_cos_sin(
@@ -26,7 +26,7 @@ def rope_cos_sin(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernel: Kernel = "auto") -> torch.Tensor:
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernel: str = "auto") -> torch.Tensor:
     """Rotate the first rot_dim features of every head: (x1, x2) -> (x1·cos - x2·sin, x2·cos + x1·sin).
 
     x: [b, s, heads, head_dim], or [b, s, groups, heads, head_dim] as the queries of a fused qkv view lie. Any

@@ -3,10 +3,10 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from megalite.ops.kernel import Kernel, use_fused
+from megalite.ops.kernel import use_fused
 
 
-def causal_softmax(scores: torch.Tensor, scale: float, kernel: Kernel = "auto") -> torch.Tensor:
+def causal_softmax(scores: torch.Tensor, scale: float, kernel: str = "auto") -> torch.Tensor:
     """softmax(mask(scale · scores)) over the last dim, in scores' dtype.
 
     scores: [b, heads, s_q, s_k], any strides, s_k >= s_q. The last query sees every key, query i the first
