@@ -62,30 +62,41 @@ class ThreadGroup(Group):
 
 
 class _Receipt:
-    def __init__(self, mailbox: queue.Queue[Tensor], buffer: Tensor, timeout_s: float) -> None:
+    def __init__(self, mailbox: queue.Queue[Tensor | None], buffer: Tensor, timeout_s: float) -> None:
         self.mailbox, self.buffer, self.timeout_s = mailbox, buffer, timeout_s
 
     def wait(self) -> None:
-        self.buffer.copy_(self.mailbox.get(timeout=self.timeout_s))
+        x = self.mailbox.get(timeout=self.timeout_s)
+        if x is None:
+            raise threading.BrokenBarrierError
+        self.buffer.copy_(x)
 
 
 class _Shared:
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
         self.boards: dict[tuple[int, ...], _Board] = {}
-        self.mail: dict[tuple[int, int], queue.Queue[Tensor]] = {
+        # None in a mailbox: the run has ended
+        self.mail: dict[tuple[int, int], queue.Queue[Tensor | None]] = {
             (source, target): queue.Queue() for source in range(size) for target in range(size)
         }
         self.lock = threading.Lock()
+        self.aborted = False
 
     def board(self, ranks: tuple[int, ...]) -> _Board:
         with self.lock:
-            return self.boards.setdefault(ranks, _Board(len(ranks), self.timeout_s))
+            board = self.boards.setdefault(ranks, _Board(len(ranks), self.timeout_s))
+            if self.aborted:
+                board.barrier.abort()
+            return board
 
     def abort(self) -> None:
         with self.lock:
+            self.aborted = True
             for board in self.boards.values():
                 board.barrier.abort()
+            for mailbox in self.mail.values():
+                mailbox.put(None)
 
 
 class ThreadWorld:
@@ -118,13 +129,14 @@ def run_threads(size: int, main: Callable[[ThreadWorld], T], timeout_s: float = 
     shared = _Shared(size, timeout_s)
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
+    # a broken barrier is only the echo of another rank's error
+    echoes: list[BaseException] = []
 
     def call(rank: int) -> None:
         try:
             results[rank] = main(ThreadWorld(rank, shared))
         except BaseException as error:
-            # a broken barrier is only the echo of another rank's error
-            errors.append(error) if isinstance(error, threading.BrokenBarrierError) else errors.insert(0, error)
+            (echoes if isinstance(error, threading.BrokenBarrierError) else errors).append(error)
             shared.abort()
 
     threads = [threading.Thread(target=call, args=(rank,), daemon=True) for rank in range(size)]
@@ -132,6 +144,6 @@ def run_threads(size: int, main: Callable[[ThreadWorld], T], timeout_s: float = 
         thread.start()
     for thread in threads:
         thread.join()
-    if errors:
-        raise errors[0]
+    if errors or echoes:
+        raise (errors + echoes)[0]
     return results
