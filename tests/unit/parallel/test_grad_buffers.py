@@ -1,0 +1,213 @@
+"""The flat gradient buffer: where gradients lie, how they add up, and when a bucket travels."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megalite.parallel.grad_buffers import GradBuffers, all_reduce_together
+from megalite.parallel.groups import Group, Pending
+from megalite.parallel.threads import run_threads
+
+ONE = Group([0], 0)
+HUGE, TINY = 2.0**40, 1.0
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    generator = torch.Generator().manual_seed(0)  # threads share the global one
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_(0.0, 0.5, generator=generator)
+    return net.to(dtype)
+
+
+def data(seed: int) -> Tensor:
+    return torch.randn(7, 3, generator=torch.Generator().manual_seed(seed))
+
+
+class Recorder(Group):
+    """A group of two whose other rank never speaks: writes down what is started and waited for."""
+
+    def __init__(self, buffers: list[str]) -> None:
+        super().__init__([0, 1], 0)
+        self.said = buffers
+
+    def start_all_reduce(self, x: Tensor, op: str = "sum") -> Pending:
+        said, number = self.said, sum(word.startswith("start") for word in self.said)
+        said.append(f"start {number}")
+
+        class Wait:
+            def wait(self) -> None:
+                said.append(f"wait {number}")
+
+        return Wait()
+
+
+def test_layout() -> None:
+    net = model()
+    parameters = dict(net.named_parameters())
+    buffers = GradBuffers(parameters, ONE, HUGE, overlap=True)
+    assert buffers.flat.shape == (sum(p.numel() for p in parameters.values()),)
+    assert buffers.main_grad.keys() == parameters.keys()
+    offset = 0
+    for name in list(parameters)[::-1]:  # as backward reaches them
+        view = buffers.main_grad[name]
+        assert view.shape == parameters[name].shape
+        assert view.is_contiguous()
+        assert view.data_ptr() == buffers.flat[offset:].data_ptr()
+        offset += view.numel()
+
+
+@pytest.mark.parametrize(
+    ("bucket_bytes", "sizes"),
+    [
+        # last layer's bias 2 and weight 10, then 5 and 20, then 4 and 12, at 4 bytes an element
+        (TINY, [2, 10, 5, 20, 4, 12]),
+        (12 * 4, [12, 25, 16]),
+        (12 * 4 + 1, [17, 20, 16]),
+        (HUGE, [53]),
+    ],
+)
+def test_buckets_close_when_full(bucket_bytes: float, sizes: list[int]) -> None:
+    buffers = GradBuffers(dict(model().named_parameters()), ONE, bucket_bytes, overlap=True)
+    assert [bucket.flat.numel() for bucket in buffers.buckets] == sizes
+    assert [name for bucket in buffers.buckets for name in bucket.names] == list(buffers.main_grad)
+    start = 0
+    for bucket in buffers.buckets:  # one after the other in one buffer
+        assert bucket.flat.data_ptr() == buffers.flat[start:].data_ptr()
+        start += bucket.flat.numel()
+
+
+def test_gradients_add_up_over_microbatches_and_steps_begin_afresh() -> None:
+    net, plain = model(), model()
+    buffers = GradBuffers(dict(net.named_parameters()), ONE, HUGE, overlap=True)
+    for step in range(2):
+        plain.zero_grad()
+        buffers.begin(3)
+        for m in range(3):
+            for each in (net, plain):
+                each(data(10 * step + m)).square().sum().backward()
+        buffers.finish()
+        for name, p in plain.named_parameters():
+            assert torch.equal(buffers.main_grad[name], p.grad)
+            assert net.get_parameter(name).grad is buffers.main_grad[name]
+
+
+def test_half_precision_adds_up_in_fp32() -> None:
+    """257 ones are 256 when summed in bfloat16."""
+    p = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    buffers = GradBuffers({"p": p}, ONE, HUGE, overlap=True)
+    buffers.begin(257)
+    for _ in range(257):
+        p.sum().backward()
+    assert buffers.main_grad["p"].dtype == torch.float32
+    assert buffers.main_grad["p"].tolist() == [257, 257, 257]
+    assert p.grad is None
+
+
+def test_a_float64_gradient_stays_float64() -> None:
+    assert GradBuffers(dict(model(torch.float64).named_parameters()), ONE, HUGE, True).flat.dtype == torch.float64
+
+
+def run_recorded(overlap: bool, bucket_bytes: float = TINY, microbatches: int = 2) -> list[str]:
+    """What happens in one step: "B2 of 1" when the gradient reaches the output of layer 2 in microbatch 1."""
+    said: list[str] = []
+    net = model()
+    buffers = GradBuffers(dict(net.named_parameters()), Recorder(said), bucket_bytes, overlap)
+    buffers.begin(microbatches)
+    for m in range(microbatches):
+        x = data(m)
+        for number, layer in enumerate(net):
+            x = layer(x)
+            if isinstance(layer, nn.Linear):
+                x.register_hook(lambda grad, number=number, m=m: said.append(f"B{number} of {m}"))
+        x.square().sum().backward()
+    said.append("finish")
+    buffers.finish()
+    return said
+
+
+def test_a_bucket_starts_when_its_last_gradient_of_the_last_microbatch_is_there() -> None:
+    said = run_recorded(overlap=True, bucket_bytes=12 * 4)
+    assert said[:3] == ["B4 of 0", "B2 of 0", "B0 of 0"]
+    assert said[3:9] == ["B4 of 1", "start 0", "B2 of 1", "start 1", "B0 of 1", "start 2"]
+    assert said[9:] == ["finish", "wait 0", "wait 1", "wait 2"]
+
+
+def test_without_overlap_nothing_starts_before_the_end() -> None:
+    said = run_recorded(overlap=False)
+    assert said[6:] == ["finish", *(f"start {i}" for i in range(6)), *(f"wait {i}" for i in range(6))]
+
+
+def test_a_parameter_used_twice_is_waited_for_once() -> None:
+    """Tied weights on one stage: both uses are in the gradient before the bucket travels."""
+    said: list[str] = []
+    w = nn.Parameter(torch.eye(2))
+    buffers = GradBuffers({"w": w}, Recorder(said), TINY, overlap=True)
+    buffers.begin(1)
+    x = torch.ones(1, 2) @ w
+    x.register_hook(lambda grad: said.append("first use"))
+    (x @ w).sum().backward()
+    assert said == ["first use", "start 0"]
+    assert buffers.main_grad["w"].tolist() == [[2, 2], [2, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_overlap_changes_no_bit(dtype: torch.dtype) -> None:
+    def main(world: Any, overlap: bool) -> Tensor:
+        net = model(dtype)
+        group = world.split([[0, 1, 2]])
+        buffers = GradBuffers(dict(net.named_parameters()), group, 12 * 4, overlap)
+        for _ in range(2):  # a second step must not see the first one's pending
+            buffers.begin(2)
+            for m in range(2):
+                net(data(10 * world.rank + m).to(dtype)).square().sum().backward()
+            buffers.finish()
+        return buffers.flat
+
+    with_overlap = run_threads(3, lambda world: main(world, True))
+    without = run_threads(3, lambda world: main(world, False))
+    assert all(torch.equal(flat, with_overlap[0]) for flat in with_overlap + without)
+
+    # and it is the sum of what each replica alone would have
+    total = torch.zeros_like(with_overlap[0])
+    for rank in range(3):
+        net = model(dtype)
+        buffers = GradBuffers(dict(net.named_parameters()), ONE, HUGE, overlap=True)
+        buffers.begin(2)
+        for m in range(2):
+            net(data(10 * rank + m).to(dtype)).square().sum().backward()
+        total += buffers.flat
+    torch.testing.assert_close(with_overlap[0], total, rtol=1e-5, atol=1e-6)
+
+
+def test_trace_encloses_the_reduction() -> None:
+    said: list[str] = []
+    net = model()
+    buffers = GradBuffers(dict(net.named_parameters()), Recorder(said), HUGE, overlap=True)
+
+    def trace(name: str) -> Any:
+        said.append(f"begin {name}")
+        return lambda: said.append(f"end {name}")
+
+    buffers.trace = trace
+    buffers.begin(1)
+    net(data(0)).sum().backward()
+    buffers.finish()
+    assert said == ["begin reduce bucket 0", "start 0", "wait 0", "end reduce bucket 0"]
+
+
+def test_all_reduce_together() -> None:
+    def main(world: Any) -> list[Tensor]:
+        r = float(world.rank + 1)
+        big = torch.full((4, 4), r)
+        tensors = [torch.full((3,), r), big[:, 1:3], torch.tensor(10 * r)]  # the second lies in strides
+        all_reduce_together(tensors, world.split([[0, 1, 2]]))
+        all_reduce_together([], world.split([[0, 1, 2]]))
+        assert bool((big[:, 0] == r).all())
+        return tensors
+
+    for tensors in run_threads(3, main):
+        assert [t.unique().tolist() for t in tensors] == [[6], [6], [60]]
