@@ -19,7 +19,9 @@ def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 def optimizer(model: nn.Module, config: OptimConfig = CONFIG) -> tuple[AdamW, dict[str, Tensor]]:
     parameters = dict(model.named_parameters())
-    main_grad = {n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()}
+    main_grad = {
+        n: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for n, p in parameters.items()
+    }
     return AdamW(config, parameters, main_grad), main_grad
 
 

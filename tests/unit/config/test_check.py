@@ -1,0 +1,220 @@
+"""Rules that tie keys together: every message has the numbers and what would work."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from megalite.config import Config, ConfigError, ModelConfig, check, resolve
+from megalite.config.check import valid_tp
+from megalite.config.load import SECTIONS
+
+
+def make(**keys: Any) -> Config:
+    """`model__num_heads=6` sets model.num_heads."""
+    config = Config()
+    for key, value in keys.items():
+        section, name = key.split("__")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
+    return config
+
+
+def refusal(ranks: int, **keys: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        check(resolve(make(**keys), ranks), ranks)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_defaults_run_on_one_rank() -> None:
+    check(resolve(Config(), 1), 1)
+
+
+MESSAGES: list[tuple[int, dict[str, Any], str]] = [
+    # model
+    (
+        1,
+        {"model__num_heads": 8, "model__num_kv_heads": 3},
+        "model.num_kv_heads=3 does not divide model.num_heads=8; use 1, 2, 4 or 8",
+    ),
+    (
+        1,
+        {"model__hidden_size": 100},
+        "model.head_dim=25 (hidden_size 100 / num_heads 4) must be even for RoPE; "
+        "set model.head_dim or change model.num_heads",
+    ),
+    (1, {"model__num_heads": 0}, "model.num_heads=0 must be at least 1"),
+    (1, {"model__hidden_size": 3}, "model.head_dim=0 must be at least 1"),
+    # topology
+    (
+        3,
+        {"parallel__tp": 3, "model__num_heads": 8, "model__num_kv_heads": 8},
+        "parallel.tp=3 does not divide model.num_heads=8; use 1, 2, 4 or 8",
+    ),
+    (
+        4,
+        {"parallel__tp": 4, "model__ffn_hidden_size": 350},
+        "parallel.tp=4 does not divide model.ffn_hidden_size=350; use 1 or 2",
+    ),
+    (
+        4,
+        {"parallel__tp": 4, "model__num_heads": 12, "model__num_kv_heads": 6, "model__head_dim": 8},
+        "parallel.tp=4 neither divides model.num_kv_heads=6 nor is a multiple of it; use 1 or 2",
+    ),
+    (
+        5,
+        {"parallel__pp": 5},
+        "parallel.pp=5 stages need at least 5 layers, model.num_layers=4; use parallel.pp=4 or less",
+    ),
+    (
+        2,
+        {"parallel__pp": 2, "parallel__stages": (1, 1, 2)},
+        "parallel.stages=[1, 1, 2] names 3 stages, parallel.pp=2; make them equal",
+    ),
+    (2, {"parallel__pp": 2, "parallel__stages": (4, 0)}, "parallel.stages=[4, 0]: every stage needs at least 1 layer"),
+    (
+        2,
+        {"parallel__pp": 2, "parallel__stages": (2, 3)},
+        "parallel.stages=[2, 3] adds up to 5, model.num_layers=4; make them equal",
+    ),
+    (2, {"parallel__cp": 2}, "parallel.cp=2: context parallelism is not built yet; use parallel.cp=1"),
+    (
+        4,
+        {"parallel__tp": 2, "parallel__dp": 1},
+        "pp 1 x dp 1 x cp 1 x tp 2 = 2 ranks, but the world size is 4; use parallel.dp=2, or start 2 processes",
+    ),
+    (
+        6,
+        {"parallel__tp": 2, "parallel__pp": 2},
+        "pp 2 x dp 1 x cp 1 x tp 2 = 4 ranks, but the world size is 6; "
+        "start a multiple of 4 processes (e.g. 8), or lower parallel.tp or parallel.pp",
+    ),
+    (
+        1,
+        {"parallel__tp": 2},
+        "pp 1 x dp 1 x cp 1 x tp 2 = 2 ranks, but the world size is 1 "
+        "(without torchrun there is one: torchrun --nproc_per_node N ...); "
+        "start a multiple of 2 processes (e.g. 2), or lower parallel.tp or parallel.pp",
+    ),
+    (
+        4,
+        {"parallel__tp": 4, "train__seq_len": 30},
+        "parallel.sp needs train.seq_len=30 to be a multiple of parallel.tp=4; "
+        "use train.seq_len=32 or parallel.sp=false",
+    ),
+    # batch
+    (
+        3,
+        {"train__global_batch_size": 32, "train__micro_batch_size": 4},
+        "train.global_batch_size=32 is not a multiple of train.micro_batch_size=4 x dp 3 = 12; "
+        "use train.global_batch_size=24 or 36",
+    ),
+    (
+        3,
+        {"train__global_batch_size": 8, "train__micro_batch_size": 4},
+        "train.global_batch_size=8 is not a multiple of train.micro_batch_size=4 x dp 3 = 12; "
+        "use train.global_batch_size=12",
+    ),
+    (
+        1,
+        {"optim__warmup_samples": 50, "optim__decay_samples": 20},
+        "optim.warmup_samples=50 is more than optim.decay_samples=20 (train.steps 100 x global batch 32); lower it",
+    ),
+    # ranges
+    (1, {"train__steps": 0}, "train.steps=0 must be at least 1"),
+    (1, {"parallel__dp": 0}, "parallel.dp=0 must be at least 1"),
+    (1, {"optim__lr": -1.0}, "optim.lr=-1.0 must not be negative"),
+    (1, {"model__rope_theta": 0.0}, "model.rope_theta=0.0 must be greater than 0"),
+    (1, {"log__interval": 0}, "log.interval=0 must be greater than 0"),
+    (1, {"optim__beta2": 1.0}, "optim.beta2=1.0 must be at least 0 and less than 1, e.g. 0.9"),
+    (1, {"data__valid_fraction": 1.0}, "data.valid_fraction=1.0 must be at least 0 and less than 1, e.g. 0.02"),
+    (
+        1,
+        {"optim__lr": 0.1, "optim__min_lr": 0.2},
+        "optim.min_lr=0.2 is above optim.lr=0.1; lower it or raise optim.lr",
+    ),
+    (1, {"data__valid": {"a/b": "x"}}, "data.valid: 'a/b' is not a plain name; use letters, digits, - and _"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "keys", "message"), MESSAGES, ids=[m.split(" ")[0] for _, _, m in MESSAGES])
+def test_messages(ranks: int, keys: dict[str, Any], message: str) -> None:
+    assert refusal(ranks, **keys) == message
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys"),
+    [
+        (3, {"train__global_batch_size": 24}),
+        (3, {"train__global_batch_size": 36}),
+        (4, {"parallel__tp": 4, "train__seq_len": 32}),
+        (4, {"parallel__tp": 4, "train__seq_len": 30, "parallel__sp": False}),
+        (4, {"parallel__tp": 2, "parallel__dp": 2}),
+        (8, {"parallel__tp": 2, "parallel__pp": 2}),
+        (2, {"parallel__tp": 2, "model__ffn_hidden_size": 350}),
+        (2, {"parallel__pp": 2, "parallel__stages": (1, 3)}),
+        (3, {"parallel__tp": 3, "model__num_heads": 12, "model__num_kv_heads": 6, "model__head_dim": 8, "train__seq_len": 9,
+             "model__ffn_hidden_size": 12}),
+    ],
+)  # fmt: skip
+def test_the_remedies_work(ranks: int, keys: dict[str, Any]) -> None:
+    check(resolve(make(**keys), ranks), ranks)
+
+
+def test_every_number_that_could_be_negative_is_checked() -> None:
+    """No key that is a number takes -1 without a word."""
+    silent = []
+    for section, cls in SECTIONS.items():
+        for f in dataclasses.fields(cls):
+            if isinstance(f.default, bool) or not ("int" in str(f.type) or "float" in str(f.type)):
+                continue
+            if f.type == "tuple[int, ...] | None":
+                continue
+            value = -1.0 if "float" in str(f.type) else -1
+            try:
+                config = make(**{f"{section}__{f.name}": value})
+                check(resolve(config, 1), 1)
+                silent.append(f"{section}.{f.name}")
+            except ConfigError as error:
+                assert "-1" in str(error), error
+    assert silent == []
+
+
+def test_resolve() -> None:
+    config = resolve(make(parallel__tp=2, parallel__pp=2, train__steps=10, train__global_batch_size=16), 8)
+    assert (config.parallel.tp, config.parallel.pp, config.parallel.dp) == (2, 2, 2)
+    assert (config.model.num_kv_heads, config.model.head_dim) == (4, 32)
+    assert config.optim.decay_samples == 160
+    assert config.parallel.sp
+    assert not resolve(Config(), 1).parallel.sp  # of one rank there is nothing to shard over
+    assert resolve(config, 8) == config
+    # what the user has set stays
+    kept = make(
+        model__num_kv_heads=2, model__head_dim=10, optim__decay_samples=7, parallel__dp=1, optim__warmup_samples=3
+    )
+    kept = resolve(kept, 1)
+    assert (kept.model.num_kv_heads, kept.model.head_dim) == (2, 10)
+    assert (kept.optim.decay_samples, kept.parallel.dp) == (7, 1)
+    # a decay never ends before the warm-up
+    assert resolve(make(optim__warmup_samples=10**6), 1).optim.decay_samples == 10**6
+    assert None not in dataclasses.astuple(dataclasses.replace(resolve(Config(), 1).parallel, stages=()))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "ffn", "expected"),
+    [
+        (8, 8, 64, [1, 2, 4, 8]),
+        (8, 2, 64, [1, 2, 4, 8]),
+        (8, 1, 64, [1, 2, 4, 8]),
+        (12, 6, 144, [1, 2, 3, 6, 12]),
+        (12, 4, 144, [1, 2, 4, 12]),
+        (12, 1, 144, [1, 2, 3, 4, 6, 12]),
+        (12, 1, 10, [1, 2]),
+        (7, 7, 5, [1]),
+    ],
+)
+def test_valid_tp(heads: int, kv: int, ffn: int, expected: list[int]) -> None:
+    model = ModelConfig(num_heads=heads, num_kv_heads=kv, head_dim=2, ffn_hidden_size=ffn)
+    assert valid_tp(model) == expected
