@@ -27,9 +27,9 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
 
 
-def fail(message: object) -> int:
-    """Tell the user once, not once a rank; the other ranks wait a moment so that the launcher lets rank 0 speak."""
-    if RANK == 0:
+def fail(message: object, speaks: bool = RANK == 0) -> int:
+    """Tell the user once, not once a rank; the other ranks wait a moment so that the launcher lets that one speak."""
+    if speaks:
         sys.stdout.flush()
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
@@ -164,14 +164,17 @@ def run(config: Config, data: DataSets, resume: Path | None) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
-    from megalite.parallel.launch import start_world
+    from megalite.parallel.launch import Echo, start_world
     from megalite.trainer import TrainingError, train
 
     try:
         with start_world(config) as world:
             train(config, data, world, resume)
+    except Echo:
+        time.sleep(1.0)
+        os._exit(1)
     except (TrainingError, ValueError, OSError) as error:
-        return fail(error)
+        return fail(error, speaks=True)
     except torch.OutOfMemoryError as error:
         print(f"error: rank {RANK} ran out of memory: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         os._exit(1)

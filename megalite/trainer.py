@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -103,6 +104,9 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
             keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")
         keep.write_text(to_yaml(config), encoding="utf-8")
         (run_dir / "STOP").unlink(missing_ok=True)
+        if config.data.tokenizer is not None:
+            tokenizer = Path(config.data.tokenizer)
+            shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
     metrics = Metrics(run_dir if first else None)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     return Run(config, engine, data, state, metrics, progress, Stop(run_dir, config.train.time_limit_s))

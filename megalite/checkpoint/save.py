@@ -32,7 +32,8 @@ def save(
     """Write a checkpoint of `kinds` ({"weight": {name: local tensor}, "exp_avg": …}) and give back its folder.
 
     `state` holds plain values, among them step and consumed_samples. Collective: every rank of the world calls.
-    Replica 0 writes, each rank what it owns. Raises OSError where the disk refuses; the previous checkpoint is then untouched.
+    Replica 0 writes, each rank what it owns. Raises OSError where the disk refuses; the previous checkpoint is then
+    untouched.
     """
     final = step_folder(run_dir, state["step"])
     building = final.with_name(f".building-{final.name}")

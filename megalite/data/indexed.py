@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -285,7 +285,7 @@ class IndexedDataset:
             raise self._error("has offsets that are not back to back in sequence order, expected them to be")
 
 
-def open_indexed(prefix: str | Path, reader: Literal["auto", "numpy", "cpp"] = "auto") -> IndexedDataset:
+def open_indexed(prefix: str | Path, reader: str = "auto") -> IndexedDataset:
     """Open `prefix.{bin,idx}` with the numpy or the compiled reader; "auto" takes the compiled one where it is built.
 
     Raises ValueError where IndexedDataset does, and when "cpp" is asked for and not built.

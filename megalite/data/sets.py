@@ -69,6 +69,8 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
             "python tools/preprocess_data.py --input corpus.jsonl --tokenizer-model tokenizer.model --append-eod "
             "--output-prefix data/corpus; then add data.path=data/corpus_text_document"
         )
+    if d.tokenizer is not None and not (Path(d.tokenizer).is_file() and d.tokenizer.endswith((".model", ".json"))):
+        raise ValueError(f"data.tokenizer={d.tokenizer}: no such file; name a sentencepiece .model or a tokenizer.json")
     whole = _open(d.path, "data.path", d.reader)
     train = whole
     heldout: dict[str, IndexedDataset] = {

@@ -74,14 +74,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, c.hidden_size, bias=False)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.core = AttentionCore(kernel)
+        self.core: nn.Module = AttentionCore(kernel)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], positions: Tensor, bounds: Tensor | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.queries + 2, self.head_dim))
-        q, k, v = heads[..., :-2, :].flatten(2, 3), heads[..., -2, :], heads[..., -1, :]
+        q, k, v = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = ops.apply_rope(q, *rope, kernel=self.kernel)
+        q = ops.apply_rope(q, *rope, kernel=self.kernel).flatten(2, 3)
         k = ops.apply_rope(k, *rope, kernel=self.kernel)
         return self.out(self.core(q, k, v, positions, bounds).flatten(2))
 
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         """
         if self.embed is not None:
             x = self.embed(x)
-        rope = ops.rope_cos_sin(positions, self.head_dim, self.rope_theta, x.dtype)
+        rope = ops.rope_cos_sin(positions, self.head_dim, self.rope_theta, torch.promote_types(x.dtype, torch.float32))
         for block in self.layers.values():
             x = block(x, rope, positions, bounds)
         return x if self.loss_head is None else self.loss_head(x, labels, loss_mask)

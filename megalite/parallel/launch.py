@@ -63,9 +63,16 @@ def set_threads(threads: int, local_ranks: int) -> int:
     return threads
 
 
+class Echo(RuntimeError):
+    """Another rank failed before this one, and says why."""
+
+
 @contextmanager
 def start_world(config: Config) -> Iterator[World]:
-    """The world of this run: gloo on CPU, NCCL on CUDA, no process group at all for one rank."""
+    """The world of this run: gloo on CPU, NCCL on CUDA, no process group at all for one rank.
+
+    When ranks fail the first one's exception is its own, the others' is an Echo.
+    """
     here = place()
     warnings.filterwarnings("ignore", message=".*barrier.*device_id.*")
     cuda = config.train.device == "cuda" or (config.train.device == "auto" and torch.cuda.is_available())
@@ -79,9 +86,10 @@ def start_world(config: Config) -> Iterator[World]:
         yield SoloWorld(device)
         return
     timeout = timedelta(seconds=config.parallel.timeout_s)
+    store = _store(here, timeout)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=_store(here, timeout),
+        store=store,
         rank=here.rank,
         world_size=here.world_size,
         timeout=timeout,
@@ -89,8 +97,20 @@ def start_world(config: Config) -> Iterator[World]:
     )
     try:
         yield DistWorld(device, config.parallel.timeout_s)
+    except Exception as error:
+        if not _first_to_fail(store):
+            raise Echo from error
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _first_to_fail(store: dist.Store) -> bool:
+    # asked before the connections close, by which the others learn of it
+    try:
+        return store.add("failures", 1) == 1
+    except RuntimeError:
+        return True  # whoever served the store is gone, and cannot say anything
 
 
 def _store(here: Place, timeout: timedelta) -> dist.Store:

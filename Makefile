@@ -1,0 +1,54 @@
+# make install   .venv with pinned dependencies and the compiled extensions
+# make demo      train a small model on real text over tp 2 x pp 2 on a CPU, and sample from it
+# make test      all tests            make check    lint, types, formats
+# make soak      long campaigns       make clean    remove what the others made (not runs/)
+#
+# PYTHON=python3.12 make install     another interpreter
+# SYSTEM_TORCH=1 make install        use the torch that is installed already (GPU machines), any 2.9 to 2.13
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := setup.py pyproject.toml requirements.txt requirements-torch.txt $(shell find csrc -type f)
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.PHONY: install demo test check format soak clean
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: megalite needs Python 3.11 or later; try PYTHON=python3.12 make install"; exit 1; }
+	@$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV) || { echo "error: no venv; on Debian and Ubuntu: apt-get install python3-venv python3-dev"; exit 1; }
+
+$(STAMP): $(BIN)/python $(SOURCES)
+	@command -v c++ >/dev/null || { echo "error: no C++ compiler; on Debian and Ubuntu: apt-get install g++"; exit 1; }
+ifdef SYSTEM_TORCH
+	@$(BIN)/python -c 'import torch; v = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]); assert (2, 9) <= v < (2, 14), torch.__version__' || { echo "error: SYSTEM_TORCH=1 needs a torch of 2.9 to 2.13 in $(PYTHON)"; exit 1; }
+else
+	$(BIN)/python -m pip install -q -r requirements-torch.txt
+endif
+	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+demo: install
+	@$(BIN)/python examples/demo.py
+
+test: install
+	@$(BIN)/python -m pytest tests
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megalite tools examples
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/python -m pytest tests/unit/test_floors.py
+
+format:
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf $(VENV) build *.egg-info megalite/*.so .cache .pytest_cache .mypy_cache .ruff_cache
