@@ -155,8 +155,8 @@ def test_messages(ranks: int, keys: dict[str, Any], message: str) -> None:
         (8, {"parallel__tp": 2, "parallel__pp": 2}),
         (2, {"parallel__tp": 2, "model__ffn_hidden_size": 350}),
         (2, {"parallel__pp": 2, "parallel__stages": (1, 3)}),
-        (3, {"parallel__tp": 3, "model__num_heads": 12, "model__num_kv_heads": 6, "model__head_dim": 8, "train__seq_len": 9,
-             "model__ffn_hidden_size": 12}),
+        (3, {"parallel__tp": 3, "model__num_heads": 6, "model__num_kv_heads": 3, "model__head_dim": 8,
+             "train__seq_len": 9, "model__ffn_hidden_size": 12, "train__global_batch_size": 12}),
     ],
 )  # fmt: skip
 def test_the_remedies_work(ranks: int, keys: dict[str, Any]) -> None:
@@ -174,11 +174,11 @@ def test_every_number_that_could_be_negative_is_checked() -> None:
                 continue
             value = -1.0 if "float" in str(f.type) else -1
             try:
-                config = make(**{f"{section}__{f.name}": value})
-                check(resolve(config, 1), 1)
-                silent.append(f"{section}.{f.name}")
+                check(resolve(make(**{f"{section}__{f.name}": value}), 1), 1)
             except ConfigError as error:
-                assert "-1" in str(error), error
+                silent += [] if "-1" in str(error) else [str(error)]
+            else:
+                silent.append(f"{section}.{f.name}")
     assert silent == []
 
 
