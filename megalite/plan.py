@@ -152,7 +152,8 @@ def device_memory(device: str, local_ranks: int) -> tuple[str, int]:
     if device != "cpu":
         gpus = gpu_memory()
         if gpus:
-            return "cuda", min(gpus)
+            # what fragmentation and other processes take is not for the plan
+            return "cuda", int(0.94 * min(gpus))
         if device == "cuda":
             raise ConfigError("train.device=cuda: NVML finds no NVIDIA GPU here; use train.device=cpu or auto")
     return "cpu", available_memory() // max(1, local_ranks)

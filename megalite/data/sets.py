@@ -65,9 +65,10 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
     d, t = config.data, config.train
     if d.path is None:
         raise ValueError(
-            "data.path is not set: what should the model learn from? Make data and name it: "
-            "python tools/preprocess_data.py --input corpus.jsonl --tokenizer-model tokenizer.model --append-eod "
-            "--output-prefix data/corpus; then add data.path=data/corpus_text_document"
+            "data.path is not set: what should the model learn from? Make data of a text, then name it:\n"
+            "  python tools/preprocess_data.py --input corpus.jsonl --tokenizer-model tokenizer.model --append-eod "
+            "--output-prefix data/corpus\n"
+            "  torchrun --nproc_per_node 8 examples/pretrain_7b.py data.path=data/corpus_text_document"
         )
     if d.tokenizer is not None and not (Path(d.tokenizer).is_file() and d.tokenizer.endswith((".model", ".json"))):
         raise ValueError(f"data.tokenizer={d.tokenizer}: no such file; name a sentencepiece .model or a tokenizer.json")
