@@ -8,9 +8,7 @@ from megalite.config.load import (
     ConfigError,
     Request,
     from_mapping,
-    key_help,
     parse_command_line,
-    to_yaml,
 )
 from megalite.config.schema import (
     CheckpointConfig,
@@ -22,6 +20,7 @@ from megalite.config.schema import (
     ParallelConfig,
     TrainConfig,
 )
+from megalite.config.show import key_help, to_yaml
 
 __all__ = [
     "CheckpointConfig",

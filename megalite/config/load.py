@@ -20,7 +20,8 @@ from typing import Any
 import yaml
 
 import megalite
-from megalite.config.schema import Config
+from megalite.config.schema import SECTIONS, Config, hints_of
+from megalite.config.show import key_help, type_name
 
 PRESETS = Path(__file__).parent / "presets"
 Nested = dict[str, dict[str, Any]]
@@ -73,13 +74,6 @@ def _read_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where} {error}") from None
 
 
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-SECTIONS: dict[str, type] = _hints(Config)
-
-
 def _all_keys() -> list[str]:
     return [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
 
@@ -96,17 +90,6 @@ def _nearest(key: str) -> str:
     return f"; did you mean {found[0]}?" if found else "; --help lists every key"
 
 
-def _type_name(hint: Any) -> str:
-    if typing.get_origin(hint) is types.UnionType:
-        return " or null".join(_type_name(a) for a in typing.get_args(hint) if a is not types.NoneType) + " or null"
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        return "list of int"
-    if origin is not None:
-        return "NAME: PREFIX pairs"
-    return {"int": "int", "float": "float", "bool": "bool", "str": "text"}[hint.__name__]
-
-
 def _coerce(key: str, value: Any, hint: Any, choices: Sequence[str]) -> Any:
     """`value` (text, list or mapping, as YAML gave it) as the type of its key; ConfigError if it is not one."""
     if typing.get_origin(hint) is types.UnionType:
@@ -121,10 +104,10 @@ def _coerce(key: str, value: Any, hint: Any, choices: Sequence[str]) -> Any:
         if value in (None, "", "null"):
             return {}
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise ConfigError(f"{key}={value!r}: expected {_type_name(hint)}, e.g. {key}.en=data/en_text_document")
+            raise ConfigError(f"{key}={value!r}: expected {type_name(hint)}, e.g. {key}.en=data/en_text_document")
         return dict(value)
     if not isinstance(value, str):
-        raise ConfigError(f"{key}={value!r}: expected {_type_name(hint)}, not a list or mapping")
+        raise ConfigError(f"{key}={value!r}: expected {type_name(hint)}, not a list or mapping")
     if hint is str:
         if choices and value not in choices:
             near = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
@@ -158,7 +141,7 @@ def from_mapping(nested: Mapping[str, Any], where: str = "config") -> Config:
             raise ConfigError(f"{where}: unknown key {section}{_nearest(section)}")
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where}: {section} is a section; write e.g. {_first_key(section)}=...")
-        hints = _hints(SECTIONS[section])
+        hints = hints_of(SECTIONS[section])
         metadata = {f.name: f.metadata for f in dataclasses.fields(SECTIONS[section])}
         kwargs = {}
         for name, value in values.items():
@@ -230,19 +213,6 @@ class _Version(argparse.Action):
         parser.exit(0)
 
 
-def key_help() -> str:
-    """Every key with its type, default and one line."""
-    lines = []
-    for section, cls in SECTIONS.items():
-        hints = _hints(cls)
-        lines.append(f"\n{section}:")
-        for f in dataclasses.fields(cls):
-            default = f.default if f.default is not dataclasses.MISSING else "{}"
-            kind = "|".join(f.metadata["choices"]) or _type_name(hints[f.name])
-            lines.append(f"  {section}.{f.name}  ({kind}, default {_scalar(default)})\n      {f.metadata['help']}")
-    return "\n".join(lines)
-
-
 def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog: str) -> Request:
     """Preset, then YAML file, then overrides, the later winning.
 
@@ -290,35 +260,3 @@ def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog:
         explicit.add(_override(nested, text))
     config = from_mapping(nested, "command line")
     return Request(config, frozenset(explicit), preset, options.print_config, options.dry_run)
-
-
-def _scalar(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return "[" + ", ".join(str(v) for v in value) + "]"
-    return str(value)
-
-
-def to_yaml(config: Config) -> str:
-    """The configuration as YAML that reads back to the same `Config`."""
-    lines = []
-    for section in SECTIONS:
-        lines.append(f"{section}:")
-        for name, value in dataclasses.asdict(getattr(config, section)).items():
-            if isinstance(value, dict):
-                lines.append(f"  {name}:" + (" {}" if not value else ""))
-                lines += [f"    {_quoted(k)}: {_quoted(v)}" for k, v in value.items()]
-            else:
-                lines.append(f"  {name}: {_quoted(value) if isinstance(value, str) else _scalar(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _quoted(text: str) -> str:
-    return (
-        text
-        if re.fullmatch(r"[A-Za-z0-9_./-]+", text)
-        else yaml.dump(text, allow_unicode=True, width=10**6).split("\n")[0]
-    )

@@ -6,6 +6,7 @@ replaces each such value by a concrete one.
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,3 +132,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    return dict(typing.get_type_hints(cls))
+
+
+SECTIONS: dict[str, type] = hints_of(Config)

@@ -1,0 +1,69 @@
+"""The configuration as text: help of every key, and YAML that reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from typing import Any
+
+import yaml
+
+from megalite.config.schema import SECTIONS, Config, hints_of
+
+
+def type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is types.UnionType:
+        return " or null".join(type_name(a) for a in typing.get_args(hint) if a is not types.NoneType) + " or null"
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        return "list of int"
+    if origin is not None:
+        return "NAME: PREFIX pairs"
+    return {"int": "int", "float": "float", "bool": "bool", "str": "text"}[hint.__name__]
+
+
+def key_help() -> str:
+    """Every key with its type, default and one line."""
+    lines = []
+    for section, cls in SECTIONS.items():
+        hints = hints_of(cls)
+        lines.append(f"\n{section}:")
+        for f in dataclasses.fields(cls):
+            default = f.default if f.default is not dataclasses.MISSING else "{}"
+            kind = "|".join(f.metadata["choices"]) or type_name(hints[f.name])
+            lines.append(f"  {section}.{f.name}  ({kind}, default {_scalar(default)})\n      {f.metadata['help']}")
+    return "\n".join(lines)
+
+
+def _scalar(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(str(v) for v in value) + "]"
+    return str(value)
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML that reads back to the same `Config`."""
+    lines = []
+    for section in SECTIONS:
+        lines.append(f"{section}:")
+        for name, value in dataclasses.asdict(getattr(config, section)).items():
+            if isinstance(value, dict):
+                lines.append(f"  {name}:" + (" {}" if not value else ""))
+                lines += [f"    {_quoted(k)}: {_quoted(v)}" for k, v in value.items()]
+            else:
+                lines.append(f"  {name}: {_quoted(value) if isinstance(value, str) else _scalar(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return (
+        text
+        if re.fullmatch(r"[A-Za-z0-9_./-]+", text)
+        else yaml.dump(text, allow_unicode=True, width=10**6).split("\n")[0]
+    )
