@@ -73,6 +73,11 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
     if d.tokenizer is not None and not (Path(d.tokenizer).is_file() and d.tokenizer.endswith((".model", ".json"))):
         raise ValueError(f"data.tokenizer={d.tokenizer}: no such file; name a sentencepiece .model or a tokenizer.json")
     whole = _open(d.path, "data.path", d.reader)
+    if whole.num_tokens <= t.seq_len:
+        raise ValueError(
+            f"data.path={d.path}: the data has {whole.num_tokens} tokens, but one sample of train.seq_len={t.seq_len} "
+            f"needs {t.seq_len + 1}; use more data or a smaller train.seq_len"
+        )
     train = whole
     heldout: dict[str, IndexedDataset] = {
         name: _open(prefix, f"data.valid.{name}", d.reader) for name, prefix in d.valid.items()
