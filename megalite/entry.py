@@ -18,13 +18,14 @@ from megalite import plan
 from megalite.checkpoint.folder import check_model, find, latest, read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.load import read_yaml_file
+from megalite.place import place
+from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
     from megalite.data.sets import DataSets
 
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANKS = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD_SIZE))
+HERE = place()
+RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
 
 
 def fail(message: object, speaks: bool = RANK == 0) -> int:
@@ -55,6 +56,13 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
             return 0
+        if config.log.tensorboard:
+            require_tensorboard()
+        if not HERE.master:
+            raise ConfigError(
+                f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set: before srun, "
+                f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            )
         config = with_corpus(config, corpus, request)
         from megalite.data.sets import open_data
 

@@ -23,6 +23,8 @@ from megalite.data.sets import DataSets
 from megalite.optim.adamw import clip_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World
+from megalite.plan import training_flops
+from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
 from megalite.watch.progress import Progress
@@ -53,6 +55,7 @@ class Run:
     data: DataSets
     state: State
     metrics: Metrics
+    meter: flops.Meter
     progress: Progress
     stop: Stop
     saved_step: int = -1
@@ -68,7 +71,7 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
         if run.state.step == 0 or config.train.eval_only:
             evaluate(run)
         while not config.train.eval_only and run.state.step < config.train.steps:
-            reason = train_step(run)
+            told = reason = train_step(run)
             if _due(run, config.train.eval_interval):
                 evaluate(run)
                 reason = reason or _no_gain(run)
@@ -76,6 +79,8 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
                 save(run)
             if reason:
                 run.progress.say(f"stopped at step {run.state.step}: {reason}; the same command goes on from here")
+                if told and run.state.step < config.train.steps:
+                    _ask_requeue(run, told)
                 break
         _finish(run)
     finally:
@@ -103,13 +108,16 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         if keep.exists() and keep.read_text() != to_yaml(config):
             keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")
         keep.write_text(to_yaml(config), encoding="utf-8")
-        (run_dir / "STOP").unlink(missing_ok=True)
+        for name in ("STOP", "REQUEUE"):
+            (run_dir / name).unlink(missing_ok=True)
         if config.data.tokenizer is not None:
             tokenizer = Path(config.data.tokenizer)
             shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
-    metrics = Metrics(run_dir if first else None)
+    metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
-    return Run(config, engine, data, state, metrics, progress, Stop(run_dir, config.train.time_limit_s))
+    per_token = training_flops(config.model, config.train.seq_len)
+    meter = flops.Meter(per_token, world.size, world.device, config.train.dtype)
+    return Run(config, engine, data, state, metrics, meter, progress, Stop(run_dir, config.train.time_limit_s))
 
 
 def train_step(run: Run) -> str:
@@ -134,10 +142,11 @@ def train_step(run: Run) -> str:
     state.consumed_samples += c.train.global_batch_size
     seconds = time.monotonic() - began
     speed = c.train.global_batch_size * c.train.seq_len / seconds
-    run.metrics.write(
-        "train", step=state.step, loss=loss, grad_norm=norm, lr=rate, tokens_per_s=speed, samples=state.consumed_samples
-    )
-    run.progress.step(state.step, f"loss {loss:.4f}  grad norm {norm:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s")
+    row = {"step": state.step, "loss": loss, "grad_norm": norm, "lr": rate, "tokens_per_s": speed}
+    usage = run.meter.read(speed)
+    run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
+    text = f"loss {loss:.4f}  grad norm {norm:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {flops.describe(usage)}"
+    run.progress.step(state.step, text)
     return (run.stop.reason or "another rank was told to") if stops else ""
 
 
@@ -239,6 +248,14 @@ def _no_gain(run: Run) -> str:
     if patience and run.state.evals_without_gain >= patience and run.state.step < run.config.train.steps:
         return f"{patience} evaluations without a better held-out loss than {run.state.best_loss:.4f}"
     return ""
+
+
+def _ask_requeue(run: Run, reason: str) -> None:
+    """Tell the job script, which sees exit status 0 for a stopped run as for a finished one, that there is more to do."""
+    if run.engine.mesh.world.rank == 0:
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        path = Path(run.config.train.run_dir) / "REQUEUE"
+        path.write_text(f"step {run.state.step}\nreason {reason}\ntime {now}\n", encoding="utf-8")
 
 
 def _finish(run: Run) -> None:
