@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megalite import plan
-from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, parse_command_line, resolve
 from megalite.model.decoder import Decoder
 from megalite.parallel.groups import SoloWorld
 from megalite.plan import GIB, check_memory, choose_topology, head_flops, layer_flops, memory, parameters, stage_layers
@@ -50,6 +50,20 @@ def test_known_sizes() -> None:
     weights = parameters(LLAMA_7B) - 32000 * 4096 - 65 * 4096
     attention = 32 * 6 * 2048 * 4096
     assert plan.training_flops(LLAMA_7B, 2048) == pytest.approx(6 * weights + attention, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama3-8b", 8_030_261_248),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-8b", 8_190_735_360),
+    ],
+)
+def test_presets_are_the_published_models(preset: str, count: int) -> None:
+    config = parse_command_line(["--preset", preset], default_preset=None, prog="").config
+    assert parameters(resolve(config, 1).model) == count
 
 
 def slowest(counts: tuple[int, ...], head: float) -> float:
@@ -268,5 +282,7 @@ def test_a_gpu_asked_for_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=r"train\.device=cuda: .* use train\.device=cpu or auto"):
         plan.device_memory("cuda", 1)
     assert plan.device_memory("auto", 1)[0] == "cpu"
-    monkeypatch.setattr(plan, "gpu_memory", lambda: [80, 40])
-    assert plan.device_memory("auto", 2) == ("cuda", 40)
+    monkeypatch.setattr(plan, "gpu_memory", lambda: [80 * GIB, 40 * GIB])
+    device, free = plan.device_memory("auto", 2)
+    assert device == "cuda"
+    assert 36 * GIB < free < 40 * GIB  # the smaller one, less what is kept free; each rank has its own

@@ -14,9 +14,11 @@ from megalite.config import (
     ConfigError,
     DataConfig,
     Request,
+    check,
     from_mapping,
     key_help,
     parse_command_line,
+    resolve,
     to_yaml,
 )
 from megalite.config.load import SECTIONS, preset_names
@@ -221,7 +223,10 @@ def test_an_unknown_preset() -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_valid(name: str) -> None:
-    assert parse("--preset", name).preset == name
+    request = parse("--preset", name)
+    assert request.preset == name
+    tp, pp = request.config.parallel.tp or 1, request.config.parallel.pp or 1
+    check(resolve(request.config, tp * pp), tp * pp)
 
 
 @pytest.mark.parametrize(
