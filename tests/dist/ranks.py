@@ -7,7 +7,6 @@ fork server is. It ends with pytest, however pytest ends, and its ranks end with
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import faulthandler
 import json
@@ -16,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,8 +131,7 @@ def run_ranks(size: int, function: Callable[..., int], *args: object, served: bo
 
 
 def _main(folder: str, rank: int, environment: dict[str, str], function: Callable[..., int], args: tuple) -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for descriptor, name in ((1, "out"), (2, "err")):
         with open(f"{folder}/{rank}.{name}", "wb") as file:
             os.dup2(file.fileno(), descriptor)
@@ -141,6 +140,13 @@ def _main(folder: str, rank: int, environment: dict[str, str], function: Callabl
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     sys.exit(function(*args))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def pretrain(argv: Sequence[str]) -> int:
