@@ -1,4 +1,4 @@
-"""From the environment that torchrun (or srun) gives a process to a `World`, and back."""
+"""From a process that torchrun (or srun) has started to a `World`, and back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -15,26 +14,7 @@ import torch.distributed as dist
 
 from megalite.config import Config
 from megalite.parallel.groups import DistWorld, SoloWorld, World
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands, by its launcher's environment; one process without a launcher."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_ranks: int
-
-
-def place() -> Place:
-    env = os.environ
-    return Place(
-        int(env.get("RANK", 0)),
-        int(env.get("WORLD_SIZE", 1)),
-        int(env.get("LOCAL_RANK", 0)),
-        int(env.get("LOCAL_WORLD_SIZE", env.get("WORLD_SIZE", 1))),
-    )
+from megalite.place import Place, place
 
 
 def keep_freed_memory() -> None:
@@ -114,17 +94,19 @@ def _first_to_fail(store: dist.Store) -> bool:
 
 
 def _store(here: Place, timeout: timedelta) -> dist.Store:
-    """Where ranks find each other. torchrun's agent serves one, and after a restart it still holds the dead ranks'
-    addresses: each attempt gets a name space of its own.
+    """Where ranks find each other: at torchrun's agent, or at rank 0 where no agent serves.
+
+    After a restart the agent's store still holds the dead ranks' addresses: each attempt gets a name space of its own.
+    A store of rank 0 is always new, and must not be divided: agents of several nodes may count restarts differently.
     """
-    env = os.environ
-    served = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if served else "0"
     tcp = dist.TCPStore(
-        env.get("MASTER_ADDR", "127.0.0.1"),
-        int(env.get("MASTER_PORT", 29500)),
+        here.master,
+        here.port,
         here.world_size,
         is_master=not served and here.rank == 0,
         timeout=timeout,
         multi_tenant=True,
     )
-    return dist.PrefixStore(f"megalite/attempt_{env.get('TORCHELASTIC_RESTART_COUNT', 0)}", tcp)
+    return dist.PrefixStore(f"megalite/attempt_{attempt}", tcp)

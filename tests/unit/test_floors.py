@@ -17,7 +17,7 @@ FLOORS = {
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune"),
     2: ("parallel", "data", "watch", "plan"),
-    1: ("config", "log", "ops"),
+    1: ("config", "log", "ops", "place"),
     0: ("megalite",),  # the version alone
 }
 
@@ -27,7 +27,7 @@ NEVER = [
     ("megalite.model", "megalite.pipeline", ()),
     ("megalite.pipeline", "megalite.model", ()),
     ("megalite", "megalite.trainer", ("megalite.entry",)),
-    *((f"megalite.{name}", "torch", ()) for name in ("config", "plan")),  # a mistake is told before torch has loaded
+    *((f"megalite.{name}", "torch", ()) for name in ("config", "place", "plan")),  # mistakes are told without torch
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 

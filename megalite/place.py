@@ -1,0 +1,47 @@
+"""Where this process stands among those of the run, by its launcher's environment; asked before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Place:
+    """`local_ranks`: ranks on this node. `master`, `port`: where ranks meet; `master` is "" where nobody told."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_ranks: int = 1
+    master: str = "127.0.0.1"
+    port: int = 29500
+
+
+def place(env: Mapping[str, str] = os.environ) -> Place:
+    """By torchrun's names; else by srun's, if it started a process per rank; else one process alone."""
+    if "RANK" not in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        size = int(env["SLURM_NTASKS"])
+        # "8(x2)" or "8,4": every rank has to read the same number here, for the layout is chosen by it
+        first = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        local_ranks = int(first[0]) if first else size
+        return Place(
+            int(env["SLURM_PROCID"]),
+            size,
+            int(env["SLURM_LOCALID"]),
+            local_ranks,
+            env.get("MASTER_ADDR", "127.0.0.1" if local_ranks == size else ""),
+            # jobs that share a node must not meet at one port
+            int(env.get("MASTER_PORT", 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000)),
+        )
+    size = int(env.get("WORLD_SIZE", 1))
+    return Place(
+        int(env.get("RANK", 0)),
+        size,
+        int(env.get("LOCAL_RANK", 0)),
+        int(env.get("LOCAL_WORLD_SIZE", size)),
+        env.get("MASTER_ADDR", "127.0.0.1"),
+        int(env.get("MASTER_PORT", 29500)),
+    )

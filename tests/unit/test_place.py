@@ -1,0 +1,46 @@
+"""Each launcher's environment, and what place() makes of it."""
+
+from megalite.place import Place, place
+
+# as srun sets them for the last of eight processes on two nodes
+SRUN = {
+    "SLURM_JOB_ID": "41234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "7",
+    "SLURM_LOCALID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
+
+
+def test_no_launcher() -> None:
+    assert place({}) == Place(0, 1, 0, 1, "127.0.0.1", 29500)
+
+
+def test_torchrun() -> None:
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert place({**env, "MASTER_ADDR": "node1", "MASTER_PORT": "1234"}) == Place(5, 8, 1, 4, "node1", 1234)
+
+
+def test_srun_with_a_process_per_rank() -> None:
+    assert place({**SRUN, "MASTER_ADDR": "node1"}) == Place(7, 8, 3, 4, "node1", 21234)
+    assert place({**SRUN, "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}).port == 29501
+
+
+def test_srun_on_several_nodes_has_to_be_told_where_to_meet() -> None:
+    assert place(SRUN).master == ""
+    assert place({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8"}).master == "127.0.0.1"
+
+
+def test_nodes_with_different_numbers_of_ranks_give_every_rank_the_same_answer() -> None:
+    assert place({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "5,3", "MASTER_ADDR": "node1"}).local_ranks == 5
+
+
+def test_torchrun_within_a_job_goes_by_torchrun() -> None:
+    env = {**SRUN, "SLURM_NTASKS": "2", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert place({**env, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}) == Place(3, 4, 1, 2, "node1", 29500)
+
+
+def test_a_plain_command_in_a_job_is_one_process() -> None:
+    batch_script = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
+    assert place(batch_script) == place({**SRUN, "SLURM_NTASKS": "1"}) == Place()
