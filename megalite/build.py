@@ -6,12 +6,13 @@ mesh, the layers of this rank's stage, the cut model with its weights, the sched
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
+from megalite.batches import Microbatch
 from megalite.config import Config
 from megalite.model.cut_table import cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
@@ -31,17 +32,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass
-class Microbatch:
-    """Tensors [b, s] of one microbatch; `bounds` [b, s, 2] or None (see AttentionCore)."""
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    positions: Tensor
-    bounds: Tensor | None = None
-
-
-@dataclass
 class Engine:
     """One rank's part of the run. `parameters`, `shards` and gradients go by global parameter names."""
 
@@ -52,7 +42,6 @@ class Engine:
     shards: dict[str, Shard]
     grads: GradBuffers
     optimizer: AdamW
-    trace: Callable[[str], Callable[[], None]] | None = field(default=None)
 
     def __post_init__(self) -> None:
         self._plans = cache(self._lowered)
@@ -90,7 +79,6 @@ class Engine:
             hidden=torch.empty(shape, dtype=DTYPES[c.train.dtype], device=self.mesh.device),
             training=training,
             reduce=self.reduce_gradients if training else None,
-            trace=self.trace if training else None,
         )
 
     def forward_backward(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:

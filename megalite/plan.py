@@ -261,5 +261,5 @@ def check_memory(config: Config, world_size: int, local_ranks: int) -> Memory:
         f"a model of {parameters(config.model) / 1e9:.2f}e9 parameters does not fit {world_size} ranks of "
         f"{free / GIB:.1f} GiB per {where}: tp {p.tp} x pp {p.pp} x dp {p.dp} needs {need.table()} per rank; "
         f"what would fit: {more}, ranks of {math.ceil(need.total / GIB)} GiB, a smaller model (--preset tiny, 125m, "
-        f"1b), or less train.micro_batch_size ({config.train.micro_batch_size}) or train.seq_len ({config.train.seq_len})"
+        f"1b), or less train.micro_batch_size={config.train.micro_batch_size} or train.seq_len={config.train.seq_len}"
     )

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from megalite.build import Engine, Microbatch, build
+from megalite.batches import TrainingError, load_microbatches
+from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.load import load as load_tensors
 from megalite.checkpoint.save import save as save_tensors
 from megalite.config import Config, to_yaml
-from megalite.data.dataset import Batch, WindowDataset
 from megalite.data.sets import DataSets
 from megalite.optim.adamw import clip_scale
 from megalite.optim.lr import learning_rate
@@ -29,10 +29,10 @@ from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
 from megalite.watch.progress import Progress
 from megalite.watch.stop import Stop
+from megalite.watch.trace import traced
 
-
-class TrainingError(RuntimeError):
-    """The run cannot go on, and the user has to change something."""
+# of one pipeline run of an evaluation: enough to fill any pipeline, few enough to hold
+EVAL_MICROBATCHES = 32
 
 
 @dataclass
@@ -71,7 +71,8 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
         if run.state.step == 0 or config.train.eval_only:
             evaluate(run)
         while not config.train.eval_only and run.state.step < config.train.steps:
-            told = reason = train_step(run)
+            with traced(_trace_path(run)):
+                told = reason = train_step(run)
             if _due(run, config.train.eval_interval):
                 evaluate(run)
                 reason = reason or _no_gain(run)
@@ -125,7 +126,8 @@ def train_step(run: Run) -> str:
     began = time.monotonic()
     c, engine, state = run.config, run.engine, run.state
     rate = learning_rate(c.optim, state.consumed_samples)
-    microbatches = _microbatches(run, run.data.train, state.consumed_samples, c.train.global_batch_size)
+    samples = range(state.consumed_samples, state.consumed_samples + c.train.global_batch_size)
+    microbatches = load_microbatches(run.data.train, samples, c, engine.mesh)
     loss_sum, tokens = engine.forward_backward(microbatches)
     stop = run.stop.asked()
     loss_sum, tokens, squares, stops = _sum(engine, loss_sum, tokens, engine.gradient_squares(), float(stop))
@@ -156,10 +158,14 @@ def evaluate(run: Run) -> dict[str, float]:
     losses: dict[str, float] = {}
     for name, windows in run.data.heldout.items():
         count = min(len(windows), t.eval_samples or len(windows))
-        unit = t.micro_batch_size * run.engine.mesh.dp.size
-        # past the end windows are masked: the last batch is filled up with them
-        microbatches = _microbatches(run, windows, 0, -(-count // unit) * unit, count)
-        loss_sum, tokens = _sum(run.engine, *run.engine.evaluate(microbatches))
+        chunk = EVAL_MICROBATCHES * t.micro_batch_size * run.engine.mesh.dp.size
+        loss_sum = tokens = 0.0
+        for first in range(0, count, chunk):
+            samples = range(first, min(first + chunk, count))
+            microbatches = load_microbatches(windows, samples, c, run.engine.mesh)
+            sums = run.engine.evaluate(microbatches)
+            loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
+        loss_sum, tokens = _sum(run.engine, loss_sum, tokens)
         losses[name] = loss_sum / max(tokens, 1.0)
         row: dict[str, Any] = {"step": run.state.step, "name": name, "loss": losses[name], "tokens": int(tokens)}
         text = f"held out {name}: {losses[name]:.4f} nats/token"
@@ -208,32 +214,6 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     return State(**{f.name: manifest[f.name] for f in dataclasses.fields(State)})
 
 
-def _microbatches(
-    run: Run, dataset: WindowDataset, start: int, count: int, limit: int | None = None
-) -> list[Microbatch]:
-    """This replica's share of samples [start, start + count): replicas take turns, a microbatch each.
-
-    Samples from `limit` on are masked.
-    """
-    size, dp = run.config.train.micro_batch_size, run.engine.mesh.dp
-    firsts = range(start + dp.rank * size, start + count, size * dp.size)
-    return [_microbatch(run, dataset.batch(range(first, first + size)), first, limit) for first in firsts]
-
-
-def _microbatch(run: Run, batch: Batch, first: int, limit: int | None) -> Microbatch:
-    vocab_size, device = run.config.model.vocab_size, run.engine.mesh.device
-    largest = max(int(batch.tokens.max()), int(batch.labels.max()))
-    if largest >= vocab_size:
-        raise TrainingError(
-            f"sample {first}: token {largest} is not below model.vocab_size={vocab_size}; "
-            f"preprocess the text with the model's own tokenizer"
-        )
-    if limit is not None and first + len(batch.tokens) > limit:
-        batch.loss_mask[max(0, limit - first) :] = 0
-    tensors = [None if x is None else torch.from_numpy(x).to(device, non_blocking=True) for x in batch]
-    return Microbatch(*tensors)  # type: ignore[arg-type]
-
-
 def _sum(engine: Engine, *values: float) -> Sequence[float]:
     """Sum numbers over all ranks: the one small collective of a step, in float64."""
     return engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64, device=engine.mesh.device)).tolist()
@@ -241,6 +221,12 @@ def _sum(engine: Engine, *values: float) -> Sequence[float]:
 
 def _due(run: Run, interval: int) -> bool:
     return run.state.step == run.config.train.steps or (interval > 0 and run.state.step % interval == 0)
+
+
+def _trace_path(run: Run) -> Path | None:
+    """Where the trace of the step to come goes, on the step whose trace is asked for."""
+    asked = run.config.log.trace_step == run.state.step + 1
+    return Path(run.config.train.run_dir) / f"trace-rank-{run.engine.mesh.world.rank:05d}.json" if asked else None
 
 
 def _no_gain(run: Run) -> str:
@@ -251,7 +237,7 @@ def _no_gain(run: Run) -> str:
 
 
 def _ask_requeue(run: Run, reason: str) -> None:
-    """Tell the job script, which sees exit status 0 for a stopped run as for a finished one, that there is more to do."""
+    """Tell the job script, which sees exit status 0 of a stopped run as of a finished one, that there is more."""
     if run.engine.mesh.world.rank == 0:
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         path = Path(run.config.train.run_dir) / "REQUEUE"

@@ -120,7 +120,7 @@ class LogConfig:
     interval: int = _key(10, "steps between log lines; the terminal's progress line is live in any case")
     plot: bool = _key(True, "write loss.png at the end (needs matplotlib)")
     tensorboard: bool = _key(False, "also write TensorBoard events (needs tensorboard)")
-    trace: bool = _key(False, "write the event trace of the last step to trace.json, one file a rank")
+    trace_step: int = _key(0, "step whose event trace is written to trace-rank-NNNNN.json, for Perfetto; 0: none")
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,25 @@ layers before it still compute (Li et al. 2020, "PyTorch Distributed", section 3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from megalite.parallel.groups import Group, Pending
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
     """A contiguous part of the flat buffer; `waiting` counts gradients still to come before it may travel."""
 
+    number: int
     flat: Tensor
     names: list[str]
     waiting: int = 0
     pending: Pending | None = None
-    trace_end: Callable[[], None] | None = field(default=None, repr=False)
 
 
 class GradBuffers:
@@ -37,7 +38,6 @@ class GradBuffers:
         self, parameters: Mapping[str, nn.Parameter], group: Group, bucket_bytes: float, overlap: bool
     ) -> None:
         self.group, self.overlap = group, overlap
-        self.trace: Callable[[str], Callable[[], None]] | None = None
         named = list(parameters.items())[::-1]
         self.dtype = torch.promote_types(named[0][1].dtype, torch.float32)
         self.flat = torch.zeros(sum(p.numel() for _, p in named), dtype=self.dtype, device=named[0][1].device)
@@ -51,7 +51,7 @@ class GradBuffers:
             offset += parameter.numel()
             names.append(name)
             if (offset - start) * self.flat.element_size() >= bucket_bytes or i == len(named) - 1:
-                self.buckets.append(Bucket(self.flat[start:offset], names))
+                self.buckets.append(Bucket(len(self.buckets), self.flat[start:offset], names))
                 start, names = offset, []
         for bucket in self.buckets:
             for name in bucket.names:
@@ -82,9 +82,8 @@ class GradBuffers:
     def _start(self, bucket: Bucket) -> None:
         if self.group.size == 1:
             return
-        if self.trace is not None:
-            bucket.trace_end = self.trace(f"reduce bucket {self.buckets.index(bucket)}")
-        bucket.pending = self.group.start_all_reduce(bucket.flat)
+        with record_function(f"start reducing bucket {bucket.number}"):
+            bucket.pending = self.group.start_all_reduce(bucket.flat)
 
     def finish(self) -> None:
         """Return when every bucket is summed over the group."""
@@ -94,9 +93,6 @@ class GradBuffers:
         for bucket in self.buckets:
             if bucket.pending is not None:
                 bucket.pending.wait()
-            if bucket.trace_end is not None:
-                bucket.trace_end()
-                bucket.trace_end = None
 
 
 def all_reduce_together(tensors: list[Tensor], group: Group) -> None:

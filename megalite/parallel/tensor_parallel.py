@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import Group, Pending
@@ -55,12 +56,15 @@ class _ColumnLinear(torch.autograd.Function):
             grad_x = grad_out @ weight
             gathered.wait()
             x = _join_sequence(parts)
-            grad_x, reduced = _start_scatter_sequence(grad_x, group)
+            with record_function("start reducing input gradient"):
+                grad_x, reduced = _start_scatter_sequence(grad_x, group)
         else:
             grad_x = grad_out @ weight
-            reduced = group.start_all_reduce(grad_x)
+            with record_function("start reducing input gradient"):
+                reduced = group.start_all_reduce(grad_x)
         grad_rows = grad_out.flatten(0, -2)
-        grad_weight = grad_rows.t() @ x.flatten(0, -2)
+        with record_function("weight gradient"):
+            grad_weight = grad_rows.t() @ x.flatten(0, -2)
         grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         reduced.wait()
         return grad_x, grad_weight, grad_bias, None, None

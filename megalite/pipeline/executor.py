@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.profiler import record_function
 
 from megalite.pipeline.schedule import Action
 
@@ -58,14 +59,12 @@ def execute(
     hidden: Tensor,
     training: bool,
     reduce: Callable[[], None] | None = None,
-    trace: Callable[[str], Callable[[], None]] | None = None,
 ) -> list[Tensor]:
     """Run `actions`, one rank's list of a lowered plan, and give back the last stage's outputs, one per microbatch.
 
     `forward(microbatch, input)` is the stage (input None: it reads tokens); `ranks` are the global ranks of the
     pipeline; `hidden` is any tensor of the shape, dtype and device that travels between stages. `training` keeps what
-    backward needs; `reduce` is called at REDUCE. `trace(name)` is called when an action begins and gives back what to
-    call when it ends.
+    backward needs; `reduce` is called at REDUCE. Under torch's profiler each action is a range of its name.
     """
     outbox = _Outbox(link, ranks)
     received: dict[tuple[str, int], tuple[Tensor, Pending]] = {}
@@ -107,23 +106,21 @@ def execute(
     with nullcontext() if training else torch.no_grad():
         for action in actions:
             m = action.microbatch
-            ended = trace(str(action)) if trace is not None else None
-            match action.op:
-                case "F":
-                    run_forward(m)
-                case "B":
-                    run_backward(m)
-                case "SEND":
-                    outbox.send(ready.pop((action.of, m)), action.peer)
-                case "RECV":
-                    buffer = torch.empty_like(hidden)
-                    received[action.of, m] = (buffer, link.receive(buffer, ranks[action.peer]))
-                case "REDUCE":
-                    if reduce is not None:
-                        reduce()
-                case _:
-                    raise AssertionError(f"the executor cannot run {action}")
-            if ended is not None:
-                ended()
+            with record_function(str(action)):
+                match action.op:
+                    case "F":
+                        run_forward(m)
+                    case "B":
+                        run_backward(m)
+                    case "SEND":
+                        outbox.send(ready.pop((action.of, m)), action.peer)
+                    case "RECV":
+                        buffer = torch.empty_like(hidden)
+                        received[action.of, m] = (buffer, link.receive(buffer, ranks[action.peer]))
+                    case "REDUCE":
+                        if reduce is not None:
+                            reduce()
+                    case _:
+                        raise AssertionError(f"the executor cannot run {action}")
         outbox.drain()
     return outputs

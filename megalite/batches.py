@@ -1,0 +1,55 @@
+"""From samples of a data set to the tensors of one rank's microbatches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megalite.config import Config
+from megalite.data.dataset import Batch, WindowDataset
+from megalite.parallel.mesh import Mesh
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, and the user has to change something."""
+
+
+@dataclass
+class Microbatch:
+    """Tensors [b, s] of one microbatch; `bounds` [b, s, 2] or None (see AttentionCore)."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    positions: Tensor
+    bounds: Tensor | None = None
+
+
+def load_microbatches(dataset: WindowDataset, samples: range, config: Config, mesh: Mesh) -> list[Microbatch]:
+    """This replica's share of `samples`: replicas take turns, a microbatch each.
+
+    Every replica gets the same number; what goes beyond `samples` to fill up the last ones is masked. Raises
+    TrainingError for a token that the model does not have.
+    """
+    size, dp = config.train.micro_batch_size, mesh.dp
+    stop = samples.start + -(-len(samples) // (size * dp.size)) * size * dp.size
+    firsts = range(samples.start + dp.rank * size, stop, size * dp.size)
+    found = []
+    for first in firsts:
+        batch = dataset.batch(range(first, first + size))
+        batch.loss_mask[max(0, samples.stop - first) :] = 0
+        _check_tokens(batch, first, config.model.vocab_size)
+        tensors = [None if x is None else torch.from_numpy(x).to(mesh.device, non_blocking=True) for x in batch]
+        found.append(Microbatch(*tensors))  # type: ignore[arg-type]
+    return found
+
+
+def _check_tokens(batch: Batch, first: int, vocab_size: int) -> None:
+    largest = max(int(batch.tokens.max()), int(batch.labels.max()))
+    if largest >= vocab_size:
+        raise TrainingError(
+            f"sample {first}: token {largest} is not below model.vocab_size={vocab_size}; "
+            f"preprocess the text with the model's own tokenizer"
+        )

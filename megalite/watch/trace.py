@@ -1,0 +1,21 @@
+"""The event trace of one step: actions, reductions and products with their times, to be opened in Perfetto."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def traced(path: Path | None) -> Iterator[None]:
+    """Write what happens inside to `path` in Chrome's trace format; None: nothing is recorded."""
+    if path is None:
+        yield
+        return
+    from torch.profiler import ProfilerActivity, profile, supported_activities
+
+    activities = supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
+    with profile(activities=list(activities)) as profiler:
+        yield
+    profiler.export_chrome_trace(str(path))
