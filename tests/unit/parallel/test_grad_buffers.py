@@ -183,22 +183,6 @@ def test_overlap_changes_no_bit(dtype: torch.dtype) -> None:
     torch.testing.assert_close(with_overlap[0], total, rtol=1e-5, atol=1e-6)
 
 
-def test_trace_encloses_the_reduction() -> None:
-    said: list[str] = []
-    net = model()
-    buffers = GradBuffers(dict(net.named_parameters()), Recorder(said), HUGE, overlap=True)
-
-    def trace(name: str) -> Any:
-        said.append(f"begin {name}")
-        return lambda: said.append(f"end {name}")
-
-    buffers.trace = trace
-    buffers.begin(1)
-    net(data(0)).sum().backward()
-    buffers.finish()
-    assert said == ["begin reduce bucket 0", "start 0", "wait 0", "end reduce bucket 0"]
-
-
 def test_all_reduce_together() -> None:
     def main(world: Any) -> list[Tensor]:
         r = float(world.rank + 1)

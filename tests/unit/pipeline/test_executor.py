@@ -1,7 +1,7 @@
 """The executor keeps what the simulation says, gives away what it sent, and computes what one process would."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -75,8 +75,8 @@ class Stage:
         self.out[m], self.storage[m] = weakref.ref(out), StorageWeakRef(out.untyped_storage())
         return out
 
-    def trace(self, name: str) -> Callable[[], None]:
-        return lambda: self.ended(name)
+    def began(self, name: str) -> None:
+        """Overridden where more is watched."""
 
     def ended(self, name: str) -> None:
         self.done.append(name)
@@ -88,19 +88,34 @@ class Stage:
 
     def run(self) -> "Stage":
         self.results = execute(
-            self.actions,
+            Watched(self),
             self.forward,
             link=self.link,
             ranks=self.ranks,
             hidden=torch.empty(SHAPE, dtype=torch.float64),
             training=self.training,
             reduce=self.reduce,
-            trace=self.trace,
         )
         return self
 
     def reduce(self) -> None:
         self.reduced += 1
+
+
+class Watched(list[Action]):
+    """A stage's actions: whoever takes one shows that it begins, and with the next one that it has ended."""
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage.actions)
+        self.stage = stage
+
+    def __iter__(self) -> Iterator[Action]:
+        # only the last walk through the list runs it
+        self.stage.done, self.stage.live = [], []
+        for action in super().__iter__():
+            self.stage.began(str(action))
+            yield action
+            self.stage.ended(str(action))
 
 
 def play(schedule: str, p: int, m: int, kind: type[Stage] = Stage) -> list[Stage]:
@@ -146,7 +161,7 @@ class Outputs(Stage):
             under_way = [not storage.expired() for storage in self.storage.values()]
             assert sum(under_way) <= 2  # the last one sent, and one whose SEND is the next action
             name = self.done[-1]
-            if name.startswith(f"{self.rank}SEND_F"):
+            if under_way and name.startswith(f"{self.rank}SEND_F"):  # the list may be walked before it is run
                 assert under_way == [False] * (len(under_way) - 1) + [True]
 
 
@@ -165,10 +180,9 @@ class Sent(Stage):
 
     free_at_backward: dict[int, bool]
 
-    def trace(self, name: str) -> Callable[[], None]:
-        if name == f"{self.rank}B{0}":
+    def began(self, name: str) -> None:
+        if name == f"{self.rank}B0":
             self.free_at_backward = {m: storage.expired() for m, storage in self.storage.items()}
-        return super().trace(name)
 
 
 def test_a_sent_outputs_memory_is_free_before_its_backward() -> None:
