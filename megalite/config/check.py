@@ -83,6 +83,7 @@ def _check_ranges(config: Config) -> None:
         "optim": ("lr", "min_lr", "warmup_samples", "decay_samples", "eps", "weight_decay", "clip_grad"),
         "train": ("threads", "eval_interval", "eval_samples", "patience", "time_limit_s", "seed"),
         "checkpoint": ("interval", "keep"),
+        "log": ("trace_step",),
         "model": ("init_std", "norm_eps"),
     }
     for section, names in not_negative.items():

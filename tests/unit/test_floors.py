@@ -16,7 +16,7 @@ FLOORS = {
     5: ("trainer", "generate", "evaluate"),
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune"),
-    2: ("parallel", "data", "watch", "plan"),
+    2: ("parallel", "data", "watch", "plan", "batches"),
     1: ("config", "log", "ops", "place"),
     0: ("megalite",),  # the version alone
 }
