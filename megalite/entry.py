@@ -74,6 +74,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
                 f"raise train.steps to go on, or choose another train.run_dir"
             )
             return 0
+        make_run_folder(Path(config.train.run_dir))
     except (ConfigError, ValueError, OSError) as error:
         return fail(error)
     return run(config, data, resume)
@@ -152,6 +153,21 @@ def resume_from(config: Config) -> Path | None:
     for line in changed_keys(saved, config) if saved.is_file() else []:
         say(f"changed since the last run: {line}")
     return newest
+
+
+def make_run_folder(run_dir: Path) -> None:
+    """One rank makes the folder, before the ranks spend seconds on starting; ConfigError where it cannot be written."""
+    if RANK != 0:
+        return
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"train.run_dir={run_dir} cannot be written ({error.strerror}); name a folder on a disk with room"
+        ) from None
 
 
 def changed_keys(saved: Path, config: Config) -> list[str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megalite.checkpoint.folder import find
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -20,10 +22,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args()
-    from megalite.data.tokenizer import stream_decode
-    from megalite.generate import generate, load_model
-
     try:
+        find(options.model)  # before torch is imported
+        from megalite.data.tokenizer import stream_decode
+        from megalite.generate import generate, load_model
+
         model, tokenizer, config = load_model(options.model, options.device)
         # documents are joined by the end-of-document token, so a text begins after one
         start = [tokenizer.eos_id] if tokenizer.eos_id is not None else []

@@ -88,4 +88,5 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"{Path(__file__).name}: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

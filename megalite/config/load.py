@@ -26,6 +26,36 @@ from megalite.config.show import key_help, type_name
 PRESETS = Path(__file__).parent / "presets"
 Nested = dict[str, dict[str, Any]]
 
+# what users of Megatron-LM and Hugging Face type first
+HABITS = {
+    "tensor_model_parallel_size": "parallel.tp",
+    "pipeline_model_parallel_size": "parallel.pp",
+    "context_parallel_size": "parallel.cp",
+    "sequence_parallel": "parallel.sp",
+    "num_attention_heads": "model.num_heads",
+    "num_query_groups": "model.num_kv_heads",
+    "num_key_value_heads": "model.num_kv_heads",
+    "num_hidden_layers": "model.num_layers",
+    "intermediate_size": "model.ffn_hidden_size",
+    "tie_word_embeddings": "model.tie_embeddings",
+    "seq_length": "train.seq_len",
+    "max_seq_length": "train.seq_len",
+    "train_iters": "train.steps",
+    "max_steps": "train.steps",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "bf16": "train.dtype",
+    "fp16": "train.dtype",
+    "learning_rate": "optim.lr",
+    "lr_decay_style": "optim.lr_schedule",
+    "max_grad_norm": "optim.clip_grad",
+    "data_path": "data.path",
+    "tokenizer_model": "data.tokenizer",
+    "save": "train.run_dir",
+    "output_dir": "train.run_dir",
+    "save_interval": "checkpoint.interval",
+    "save_steps": "checkpoint.interval",
+}
+
 
 class ConfigError(ValueError):
     """A mistake of the user's: one line with the value, the rule and a remedy."""
@@ -80,9 +110,11 @@ def _all_keys() -> list[str]:
 
 def _nearest(key: str) -> str:
     keys = _all_keys()
+    if habit := HABITS.get(key.rsplit(".", 1)[-1].replace("-", "_")):
+        return f"; here it is {habit}"
     last = key.rsplit(".", 1)[-1]
     same_name = [k for k in keys if k.rsplit(".", 1)[-1] == last]
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if not close:
         names = {k.rsplit(".", 1)[-1]: k for k in keys}
         close = [names[n] for n in difflib.get_close_matches(last, list(names), n=1, cutoff=0.6)]
@@ -204,6 +236,11 @@ def preset_names() -> list[str]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
+        flag = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        if flag:
+            raise ConfigError(
+                f"unknown flag --{flag[1]}{_nearest(flag[1].replace('-', '_'))}; keys are set as key=value"
+            )
         raise ConfigError(f"{message}; --help shows the usage")
 
 

@@ -14,7 +14,7 @@ from megalite.watch.metrics import read_metrics
 CUT = {
     "single": (1, []),
     "dp2": (2, ["parallel.dp=2"]),
-    "tp2pp2": (4, ["parallel.tp=2", "parallel.pp=2"]),
+    "tp2pp2": (4, ["parallel.tp=2", "parallel.pp=2", "train.micro_batch_size=4"]),
 }
 # a learning rate that changes from step to step, so that a wrong step shows
 CURVE = ["optim.lr_schedule=cosine", "optim.decay_samples=160"]

@@ -11,7 +11,7 @@ from megalite.checkpoint.folder import complete
 from megalite.watch.metrics import read_metrics
 
 RANKS, STEPS = 4, 12
-CUT = ["parallel.tp=2", "parallel.pp=2", "optim.lr_schedule=cosine", f"train.steps={STEPS}"]
+CUT = ["parallel.tp=2", "parallel.pp=2", "train.micro_batch_size=4", "optim.lr_schedule=cosine", f"train.steps={STEPS}"]
 
 
 @pytest.fixture(scope="module")

@@ -329,3 +329,12 @@ def test_a_mistake_is_told_within_a_second_and_without_torch() -> None:
         if seconds[-1] < 1:
             break
     assert min(seconds) < 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "key"),
+    [("--tensor-model-parallel-size", "parallel.tp"), ("--learning_rate", "optim.lr"), ("--lr", "optim.lr")],
+)
+def test_flags_of_other_engines_are_translated(flag, key):
+    with pytest.raises(ConfigError, match=f"unknown flag {flag}; .* {key}"):
+        parse_command_line([flag, "2"], default_preset="tiny", prog="x")

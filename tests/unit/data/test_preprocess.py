@@ -120,8 +120,8 @@ def test_command_line(source: Path, tokenizer: Tokenizer, tmp_path: Path):
     assert "200 documents" in done.stderr
     assert IndexedDataset(tmp_path / "my_text_document").num_documents == len(TEXTS)
     again = run(*common)
-    assert again.returncode == 1
-    assert again.stderr.startswith("preprocess_data.py: ")
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
     assert "--overwrite" in again.stderr
     other = run(*common, "--overwrite", "--tokenizer-type", "HuggingFaceTokenizer")
     assert "is a SentencePieceTokenizer, not a HuggingFaceTokenizer" in other.stderr
@@ -130,7 +130,7 @@ def test_command_line(source: Path, tokenizer: Tokenizer, tmp_path: Path):
 def test_command_line_names_the_bad_row(bad_source: Path, tokenizer: Tokenizer, tmp_path: Path):
     common = ["--input", bad_source, "--output-prefix", tmp_path / "my", "--tokenizer-model", tokenizer.path]
     stopped = run(*common)
-    assert stopped.returncode == 1
+    assert stopped.returncode == 2
     assert stopped.stderr.count("\n") == 1
     assert f"{bad_source}:3: not JSON" in stopped.stderr
     skipped = run(*common, "--skip-bad-rows")

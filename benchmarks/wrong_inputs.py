@@ -1,0 +1,138 @@
+"""Forty things a user gets wrong: what is printed, and how soon. Writes results/wrong-inputs.md.
+
+python benchmarks/wrong_inputs.py
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megalite.data.indexed import IndexedWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+PRETRAIN = ["examples/pretrain_7b.py", "--preset", "tiny"]
+ONE = [*PRETRAIN, "parallel.tp=1", "parallel.pp=1", "train.steps=2"]
+PREPROCESS = [
+    "tools/preprocess_data.py",
+    "--tokenizer-model",
+    "{work}/run/tokenizer.model",
+    "--output-prefix",
+    "{work}/out",
+]
+
+# (kind, what is wrong, arguments of python, extra environment)
+CASES: list[tuple[str, str, list[str], dict[str, str]]] = [
+    ("config", "unknown key", [*PRETRAIN, "train.step=20"], {}),
+    ("config", "key without section", [*PRETRAIN, "lr=1e-3"], {}),
+    ("config", "no value", [*PRETRAIN, "train.steps"], {}),
+    ("config", "text for a number", [*PRETRAIN, "train.steps=many"], {}),
+    ("config", "octal", [*PRETRAIN, "train.steps=010"], {}),
+    ("config", "sexagesimal", [*PRETRAIN, "train.steps=1:30"], {}),
+    ("config", "no for a bool", [*PRETRAIN, "parallel.sp=no"], {}),
+    ("config", "unknown choice", [*PRETRAIN, "train.dtype=float16"], {}),
+    ("config", "unknown preset", ["examples/pretrain_7b.py", "--preset", "lama2-7b"], {}),
+    ("config", "unknown flag", [*PRETRAIN, "--lr", "3"], {}),
+    ("config", "file that is not there", [*PRETRAIN, "--config", "{work}/none.yaml"], {}),
+    ("config", "key twice in YAML", [*PRETRAIN, "--config", "{work}/twice.yaml"], {}),
+    ("config", "broken YAML", [*PRETRAIN, "--config", "{work}/broken.yaml"], {}),
+    ("config", "negative learning rate", [*PRETRAIN, "optim.lr=-1"], {}),
+    ("config", "min_lr above lr", [*PRETRAIN, "optim.lr=1e-5"], {}),
+    ("topology", "tp does not divide the heads", [*PRETRAIN, "parallel.tp=3"], {}),
+    ("topology", "more stages than layers", [*PRETRAIN, "parallel.pp=5", "parallel.tp=1"], {"WORLD_SIZE": "5"}),
+    ("topology", "world size is not the product", [*PRETRAIN, "parallel.tp=2", "parallel.pp=2"], {"WORLD_SIZE": "6"}),
+    ("topology", "no torchrun", [*PRETRAIN, "parallel.tp=2", "parallel.pp=2"], {}),
+    ("topology", "stages do not add up", [*PRETRAIN, "parallel.stages=[1, 2]", "parallel.pp=2"], {"WORLD_SIZE": "2"}),
+    ("topology", "microbatches do not divide", [*ONE, "train.global_batch_size=30"], {}),
+    ("topology", "sequence not divisible under sp", [*PRETRAIN, "train.seq_len=127"], {"WORLD_SIZE": "4"}),
+    ("topology", "heads do not fit kv heads", [*ONE, "model.num_kv_heads=3"], {}),
+    ("topology", "context parallelism", [*ONE, "parallel.cp=2"], {"WORLD_SIZE": "2"}),
+    ("topology", "7B without the memory", ["examples/pretrain_7b.py"], {"WORLD_SIZE": "8"}),
+    ("data", "no data", ["examples/pretrain_7b.py", "--preset", "125m", "train.seq_len=64", "train.dtype=fp32"], {}),
+    ("data", "path that is not there", [*ONE, "data.path={work}/none"], {}),
+    ("data", ".bin cut short", [*ONE, "data.path={work}/short"], {}),
+    ("data", ".idx of another kind", [*ONE, "data.path={work}/garbage"], {}),
+    ("data", "empty", [*ONE, "data.path={work}/empty"], {}),
+    ("data", "token id of a larger vocabulary", [*ONE, "data.path={work}/large"], {}),
+    ("data", "bad JSON line", [*PREPROCESS, "--input", "{work}/bad.jsonl"], {}),
+    ("data", "no input file", [*PREPROCESS, "--input", "{work}/none.jsonl"], {}),
+    ("checkpoint", "of another model", [*ONE, "train.run_dir={work}/run", "model.hidden_size=256"], {}),
+    ("checkpoint", "damaged shard", [*ONE, "train.run_dir={work}/damaged", "train.steps=4"], {}),
+    ("checkpoint", "load from nowhere", [*ONE, "checkpoint.load={work}/none"], {}),
+    ("checkpoint", "folder with other files", [*ONE, "train.run_dir={work}/other"], {}),
+    ("checkpoint", "sample without a checkpoint", ["tools/generate.py", "{work}/other"], {}),
+    ("environment", "CUDA asked for, none here", [*ONE, "train.device=cuda"], {}),
+    ("environment", "disk or folder not writable", [*ONE, "train.run_dir=/proc/run"], {}),
+]
+
+
+def prepare(work: Path) -> None:
+    """Files and runs that the cases need."""
+    (work / "twice.yaml").write_text("train:\n  steps: 3\n  steps: 4\n")
+    (work / "broken.yaml").write_text("train: {steps: 3\n")
+    (work / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (work / "other").mkdir()
+    (work / "other" / "thesis.tex").touch()
+    for name, documents in (("short", [[1] * 100] * 50), ("empty", []), ("large", [[1, 2, 700]] * 500)):
+        with IndexedWriter(work / name, vocab_size=1000) as writer:
+            for document in documents:
+                writer.add_document(document)
+    with (work / "short.bin").open("r+b") as file:
+        file.truncate(77)
+    (work / "garbage.idx").write_bytes(os.urandom(100))
+    (work / "garbage.bin").touch()
+    command = [sys.executable, *ONE, f"train.run_dir={work / 'run'}", "train.eval_samples=8", "log.plot=false"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    shutil.copytree(work / "run", work / "damaged")
+    for shard in work.glob("damaged/checkpoints/*/*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:1000])
+
+
+def ask(work: Path, arguments: list[str], environment: dict[str, str]) -> tuple[str, float, bool]:
+    """(what was printed to standard error, seconds, whether it is well-behaved)."""
+    words = [word.replace("{work}", str(work)) for word in arguments]
+    if "pretrain" in words[0] and not any("run_dir" in word for word in words):
+        words.append(f"train.run_dir={work / 'fresh'}")
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120
+    )
+    seconds = time.monotonic() - began
+    said = done.stderr.strip().replace(str(work), "WORK")
+    well = done.returncode != 0 and "Traceback" not in done.stderr + done.stdout and said.count("error:") == 1
+    return said, seconds, well
+
+
+def main() -> int:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        prepare(work)
+        for kind, what, arguments, environment in CASES:
+            said, seconds, well = ask(work, arguments, environment)
+            rows.append((kind, what, said, seconds, well))
+            print(f"{'ok ' if well else 'BAD'} {seconds:5.2f} s  {kind}: {what}\n      {said}", flush=True)
+    lines = ["# Forty wrong inputs\n", "`python benchmarks/wrong_inputs.py`. Seconds are of the whole process.\n"]
+    lines += ["| | what is wrong | what is printed | s |", "|---|---|---|---|"]
+    for kind, what, said, seconds, _ in rows:
+        text = said.replace("|", "\\|").replace("\n", "<br>")
+        lines.append(f"| {kind} | {what} | {text} | {seconds:.2f} |")
+    (ROOT / "benchmarks" / "results" / "wrong-inputs.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    bad = sum(not well for *_, well in rows)
+    slow = sorted(seconds for *_, seconds, _ in rows)
+    print(
+        json.dumps(
+            {"cases": len(rows), "bad": bad, "median_s": round(slow[len(slow) // 2], 2), "max_s": round(slow[-1], 2)}
+        )
+    )
+    return bad > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
