@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = {
-    6: ("tools", "examples", "benchmarks", "entry"),  # thin: parse, call, print
+    6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
     5: ("trainer", "generate", "evaluate"),
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune"),

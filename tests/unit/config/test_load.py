@@ -119,7 +119,7 @@ def test_wrong_types(override: str, message: str) -> None:
         ("steps=20", "did you mean train.steps?"),
         ("model.hidden=20", "did you mean model.hidden_size?"),
         ("parallel.tpp=2", "did you mean parallel.tp?"),
-        ("optim.learning_rate=1", "did you mean"),
+        ("optim.learning_rate=1", "here it is optim.lr"),
         ("qqqq=1", "--help lists every key"),
         ("train.steps.more=1", "did you mean train.steps?"),
         ("data.valid.en.more=1", "unknown key data.valid.en.more"),
