@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import logging
 import os
+import re
 import sys
 import time
 import typing
@@ -45,6 +47,9 @@ def say(text: str) -> None:
 
 def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
     """Run `examples/pretrain_7b.py`; gives the exit status. `corpus`: what the preset tiny learns from by itself."""
+    # which kernel and which reader were chosen is said once, by one rank
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
+    logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
     try:
         request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
         config, why = configure(request)
@@ -203,6 +208,8 @@ def run(config: Config, data: DataSets, resume: Path | None) -> int:
         print(f"error: rank {RANK} ran out of memory: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         os._exit(1)
     except RuntimeError as error:
+        if not re.search(r"gloo|nccl|connection|timed? ?out|store", str(error), re.IGNORECASE):
+            raise  # a fault of ours: its traceback is wanted
         # a peer is gone: say so and end at once, so that the launcher can end the others
         print(f"error: rank {RANK} lost the others: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         os._exit(1)
