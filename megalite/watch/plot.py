@@ -30,9 +30,13 @@ def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Pa
     held_out: dict[str, list[dict[str, Any]]] = {}
     for row in metrics.get("eval", []):
         held_out.setdefault(row["name"], []).append(row)
-    for color, (name, points) in zip(("tab:orange", "tab:green", "tab:red", "tab:purple"), sorted(held_out.items())):
+    for number, (name, points) in enumerate(sorted(held_out.items()), start=1):
         axes.plot(
-            [p["step"] for p in points], [p["loss"] for p in points], "o-", color=color, label=f"held out: {name}"
+            [p["step"] for p in points],
+            [p["loss"] for p in points],
+            "o-",
+            color=f"C{number}",
+            label=f"held out: {name}",
         )
     for name, value in (references or {}).items():
         axes.axhline(value, linestyle="--", linewidth=1, color="gray")

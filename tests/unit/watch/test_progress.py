@@ -1,0 +1,113 @@
+"""A live line on a terminal, plain lines in a log."""
+
+import io
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from megalite.watch.progress import Progress, duration
+
+ERASE = "\r\x1b[K"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Terminal]:
+    """Makes the output a terminal; called within the test, as pytest sets the output anew before it."""
+
+    def _terminal() -> Terminal:
+        stream = Terminal()
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((40, 24)))
+        return stream
+
+    return _terminal
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (245, "4m05s"),
+        (3599, "59m59s"),
+        (3599.7, "1h00m"),
+        (2 * 3600 + 3 * 60, "2h03m"),
+        (86399, "23h59m"),
+        (3 * 86400 + 4 * 3600, "3d04h"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_log_gets_a_line_every_interval_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(True, 12, 5)
+    for step in range(1, 13):
+        progress.step(step, f"loss {step}")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\r" not in out
+    assert [line.split("  eta")[0] for line in out.splitlines()] == [
+        "step  5/12  loss 5",
+        "step 10/12  loss 10",
+        "step 12/12  loss 12",
+    ]
+
+
+def test_time_left(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(True, 100, 1)
+    clock[0] += 60  # what came before the first step is not the steps' doing
+    for step in (41, 42, 43):  # resumed
+        progress.step(step, "")
+        clock[0] += 2
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["step", "41/100"],
+        ["step", "42/100", "eta", "1m56s"],
+        ["step", "43/100", "eta", "1m54s"],
+    ]
+
+
+def test_a_terminal_has_a_live_line_between(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    progress = Progress(True, 20, 10)
+    progress.step(1, "loss 3")
+    assert screen.getvalue() == f"{ERASE}step  1/20  loss 3"
+    progress.step(2, "x" * 100)
+    live = screen.getvalue().split(ERASE)[-1]
+    assert len(live) == 39  # a full row would make the terminal scroll
+    assert live.startswith("step  2/20  xxx")
+
+
+def test_what_stays_replaces_the_live_line(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    progress = Progress(True, 20, 10)
+    progress.step(9, "loss 3")
+    progress.say("saved")
+    progress.say("twice")
+    progress.step(10, "loss 2")
+    assert screen.getvalue().split("  eta")[0] == f"{ERASE}step  9/20  loss 3{ERASE}saved\ntwice\nstep 10/20  loss 2"
+
+
+def test_one_rank_speaks(terminal: Callable[[], Terminal]) -> None:
+    screen = terminal()
+    progress = Progress(False, 20, 1)
+    progress.step(1, "loss 3")
+    progress.say("saved")
+    assert screen.getvalue() == ""

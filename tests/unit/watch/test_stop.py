@@ -1,0 +1,83 @@
+"""Signals, the STOP file and the time limit ask for a stop; afterwards signals are whose they were."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megalite.watch.stop import SIGNALS, Stop
+
+
+@pytest.fixture
+def stop(tmp_path: Path) -> Iterator[Stop]:
+    stop = Stop(tmp_path, 0.0)
+    yield stop
+    stop.close()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_a_wish(stop: Stop, number: signal.Signals) -> None:
+    assert not stop.asked()
+    os.kill(os.getpid(), number)
+    assert stop.asked()
+    assert stop.reason == number.name
+
+
+def test_the_first_reason_stays(stop: Stop, tmp_path: Path) -> None:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    (tmp_path / "STOP").touch()
+    assert stop.asked()
+    assert stop.reason == "SIGUSR1"
+
+
+def test_stop_file(stop: Stop, tmp_path: Path) -> None:
+    assert not stop.asked()
+    (tmp_path / "STOP").touch()
+    assert stop.asked()
+    assert stop.reason == "STOP file"
+
+
+def test_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [50.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stop = Stop(tmp_path, 10.0)
+    try:
+        now[0] = 59.9
+        assert not stop.asked()
+        now[0] = 60.1
+        assert stop.asked()
+        assert stop.reason == "train.time_limit_s"
+    finally:
+        stop.close()
+
+
+def test_close_gives_the_signals_back(tmp_path: Path) -> None:
+    heard: list[int] = []
+    before = {number: signal.signal(number, lambda n, frame: heard.append(n)) for number in SIGNALS}
+    try:
+        stop = Stop(tmp_path, 0.0)
+        stop.close()
+        for number in SIGNALS:
+            os.kill(os.getpid(), number)
+        assert heard == list(SIGNALS)
+        assert not stop.asked()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, signal\n"
+        "from megalite.watch.stop import Stop\n"
+        "stop = Stop(pathlib.Path('.'), 0.0)\n"
+        "for _ in range(2): os.kill(os.getpid(), signal.SIGINT); print(stop.asked(), flush=True)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "True\n", "")
