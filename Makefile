@@ -1,7 +1,7 @@
 # make install   .venv with pinned dependencies and the compiled extensions
 # make demo      train a small model on real text over tp 2 x pp 2 on a CPU, and sample from it
 # make test      all tests            make check    lint, types, formats
-# make soak      long campaigns       make clean    remove what the others made (not runs/)
+# make format    mend formats         make clean    remove what the others made (not runs/)
 #
 # PYTHON=python3.12 make install     another interpreter
 # SYSTEM_TORCH=1 make install        use the torch that is installed already (GPU machines), any 2.9 to 2.13
@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml requirements.txt requirements-torch.txt $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: install demo test check format soak clean
+.PHONY: install demo test check format clean
 
 install: $(STAMP)
 
