@@ -1,0 +1,392 @@
+"""Make the pictures of docs/: `python docs/make_pictures.py [NAME ...]` writes docs/img/NAME.png.
+
+Diagrams are drawn; pipeline-parallel.png is played by the simulator, and numbers.png is measured by training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from megalite.pipeline.schedule import make_plan
+from megalite.pipeline.simulate import Simulation, simulate
+
+IMAGES = Path(__file__).parent / "img"
+RANKS = ("#5b8fd0", "#e6a03c")
+WHOLE, NONE, INK, SOFT = "#d9dbe0", "#f6f6f3", "#2b2b2b", "#77777a"
+FORWARD, BACKWARD, COLLECTIVE = "#5b8fd0", "#7cb86a", "#c8553d"
+
+
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of so many inches whose one axes counts in tenths of an inch, from the upper left corner."""
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 10 * width), ylim=(10 * height, 0))
+    axes.set_axis_off()
+    return figure, axes
+
+
+def box(axes: Axes, x: float, y: float, w: float, h: float, colour: str, dashed: bool = False) -> None:
+    edge, style = (SOFT, (0, (2, 2))) if dashed else (INK, "-")
+    axes.add_patch(Rectangle((x, y), w, h, facecolor=colour, edgecolor=edge, linewidth=0.8, linestyle=style))
+
+
+def text(axes: Axes, x: float, y: float, words: str, size: float = 8.5, colour: str = INK, **more: Any) -> None:
+    axes.text(x, y, words, fontsize=size, color=colour, **({"ha": "center", "va": "center"} | more))
+
+
+def arrow(axes: Axes, x: float, y: float, to_x: float, to_y: float, colour: str = INK) -> None:
+    style = {"arrowstyle": "-|>", "color": colour, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 8}
+    axes.annotate("", (to_x, to_y), (x, y), arrowprops=style)
+
+
+def pill(
+    axes: Axes, x: float, y: float, w: float, h: float, words: str, size: float = 8.5, rotation: str = "horizontal"
+) -> None:
+    """A collective: centre (x, y)."""
+    style = "round,pad=0,rounding_size=0.9"
+    axes.add_patch(
+        FancyBboxPatch((x - w / 2, y - h / 2), w, h, boxstyle=style, facecolor=COLLECTIVE, edgecolor="none", zorder=4)
+    )
+    text(axes, x, y, words, size, "white", rotation=rotation, weight="bold", zorder=5)
+
+
+def tensor_parallel() -> Figure:
+    """One feed-forward on two ranks: which part of every tensor is where."""
+    figure, axes = canvas(9.0, 4.05)
+    text(axes, 28, 2.6, "column parallel: gate_up (and qkv)", 9.5, weight="bold")
+    text(axes, 56, 2.6, "row parallel: down (and out)", 9.5, weight="bold")
+    for rank, colour in enumerate(RANKS):
+        top = 6 + rank * 16
+        middle = top + 5
+        text(axes, 2.4, middle, f"rank {rank}", 9.5, colour, weight="bold", rotation="vertical")
+        box(axes, 6, top, 8, 10, WHOLE)
+        text(axes, 10, middle, "X")
+        text(axes, 10, top + 11.3, "[s, h] whole", 7.5, SOFT)
+        text(axes, 16.2, middle, "×", 12)
+        for part in range(2):
+            here = part == rank
+            box(axes, 18.5 + 5 * part, top + 1, 5, 8, colour if here else NONE, not here)
+            text(axes, 21 + 5 * part, middle, f"A{'₀₁'[part]}", colour=INK if here else SOFT)
+        text(axes, 23.5, top + 11.3, f"{('first', 'second')[rank]} half of the columns", 7.5, SOFT)
+        arrow(axes, 29.5, middle, 32.2, middle)
+        text(axes, 30.8, middle - 1.8, "σ", 9)
+        box(axes, 33, top, 5, 10, colour)
+        text(axes, 35.5, middle, f"H{'₀₁'[rank]}")
+        text(axes, 35.5, top + 11.3, "[s, f/2]", 7.5, SOFT)
+        text(axes, 41, middle, "×", 12)
+        for part in range(2):
+            here = part == rank
+            box(axes, 44, top + 5 * part, 8, 5, colour if here else NONE, not here)
+            text(axes, 48, top + 2.5 + 5 * part, f"B{'₀₁'[part]}", colour=INK if here else SOFT)
+        text(axes, 48, top + 11.3, f"{('first', 'second')[rank]} half of the rows", 7.5, SOFT)
+        arrow(axes, 53.3, middle, 56.2, middle)
+        box(axes, 57, top, 8, 10, "#dfe9f5" if rank == 0 else "#faecd6")
+        text(axes, 61, middle, f"H{'₀₁'[rank]}B{'₀₁'[rank]}")
+        text(axes, 61, top + 11.3, "[s, h] a summand", 7.5, SOFT)
+        arrow(axes, 65.6, middle, 68.6, middle)
+        arrow(axes, 73, middle, 76, middle)
+        box(axes, 77, top, 8, 10, WHOLE)
+        text(axes, 81, middle, "Y")
+        text(axes, 81, top + 11.3, "[s, h] whole", 7.5, SOFT)
+    pill(axes, 70.8, 19, 3.6, 26, "all-reduce", rotation="vertical")
+    note = "Y = H₀B₀ + H₁B₁.   Forward: one all-reduce, of Y.   Backward: one all-reduce, of the gradient of X."
+    text(axes, 45, 37.6, note, 9)
+    return figure
+
+
+def _state(axes: Axes, x: float, y: float, kind: str, size: float = 6.5) -> None:
+    """A tensor [s, h] as a square, s downwards: who holds what."""
+    half = size / 2
+    if kind == "sequence":
+        box(axes, x, y, size, half, RANKS[0])
+        box(axes, x, y + half, size, half, RANKS[1])
+    elif kind == "features":
+        box(axes, x, y, half, size, RANKS[0])
+        box(axes, x + half, y, half, size, RANKS[1])
+    else:
+        light = kind == "summands"
+        for rank, shift in ((1, 1.1), (0, 0.0)):
+            colour = ("#dfe9f5", "#faecd6")[rank] if light else RANKS[rank]
+            box(axes, x + shift, y + shift, size, size, colour)
+
+
+def sequence_parallel() -> Figure:
+    """The attention half of a block: tp alone above, with sequence parallelism below."""
+    figure, axes = canvas(9.0, 4.5)
+    for left, right, colour, title in (
+        (9.8, 28.2, "#eef4ea", "residual stream, norm"),
+        (34.0, 66.2, "#f3f1ec", "heads cut over the ranks"),
+        (71.9, 89.8, "#eef4ea", "residual stream, norm"),
+    ):
+        axes.add_patch(Rectangle((left, 1), right - left, 36, facecolor=colour, linewidth=0))
+        text(axes, (left + right) / 2, 3, title, 9, weight="bold")
+    for name, y, outside, before, after in (
+        ("tp alone", 8.5, "whole", ("", "all-reduce"), ("all-\nreduce", "nothing")),
+        ("tp with sp", 26, "sequence", ("all-\ngather", "reduce-\nscatter"), ("reduce-\nscatter", "all-gather")),
+    ):
+        middle = y + 3.6
+        text(axes, 4.6, middle, name, 9.5, weight="bold")
+        places = [(11.2, outside, "x"), (20.1, outside, "norm x"), (35.0, "whole", "norm x")]
+        places += [(46.5, "features", "q k v, core"), (57.8, "summands", "out"), (72.9, outside, "out")]
+        places += [(81.7, outside, "x + out")]
+        for x, kind, label in places:
+            _state(axes, x, y, kind)
+            text(axes, x + 3.6, y + 9.3, label, 8, SOFT)
+        for (x, kind, _), (to, _, _) in pairwise(places):
+            arrow(axes, x + (7.9 if kind in ("whole", "summands") else 6.9), middle, to - 0.4, middle)
+        for x, (forward, backward) in ((31.0, before), (68.9, after)):
+            if forward:
+                pill(axes, x, middle, 5.2, 5, forward, 6.8)
+            text(axes, x, y + 8.7, f"backward:\n{backward}", 6.8, COLLECTIVE, va="top")
+    legend = [
+        (5.5, "sequence", "each rank half of the sequence"),
+        (29.5, "features", "each rank half of the heads"),
+        (51.5, "whole", "each rank all of it"),
+        (68.3, "summands", "each rank a summand of all"),
+    ]
+    for x, kind, label in legend:
+        _state(axes, x, 40.3, kind, 2.4)
+        text(axes, x + 4.1, 41.7, label, 8, ha="left")
+    return figure
+
+
+def _live(played: Simulation, rank: int) -> tuple[list[float], list[int]]:
+    """Activations that a rank holds, as steps over time."""
+    changes = {0.0: 0, played.makespan: 0}
+    for event in played.timelines[rank]:
+        if event.action.op in "FB":
+            time, change = (event.start, 1) if event.action.op == "F" else (event.end, -1)
+            changes[time] = changes.get(time, 0) + change
+    times = sorted(changes)
+    return times, list(accumulate(changes[time] for time in times))
+
+
+def pipeline_parallel() -> Figure:
+    """GPipe and 1F1B at p = 4, m = 8, and what the first rank keeps alive under each."""
+    figure = Figure(figsize=(9.0, 5.6), layout="constrained")
+    upper, lower, live = figure.subplots(3, 1, sharex=True, height_ratios=(4, 4, 2.6))
+    for axes, name, title in ((upper, "gpipe", "GPipe"), (lower, "1f1b", "1F1B")):
+        played = simulate(make_plan(name, 4, 8))
+        axes.add_patch(Rectangle((0, -0.5), played.makespan, 4, facecolor="#ebebe6", linewidth=0))
+        for event in played.events:
+            if event.action.op in "FB":
+                colour = FORWARD if event.action.op == "F" else BACKWARD
+                length, corner = event.end - event.start, (event.start, event.rank - 0.42)
+                axes.add_patch(Rectangle(corner, length, 0.84, facecolor=colour, edgecolor="white", linewidth=0.8))
+                text(axes, event.start + length / 2, event.rank, str(event.action.microbatch), 8)
+        axes.set(xlim=(0, played.makespan), ylim=(3.5, -0.5))
+        axes.set_yticks(range(4), [f"stage {rank}" for rank in range(4)])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        heading = f"{title}: bubble {played.bubble:.1%}, live microbatches by stage {played.peak_live}"
+        axes.set_title(heading, loc="left", fontsize=9.5)
+        times, counts = _live(played, 0)
+        style = {"color": COLLECTIVE if name == "gpipe" else INK, "linewidth": 1.6}
+        live.step(times, counts, where="post", label=f"{title}: at most {max(counts)}", **style)
+    live.set(ylim=(0, 9), xlabel="time (a forward is 1, a backward 2)", yticks=(0, 4, 8))
+    live.set_title("microbatches whose activations stage 0 keeps", loc="left", fontsize=9.5)
+    live.spines[["top", "right"]].set_visible(False)
+    live.grid(axis="y", alpha=0.3)
+    live.legend(frameon=False, fontsize=9, loc="upper right")
+    return figure
+
+
+def data_parallel() -> Figure:
+    """Buckets leave while backward still computes: the last microbatch's backward, and the flat buffer below."""
+    figure, axes = canvas(9.0, 3.9)
+    blocks = ["head", "layer 3", "layer 2", "layer 1", "layer 0", "embed"]
+    widths = [9, 11, 11, 11, 11, 9]
+    starts = [13.0]
+    for width in widths:
+        starts.append(starts[-1] + width)
+    text(axes, 11.5, 6.5, "backward of the\nlast microbatch", 8.5, ha="right")
+    text(axes, 11.5, 14.5, "all-reduce\nover replicas", 8.5, ha="right")
+    text(axes, 11.5, 28, "flat buffer", 8.5, ha="right")
+    for name, start, width in zip(blocks, starts, widths):
+        box(axes, start, 4.5, width, 4, "#cfe6c6")
+        text(axes, start + width / 2, 6.5, name)
+        axes.plot([start + width] * 2, [8.5, 26], color=SOFT, linewidth=0.5, linestyle=(0, (1, 3)))
+    buckets = [(0, 2), (2, 4), (4, 6)]
+    free = 0.0
+    for number, (first, last) in enumerate(buckets):
+        left, right = starts[first], starts[last]
+        shade = ("#dbe7f5", "#c3d7ee", "#aac7e7")[number]
+        box(axes, left, 26, right - left, 4, shade)
+        begin = max(right, free)
+        free = begin + (right - left) * 0.5
+        pill(axes, (begin + free) / 2, 14.5, free - begin, 4, f"bucket {number}")
+        arrow(axes, right, 8.9, right, 12.2)
+        axes.plot([left + 0.2, right - 0.2], [31.3, 31.3], color=INK, linewidth=1)
+        text(axes, (left + right) / 2, 33, f"bucket {number}", 8.5)
+    for name, start, width in zip(blocks, starts, widths):
+        text(axes, start + width / 2, 28, name, 8)
+    end = starts[-1]
+    axes.plot([end, end], [3, 20.3], color=INK, linewidth=1)
+    text(axes, end - 0.8, 19.3, "backward ends", 8, ha="right")
+    axes.annotate("", (free, 18.6), (end, 18.6), arrowprops={"arrowstyle": "<|-|>", "color": INK, "lw": 0.9})
+    text(axes, end + 0.6, 20.4, "REDUCE waits\nonly for this", 8, ha="left", va="top")
+    arrow(axes, 13, 36.2, end, 36.2)
+    text(axes, 44, 37.6, "parameters in reverse order: the order in which backward reaches them", 8, SOFT)
+    text(axes, 13, 2.3, "time →", 8, SOFT, ha="left")
+    return figure
+
+
+def design() -> Figure:
+    """Three tables and one plain model meet in one place."""
+    figure, axes = canvas(9.0, 3.5)
+
+    def card(x: float, title: str, lines: str, where: str) -> None:
+        style = "round,pad=0,rounding_size=1.0"
+        axes.add_patch(FancyBboxPatch((x, 1.5), 20, 15.5, boxstyle=style, facecolor=NONE, edgecolor=SOFT, lw=0.8))
+        text(axes, x + 10, 3.7, title, 9.5, weight="bold")
+        axes.text(x + 1.2, 9.4, lines, fontsize=7.6, family="monospace", va="center", color=INK, linespacing=1.5)
+        text(axes, x + 10, 15.3, where, 7.6, SOFT)
+        arrow(axes, x + 10, 17.3, 45 + (x + 10 - 45) * 0.3, 21.6)
+
+    card(
+        1.5,
+        "cuts",
+        "attn.qkv    by kv group\nattn.out    rows\nmlp.gate_up columns × 2\nmlp.down    rows",
+        "model/cut_table.py",
+    )
+    card(
+        24,
+        "stages",
+        "llama3-8b on pp 4:\nlayers 0–7,   8–16,\n      17–25, 26–31",
+        "plan.py",
+    )
+    card(
+        46.5,
+        "schedule",
+        "rank 0  F0 F1 B0 F2 B1 …\nrank 1  F0 B0 F1 B1 …\nlower adds SEND, RECV",
+        "pipeline/schedule.py",
+    )
+    card(
+        69,
+        "the plain model",
+        "x + attn(norm(x))\nx + mlp(norm(x))\nno rank, no group,\nno collective",
+        "model/decoder.py",
+    )
+    style = "round,pad=0,rounding_size=1.0"
+    axes.add_patch(FancyBboxPatch((27, 22), 36, 4.4, boxstyle=style, facecolor=RANKS[0], edgecolor="none"))
+    text(axes, 45, 24.2, "build(config, world): one rank's engine", 9.5, "white", weight="bold")
+    arrow(axes, 45, 26.8, 45, 29.6)
+    text(axes, 45, 31.5, "trainer: forward_backward, one sum over ranks, clip, AdamW, save", 9)
+    return figure
+
+
+def _train(axis: str, tied: bool, steps: int) -> list[tuple[float, Any]]:
+    """Loss and whole weights after each step of a small fp32 model; two ranks on `axis`, or one for ''."""
+    import torch
+
+    from megalite.batches import Microbatch
+    from megalite.build import build
+    from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+    from megalite.optim.adamw import clip_scale
+    from megalite.parallel.groups import World
+    from megalite.parallel.threads import run_threads
+
+    torch.set_num_threads(1)
+    b, s, vocab, count = 2, 32, 128, 4
+    model = ModelConfig(vocab_size=vocab, hidden_size=64, num_layers=2, ffn_hidden_size=176, tie_embeddings=tied)
+    tp, pp, dp = (2 if name == axis else 1 for name in ("tp", "pp", "dp"))
+    train = TrainConfig(seq_len=s, micro_batch_size=b, global_batch_size=b * count)
+    config = resolve(Config(model, ParallelConfig(tp=tp, pp=pp, dp=dp), train=train), tp * pp * dp)
+    # the ranks are threads: each writes its own rows into one whole model
+    whole: list[dict[str, torch.Tensor]] = [{} for _ in range(steps)]
+
+    def main(world: World) -> list[float]:
+        engine = build(config, world)
+        replica, losses = engine.mesh.dp, []
+        for step in range(steps):
+            generator = torch.Generator().manual_seed(step)
+            # every sample says its first half twice: something to learn
+            tokens = torch.randint(vocab, (count * b, s // 2), generator=generator).repeat(1, 3)[:, : s + 1]
+            mask, positions = torch.ones(b, s), torch.arange(s).expand(b, s)
+            rows = tokens.split(b)[replica.rank :: replica.size]
+            batch = [Microbatch(row[:, :-1], row[:, 1:], mask, positions) for row in rows]
+            values = [*engine.forward_backward(batch), engine.gradient_squares()]
+            loss, valid, squares = engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
+            engine.grads.flat.mul_(clip_scale(config.optim, squares, valid)[1])
+            engine.optimizer.step(1e-3)
+            losses.append(loss / valid)
+            for name in engine.owned():
+                shard = engine.shards[name]
+                place = whole[step].setdefault(name, torch.zeros(shard.whole_shape))
+                shard.put(engine.parameters[name].detach(), place)
+        return losses
+
+    return list(zip(run_threads(tp * pp * dp, main)[0], whole))
+
+
+def numbers() -> Figure:
+    """How far two ranks stray from one process over 50 fp32 steps: the loss, and the weights."""
+    steps, bottom = 50, 1e-9
+    figure = Figure(figsize=(9.0, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    alone = {tied: _train("", tied, steps) for tied in (False, True)}
+    cases = [
+        ("tp", False, "tp 2 with sp", RANKS[0]),
+        ("dp", False, "dp 2", RANKS[1]),
+        ("pp", True, "pp 2, tied embeddings", "#8a6bbf"),
+        ("pp", False, "pp 2: equal in every bit", "#4f9a3d"),
+    ]
+    for axis, tied, label, colour in cases:
+        losses, weights = [], []
+        for (loss, tensors), (whole_loss, whole) in zip(_train(axis, tied, steps), alone[tied]):
+            losses.append(abs(loss - whole_loss) / whole_loss)
+            weights.append(max(float((tensors[n] - w).abs().max() / w.abs().max()) for n, w in whole.items()))
+        assert axis != "pp" or tied or max(losses + weights) == 0
+        print(f"{label}: losses {max(losses):.1e}, weights {max(weights):.1e}")
+        for axes, values in ((left, losses), (right, weights)):
+            shown = [max(x, bottom) for x in values]
+            axes.plot(range(1, steps + 1), shown, ".-", color=colour, label=label, linewidth=0.8, markersize=4)
+    left.axhline(1e-5, color=COLLECTIVE, linewidth=1.2)
+    left.text(1, 1.25e-5, "promised for tp, sp, dp: 1e-5", color=COLLECTIVE, fontsize=8.5)
+    left.set(yscale="log", ylim=(bottom * 0.6, 1e-4))
+    left.set_yticks([bottom, *(10.0**-k for k in range(8, 3, -1))], ["0", *(f"1e-{k}" for k in range(8, 3, -1))])
+    left.minorticks_off()
+    for axes, title in ((left, "loss"), (right, "weights: the worst element of any tensor")):
+        axes.set(xlim=(0, steps + 1), xlabel="step of AdamW in fp32")
+        axes.set_title(title, loc="left", fontsize=9.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    handles, labels = left.get_legend_handles_labels()
+    figure.suptitle("relative difference from one process", fontsize=10)
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(cases))
+    return figure
+
+
+PICTURES: dict[str, Callable[[], Figure]] = {
+    "tensor-parallel": tensor_parallel,
+    "sequence-parallel": sequence_parallel,
+    "pipeline-parallel": pipeline_parallel,
+    "data-parallel": data_parallel,
+    "design": design,
+    "numbers": numbers,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; default: all")
+    names = parser.parse_args().names or list(PICTURES)
+    if unknown := [name for name in names if name not in PICTURES]:
+        sys.exit(f"no picture {unknown[0]!r}; there is {', '.join(PICTURES)}")
+    IMAGES.mkdir(exist_ok=True)
+    for name in names:
+        PICTURES[name]().savefig(IMAGES / f"{name}.png", dpi=150, facecolor="white")
+        print(IMAGES / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
