@@ -283,16 +283,3 @@ class IndexedDataset:
     def _require_contiguous(self) -> None:
         if not self._contiguous:
             raise self._error("has offsets that are not back to back in sequence order, expected them to be")
-
-
-def open_indexed(prefix: str | Path, reader: str = "auto") -> IndexedDataset:
-    """Open `prefix.{bin,idx}` with the numpy or the compiled reader; "auto" takes the compiled one where it is built.
-
-    Raises ValueError where IndexedDataset does, and when "cpp" is asked for and not built.
-    """
-    if reader not in ("auto", "numpy", "cpp"):
-        raise ValueError(f'reader={reader!r} is unknown; use "auto", "numpy" or "cpp"')
-    from megalite.data import native
-
-    use_native = reader == "cpp" or (reader == "auto" and native.preferred())
-    return native.NativeDataset(prefix) if use_native else IndexedDataset(prefix)

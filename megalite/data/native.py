@@ -1,4 +1,4 @@
-"""The compiled reader of indexed token files behind IndexedDataset's interface."""
+"""The compiled reader of indexed token files behind IndexedDataset's interface, and the choice between the two."""
 
 import functools
 import importlib
@@ -69,3 +69,14 @@ class NativeDataset(IndexedDataset):
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
         return NativeDataset, (self.prefix,)
+
+
+def open_indexed(prefix: str | Path, reader: str = "auto") -> IndexedDataset:
+    """Open `prefix.{bin,idx}` with the numpy or the compiled reader; "auto" takes the compiled one where it is built.
+
+    Raises ValueError where IndexedDataset does, and when "cpp" is asked for and not built.
+    """
+    if reader not in ("auto", "numpy", "cpp"):
+        raise ValueError(f'reader={reader!r} is unknown; use "auto", "numpy" or "cpp"')
+    use_native = reader == "cpp" or (reader == "auto" and preferred())
+    return NativeDataset(prefix) if use_native else IndexedDataset(prefix)

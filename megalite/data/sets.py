@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from megalite.config import Config
 from megalite.data.dataset import PretrainDataset, WindowDataset, check_vocabulary, heldout_windows
-from megalite.data.indexed import IndexedDataset, open_indexed
+from megalite.data.indexed import IndexedDataset
+from megalite.data.native import open_indexed
 
 # Reading a whole stream to look for a wrong token id is worth it up to this size; every batch is checked anyway.
 SCAN_TOKENS = 200_000_000

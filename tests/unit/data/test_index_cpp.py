@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megalite.data import native
-from megalite.data.indexed import IndexedDataset, IndexedWriter, open_indexed
+from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.data.native import open_indexed
 
 _index = importlib.import_module("megalite._index")  # no stubs: mypy takes it as Any
 
