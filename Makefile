@@ -1,6 +1,7 @@
 # make install   .venv with pinned dependencies and the compiled extensions
 # make demo      train a small model on real text over tp 2 x pp 2 on a CPU, and sample from it
 # make test      all tests            make check    lint, types, formats
+# make slurm     a preempted job on a two-node Slurm cluster within this machine (root, Debian; 1 to 2 minutes)
 # make format    mend formats         make clean    remove what the others made (not runs/)
 #
 # PYTHON=python3.12 make install     another interpreter
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml requirements.txt requirements-torch.txt $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test slurm check format clean
 
 install: $(STAMP)
 
@@ -37,6 +38,9 @@ demo: install
 
 test: install
 	@$(BIN)/python -m pytest tests
+
+slurm: install
+	@$(BIN)/python tests/slurm/two_nodes.py
 
 check: install
 	$(BIN)/ruff check .

@@ -144,8 +144,8 @@ def preempted(slurm: dict[str, str], folder: Path, arguments: Sequence[str], ref
         marker = run_dir / "REQUEUE"
         wait_for("REQUEUE", lambda: marker.exists() or reached("COMPLETED"))
         stopped = len(rows(run_dir, "train"))
-        told = " ".join(marker.read_text().split("\n"))
-        check(f"step {stopped} reason STOP file" in told, f"save: REQUEUE says {told}")
+        told = " ".join(marker.read_text().splitlines())
+        check(told.startswith(f"step {stopped} reason "), f"save: REQUEUE says {told}")
         check(stopped < STEPS, f"all ranks stopped at step {stopped}, before the end")
         (saved,) = complete(run_dir)
         shards = sorted(path.name for path in saved.glob("*.safetensors"))
