@@ -151,7 +151,13 @@ def resume_from(config: Config) -> Path | None:
             raise ConfigError(f"train.run_dir={run_dir} holds other files; choose a new or empty folder")
         if config.checkpoint.load is not None:
             source = find(config.checkpoint.load)
-            check_model(read_manifest(source), dataclasses.asdict(config.model), source)
+            manifest = read_manifest(source)
+            check_model(manifest, dataclasses.asdict(config.model), source)
+            if manifest["step"] >= config.train.steps and config.checkpoint.load_optim and not config.train.eval_only:
+                raise ConfigError(
+                    f"{source} is at step {manifest['step']}, of train.steps={config.train.steps} none is left; raise "
+                    f"train.steps, or take the weights alone with checkpoint.load_optim=false"
+                )
         return None
     check_model(read_manifest(newest), dataclasses.asdict(config.model), newest)
     saved = run_dir / "config.yaml"
