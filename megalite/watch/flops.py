@@ -87,7 +87,7 @@ class Meter:
         self._flops_per_token, self._ranks, self._device = flops_per_token, ranks, device
         self._peak: float | None = None
         if device.type == "cuda":
-            tf32 = dtype == "fp32" and torch.get_float32_matmul_precision() != "highest"
+            tf32 = dtype == "fp32" and torch.backends.cuda.matmul.fp32_precision == "tf32"
             self._peak = peak_flops(torch.cuda.get_device_name(device), "tf32" if tf32 else dtype)
 
     def read(self, tokens_per_s: float) -> dict[str, float]:
