@@ -118,7 +118,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     per_token = training_flops(config.model, config.train.seq_len)
     meter = flops.Meter(per_token, world.size, world.device, config.train.dtype)
-    return Run(config, engine, data, state, metrics, meter, progress, Stop(run_dir, config.train.time_limit_s))
+    return Run(config, engine, data, state, metrics, meter, progress, Stop(run_dir, config.train.time_limit_s, first))
 
 
 def train_step(run: Run) -> str:

@@ -1,5 +1,7 @@
 """When to end early: a signal, a STOP file in the run folder, or the time limit. Every rank asks; the answer is shared.
 
+Any rank may hear a signal. The clock and the file are watched by one, which can then say which of them it was.
+
 SIGINT, SIGTERM and SIGUSR1 ask for a save at the end of the step under way; a second SIGINT ends at once. SLURM sends
 SIGUSR1 or SIGTERM before a job's time is over; the STOP file is for launchers that do not pass signals on.
 """
@@ -18,10 +20,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Stop:
     """`asked()` is this rank's own wish; the trainer sums it over all ranks, so that all stop at one step."""
 
-    def __init__(self, run_dir: Path, time_limit_s: float) -> None:
+    def __init__(self, run_dir: Path, time_limit_s: float, watches: bool = True) -> None:
         self.reason = ""
-        self._file = run_dir / "STOP"
-        self._deadline = time.monotonic() + time_limit_s if time_limit_s else None
+        self._file = run_dir / "STOP" if watches else None
+        self._deadline = time.monotonic() + time_limit_s if time_limit_s and watches else None
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -31,7 +33,7 @@ class Stop:
         self.reason = self.reason or signal.Signals(number).name
 
     def asked(self) -> bool:
-        if not self.reason and self._file.exists():
+        if not self.reason and self._file is not None and self._file.exists():
             self.reason = "STOP file"
         if not self.reason and self._deadline is not None and time.monotonic() > self._deadline:
             self.reason = "train.time_limit_s"
