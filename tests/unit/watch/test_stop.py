@@ -15,7 +15,7 @@ from megalite.watch.stop import SIGNALS, Stop
 
 @pytest.fixture
 def stop(tmp_path: Path) -> Iterator[Stop]:
-    stop = Stop(tmp_path, 0.0)
+    stop = Stop(tmp_path, 0.0, True)
     yield stop
     stop.close()
 
@@ -46,7 +46,7 @@ def test_stop_file(stop: Stop, tmp_path: Path) -> None:
 def test_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [50.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    stop = Stop(tmp_path, 10.0)
+    stop = Stop(tmp_path, 10.0, True)
     try:
         now[0] = 59.9
         assert not stop.asked()
@@ -57,11 +57,22 @@ def test_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         stop.close()
 
 
+def test_a_rank_that_does_not_watch_hears_signals_alone(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    stop = Stop(tmp_path, 1e-9, False)
+    try:
+        assert not stop.asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked()
+    finally:
+        stop.close()
+
+
 def test_close_gives_the_signals_back(tmp_path: Path) -> None:
     heard: list[int] = []
     before = {number: signal.signal(number, lambda n, frame: heard.append(n)) for number in SIGNALS}
     try:
-        stop = Stop(tmp_path, 0.0)
+        stop = Stop(tmp_path, 0.0, True)
         stop.close()
         for number in SIGNALS:
             os.kill(os.getpid(), number)
@@ -76,7 +87,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
     script = (
         "import os, pathlib, signal\n"
         "from megalite.watch.stop import Stop\n"
-        "stop = Stop(pathlib.Path('.'), 0.0)\n"
+        "stop = Stop(pathlib.Path('.'), 0.0, False)\n"
         "for _ in range(2): os.kill(os.getpid(), signal.SIGINT); print(stop.asked(), flush=True)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
