@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 CLUSTER = str(HERE / "slurm-cluster")
 PRETRAIN = "examples/pretrain_7b.py"
-STEPS, USR1_AFTER = 50, 5
+STEPS, USR1_AFTER = 50, 3
 # a machine with other work takes its time: these only end what hangs
 PATIENCE_S = 240.0
 BEGAN = time.monotonic()
@@ -54,18 +54,25 @@ def cannot() -> str:
     """Why no cluster can run here, or ''."""
     if os.geteuid() != 0:
         return "it needs root, to make namespaces and start slurmd"
-    namespaces = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "true"]
-    try:
-        made = subprocess.run(namespaces, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return "there is no unshare"
-    if made.returncode:
-        return f"this machine makes no namespaces ({made.stderr.strip()})"
-    installed = subprocess.run([CLUSTER, "install"], capture_output=True, text=True, check=False)
-    lines = installed.stderr.strip().splitlines() or [""]
-    if installed.returncode:
-        return f"Debian's Slurm is not here and cannot be installed ({lines[-1]})"
-    say(lines[-1])
+    unshare = ["unshare", "--net", "--uts", "--ipc", "--mount", "--pid", "--fork", "sh", "-c"]
+    tries = [
+        ("this machine makes no namespaces", [*unshare, "mount -t proc proc /proc"]),
+        ("Debian's Slurm is not here and cannot be installed", [CLUSTER, "install"]),
+        (
+            "this machine joins no namespaces",
+            [*unshare, "ip link add name br0 type bridge && ip link add name v0 type veth"],
+        ),
+    ]
+    for why, words in tries:
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+        except FileNotFoundError as error:
+            return f"{why} ({error})"
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        if done.returncode:
+            return f"{why} ({last})"
+        if last:
+            say(last)
     return ""
 
 
@@ -142,7 +149,8 @@ def preempted(slurm: dict[str, str], folder: Path, arguments: Sequence[str], ref
         command(slurm, "scancel", "--batch", "--signal=USR1", job)
         say(f"USR1 to the job script, after step {len(rows(run_dir, 'train'))} of {STEPS}")
         marker = run_dir / "REQUEUE"
-        wait_for("REQUEUE", lambda: marker.exists() or reached("COMPLETED"))
+        wait_for("REQUEUE", lambda: (marker.exists() and "time" in marker.read_text()) or reached("COMPLETED"))
+        check(marker.exists(), "the trainer has left REQUEUE")
         stopped = len(rows(run_dir, "train"))
         told = " ".join(marker.read_text().splitlines())
         check(told.startswith(f"step {stopped} reason "), f"save: REQUEUE says {told}")
