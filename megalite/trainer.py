@@ -78,9 +78,9 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
                 reason = reason or _no_gain(run)
             if _due(run, config.checkpoint.interval) or reason:
                 save(run)
-            if reason:
+            if reason and run.state.step < config.train.steps:
                 run.progress.say(f"stopped at step {run.state.step}: {reason}; the same command goes on from here")
-                if told and run.state.step < config.train.steps:
+                if told:
                     _ask_requeue(run, told)
                 break
         _finish(run)
