@@ -99,6 +99,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     if source is not None:
         whole = resume is not None or config.checkpoint.load_optim
         state = load(engine, source, state, whole)
+        _require_same(engine, state.step)
         progress.say(f"loaded {source}" + (f", at step {state.step}" if whole else ", weights only"))
         if whole and state.data != data.fingerprint:
             progress.say(f"note: the data was {state.data} and is now {data.fingerprint}; the order of samples changes")
@@ -217,6 +218,17 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
 def _sum(engine: Engine, *values: float) -> Sequence[float]:
     """Sum numbers over all ranks: the one small collective of a step, in float64."""
     return engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64, device=engine.mesh.device)).tolist()
+
+
+def _require_same(engine: Engine, step: int) -> None:
+    """TrainingError where ranks have loaded different checkpoints."""
+    ends = torch.tensor([step, -step], dtype=torch.float64, device=engine.mesh.device)
+    highest, lowest = engine.mesh.world.all_reduce(ends, "max").tolist()
+    if highest != -lowest:
+        raise TrainingError(
+            f"ranks found checkpoints of different steps, {-lowest:.0f} to {highest:.0f}; train.run_dir has to be on "
+            f"a file system that all nodes share and see alike"
+        )
 
 
 def _due(run: Run, interval: int) -> bool:
