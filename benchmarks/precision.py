@@ -61,9 +61,8 @@ def main() -> None:
         lines.append(f"| {a} | {b} | {apart:.1e} | {end:.1e} |")
     lines += ["\n| run | training loss, last step | held out en | held out zh |", "|---|---|---|---|"]
     for name, curve in curves.items():
-        lines.append(
-            f"| {name} | {curve['training'][-1]:.4f} | {curve['held out en'][-1]:.4f} | {curve['held out zh'][-1]:.4f} |"
-        )
+        ends = [f"{curve[key][-1]:.4f}" for key in ("training", "held out en", "held out zh")]
+        lines.append(f"| {name} | {' | '.join(ends)} |")
     lines.append("\n![curves](precision.png)")
     (RESULTS / "precision.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
