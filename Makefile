@@ -45,7 +45,7 @@ slurm: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy megalite tools examples
+	$(BIN)/mypy megalite tools examples docs benchmarks
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/python -m pytest tests/unit/test_floors.py
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shutil
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,8 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
 
 def _start(config: Config, data: DataSets, world: World, resume: Path | None) -> Run:
     run_dir, first = Path(config.train.run_dir), world.rank == 0
+    same = "configurations, or chose different topologies by their memory; set parallel.tp and parallel.pp"
+    _require_same(world, zlib.crc32(to_yaml(config).encode()), same)
     engine = build(config, world)
     state = State(data=data.fingerprint)
     progress = Progress(first, config.train.steps, config.log.interval)
@@ -99,7 +102,9 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     if source is not None:
         whole = resume is not None or config.checkpoint.load_optim
         state = load(engine, source, state, whole)
-        _require_same(engine, state.step)
+        _require_same(
+            world, state.step, "checkpoint steps; train.run_dir has to be on a file system that all nodes see"
+        )
         progress.say(f"loaded {source}" + (f", at step {state.step}" if whole else ", weights only"))
         if whole and state.data != data.fingerprint:
             progress.say(f"note: the data was {state.data} and is now {data.fingerprint}; the order of samples changes")
@@ -220,15 +225,13 @@ def _sum(engine: Engine, *values: float) -> Sequence[float]:
     return engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64, device=engine.mesh.device)).tolist()
 
 
-def _require_same(engine: Engine, step: int) -> None:
-    """TrainingError where ranks have loaded different checkpoints."""
-    ends = torch.tensor([step, -step], dtype=torch.float64, device=engine.mesh.device)
-    highest, lowest = engine.mesh.world.all_reduce(ends, "max").tolist()
+def _require_same(world: World, number: int, what: str) -> None:
+    """TrainingError where ranks hold different numbers: going on would leave them waiting for each other."""
+    everybody = world.split([list(range(world.size))])
+    ends = torch.tensor([number, -number], dtype=torch.float64, device=world.device)
+    highest, lowest = everybody.all_reduce(ends, "max").tolist()
     if highest != -lowest:
-        raise TrainingError(
-            f"ranks found checkpoints of different steps, {-lowest:.0f} to {highest:.0f}; train.run_dir has to be on "
-            f"a file system that all nodes share and see alike"
-        )
+        raise TrainingError(f"ranks found different {what}")
 
 
 def _due(run: Run, interval: int) -> bool:

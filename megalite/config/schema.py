@@ -49,7 +49,7 @@ class ParallelConfig:
     sp: bool = _key(True, "sequence parallel: shard norms and residuals over tp along the sequence")
     schedule: str = _key("1f1b", "pipeline schedule", choices=("1f1b", "gpipe"))
     stages: tuple[int, ...] | None = _key(None, "layers on each stage, e.g. [9, 8, 8, 7]; null: balanced by cost")
-    overlap: bool = _key(True, "start gradient buckets and tp reductions while the backward still computes")
+    overlap: bool = _key(True, "sum gradient buckets over dp while the backward still computes")
     bucket_mb: float = _key(25.0, "size of one gradient bucket in MiB")
     timeout_s: float = _key(600.0, "seconds after which a collective that hangs ends the run")
 
@@ -95,7 +95,9 @@ class TrainConfig:
     seed: int = _key(1234, "of initial weights and sample order")
     dtype: str = _key("fp32", "of weights and activations; bf16 keeps fp32 masters", choices=("fp32", "bf16", "fp64"))
     device: str = _key("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
-    kernels: str = _key("auto", "attention and RoPE kernels", choices=("auto", "fused", "torch"))
+    kernels: str = _key(
+        "auto", "auto: fused RoPE, torch's attention; by name: RoPE and softmax", choices=("auto", "fused", "torch")
+    )
     threads: int = _key(0, "CPU threads of one rank; 0: cores / local ranks, or OMP_NUM_THREADS")
     eval_interval: int = _key(0, "steps between held-out evaluations; 0: only before the first and after the last")
     eval_samples: int = _key(0, "samples of each held-out set; 0: all of it")
