@@ -19,13 +19,13 @@ CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 install: $(STAMP)
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: megalite needs Python 3.11 or later; try PYTHON=python3.12 make install"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "error: megalite needs Python 3.11 or later; try PYTHON=python3.12 make install"; exit 1; }
 	@$(PYTHON) -m venv $(if $(SYSTEM_TORCH),--system-site-packages) $(VENV) || { echo "error: no venv; on Debian and Ubuntu: apt-get install python3-venv python3-dev"; exit 1; }
 
 $(STAMP): $(BIN)/python $(SOURCES)
 	@command -v c++ >/dev/null || { echo "error: no C++ compiler; on Debian and Ubuntu: apt-get install g++"; exit 1; }
 ifdef SYSTEM_TORCH
-	@$(BIN)/python -c 'import torch; v = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]); assert (2, 9) <= v < (2, 14), torch.__version__' || { echo "error: SYSTEM_TORCH=1 needs a torch of 2.9 to 2.13 in $(PYTHON)"; exit 1; }
+	@$(BIN)/python -c 'import torch; v = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]); assert (2, 9) <= v < (2, 14)' 2>/dev/null || { echo "error: SYSTEM_TORCH=1 needs a torch of 2.9 to 2.13 in $(PYTHON)"; exit 1; }
 else
 	$(BIN)/python -m pip install -q -r requirements-torch.txt
 endif
