@@ -57,6 +57,7 @@ class Engine:
 
     def _run(self, microbatches: Sequence[Microbatch], training: bool) -> list[Tensor]:
         c, last = self.config, self.mesh.is_last_stage
+        self.model.train(training)
         b, s = microbatches[0].tokens.shape
         shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
 
@@ -160,6 +161,7 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
             first=mesh.is_first_stage,
             last=mesh.is_last_stage,
             kernel=t.kernels,
+            label_smoothing=config.optim.label_smoothing,
         )
     cut_model(model, m, mesh.tp, p.sp)
     shards = materialise(

@@ -28,22 +28,39 @@ def layer_parameters(m: ModelConfig) -> int:
     assert m.num_kv_heads is not None
     assert m.head_dim is not None
     width, qkv = m.num_heads * m.head_dim, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
-    attention = m.hidden_size * (qkv + width) + (qkv if m.qkv_bias else 0) + (2 * m.head_dim if m.qk_norm else 0)
-    return attention + 3 * m.hidden_size * m.ffn_hidden_size + 2 * m.hidden_size
+    biases = qkv if m.qkv_bias or m.linear_bias else 0
+    if m.linear_bias:
+        biases += 2 * m.hidden_size + (_ffn_matrices(m) - 1) * m.ffn_hidden_size
+    norms = 2 * _norm_parameters(m) + (2 * m.head_dim if m.qk_norm else 0)
+    return m.hidden_size * (qkv + width + _ffn_matrices(m) * m.ffn_hidden_size) + biases + norms
+
+
+def _ffn_matrices(m: ModelConfig) -> int:
+    return 2 if m.activation in ("gelu", "gelu_tanh") else 3
+
+
+def _norm_parameters(m: ModelConfig) -> int:
+    return m.hidden_size * (2 if m.norm == "layernorm" else 1)
+
+
+def _position_parameters(m: ModelConfig) -> int:
+    return (m.max_positions or 0) * m.hidden_size if m.position == "learned" else 0
 
 
 def parameters(m: ModelConfig) -> int:
     """Parameters of the whole model; tied weights count once."""
-    ends = m.vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2) + m.hidden_size
-    return m.num_layers * layer_parameters(m) + ends
+    ends = m.vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2) + _norm_parameters(m)
+    return m.num_layers * layer_parameters(m) + ends + _position_parameters(m)
 
 
 def layer_flops(m: ModelConfig, seq_len: int) -> float:
-    """Forward FLOPs of one block per token; causal attention counts half of the s x s scores."""
+    """Forward FLOPs of one block per token; of the s x s scores those count that a causal query sees."""
     assert m.num_kv_heads is not None
     assert m.head_dim is not None
     width, qkv = m.num_heads * m.head_dim, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
-    return 2.0 * m.hidden_size * (qkv + width + 3 * m.ffn_hidden_size) + 2.0 * seq_len * width
+    window = min(m.sliding_window or seq_len, seq_len)
+    seen = window - window * window / (2 * seq_len)
+    return 2.0 * m.hidden_size * (qkv + width + _ffn_matrices(m) * m.ffn_hidden_size) + 4.0 * seen * width
 
 
 def head_flops(m: ModelConfig) -> float:
@@ -107,13 +124,13 @@ def activation_bytes(config: Config) -> int:
     """Bytes that one block keeps of one microbatch for its backward, on one tp rank.
 
     After Korthikanti et al. 2022, section 4, for this block: inputs and outputs of the two norms, query, key, value
-    (kv heads repeated), the core's output, and four times the feed-forward width.
+    (kv heads repeated), the core's output, and four times the feed-forward width (two where it has no gate).
     """
     m, p, t = config.model, config.parallel, config.train
     assert p.tp is not None
     assert m.head_dim is not None
     residual = 4 * m.hidden_size / (p.tp if p.sp else 1)
-    cut = (5 * m.num_heads * m.head_dim + 4 * m.ffn_hidden_size) / p.tp
+    cut = (5 * m.num_heads * m.head_dim + 2 * (_ffn_matrices(m) - 1) * m.ffn_hidden_size) / p.tp
     return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * (residual + cut))
 
 
@@ -130,6 +147,7 @@ def memory(config: Config, device: str) -> Memory:
     for stage, layers in enumerate(stage_layers(config)):
         ends = (stage == 0) + (stage == p.pp - 1 and not (m.tie_embeddings and p.pp == 1))
         local = (len(layers) * layer_parameters(m) + ends * m.vocab_size * m.hidden_size) // p.tp
+        local += _position_parameters(m) * (stage == 0)
         live = microbatches if p.schedule == "gpipe" else min(p.pp - stage, microbatches)
         last = stage == p.pp - 1
         # logits, and their softmax in fp32 with one temporary
