@@ -17,6 +17,7 @@ from megalite.config import Config
 from megalite.model.cut_table import cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
 from megalite.model.init import draw, materialise
+from megalite.model.recompute import recompute
 from megalite.optim.adamw import AdamW
 from megalite.parallel.cuts import Shard, sum_of_squares
 from megalite.parallel.grad_buffers import GradBuffers, all_reduce_together
@@ -164,6 +165,7 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
             label_smoothing=config.optim.label_smoothing,
         )
     cut_model(model, m, mesh.tp, p.sp)
+    recompute(model, p.recompute, p.recompute_layers)
     shards = materialise(
         model,
         m,

@@ -120,18 +120,42 @@ class Memory:
         return f"{self.total / GIB:.2f} GiB ({kinds})"
 
 
-def activation_bytes(config: Config) -> int:
-    """Bytes that one block keeps of one microbatch for its backward, on one tp rank.
+def activation_bytes(config: Config, recompute: str = "none") -> int:
+    """Bytes that one block keeps of one microbatch for its backward, on one tp rank, if it recomputes so.
 
-    After Korthikanti et al. 2022, section 4, for this block: inputs and outputs of the two norms, query, key, value
-    (kv heads repeated), the core's output, and four times the feed-forward width (two where it has no gate).
+    After Korthikanti et al. 2022, section 4, for this block: inputs and outputs of the two norms; query, key, value and
+    output of the attention core (kv heads repeated; a value that is not repeated is a view of the whole qkv product,
+    which qk-norm keeps too), scores where torch's fused attention does not do without; and four times the feed-forward
+    width, two where it has no gate. A recomputed core keeps its inputs and output, a recomputed block its input alone.
     """
     m, p, t = config.model, config.parallel, config.train
     assert p.tp is not None
     assert m.head_dim is not None
-    residual = 4 * m.hidden_size / (p.tp if p.sp else 1)
-    cut = (5 * m.num_heads * m.head_dim + 2 * (_ffn_matrices(m) - 1) * m.ffn_hidden_size) / p.tp
-    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * (residual + cut))
+    assert m.num_kv_heads is not None
+    residual = m.hidden_size / (p.tp if p.sp else 1)
+    heads, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    repeated = kv < heads
+    product = heads + 2 * kv
+    core = 4 * heads + product * m.qk_norm if repeated else 3 * heads + product
+    if t.kernels != "auto" and m.sliding_window is None:
+        # probabilities; the reference keeps them before and after it empties hidden rows
+        core += m.num_heads * t.seq_len * (1 if t.kernels == "fused" else 2)
+    if recompute == "selective":
+        core = 2 * heads + kv + product
+    feed_forward = 2 * (_ffn_matrices(m) - 1) * m.ffn_hidden_size
+    kept = residual if recompute == "full" else 4 * residual + (core + feed_forward) / p.tp
+    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * kept)
+
+
+def stage_activation_bytes(config: Config, layers: int, live: int) -> int:
+    """Bytes of activations of a stage of `layers` blocks that keeps `live` microbatches.
+
+    A recomputing block holds all that it makes for as long as its own backward takes, one block at a time.
+    """
+    p = config.parallel
+    again = 0 if p.recompute == "none" else min(layers, p.recompute_layers or layers)
+    whole, less = activation_bytes(config), activation_bytes(config, p.recompute)
+    return live * (again * less + (layers - again) * whole) + (whole if again else 0)
 
 
 def memory(config: Config, device: str) -> Memory:
@@ -157,7 +181,7 @@ def memory(config: Config, device: str) -> Memory:
                 weights=local * element,
                 gradients=local * wide,
                 optimizer=local * (2 * wide + masters),
-                activations=live * len(layers) * activation_bytes(config),
+                activations=stage_activation_bytes(config, len(layers), live),
                 logits=logits,
                 overhead=OVERHEAD_BYTES[device],
             )
@@ -279,5 +303,6 @@ def check_memory(config: Config, world_size: int, local_ranks: int) -> Memory:
         f"a model of {parameters(config.model) / 1e9:.2f}e9 parameters does not fit {world_size} ranks of "
         f"{free / GIB:.1f} GiB per {where}: tp {p.tp} x pp {p.pp} x dp {p.dp} needs {need.table()} per rank; "
         f"what would fit: {more}, ranks of {math.ceil(need.total / GIB)} GiB, a smaller model (--preset tiny, 125m, "
-        f"1b), or less train.micro_batch_size={config.train.micro_batch_size} or train.seq_len={config.train.seq_len}"
+        f"1b), {'' if p.recompute == 'full' else 'parallel.recompute=full, '}or less "
+        f"train.micro_batch_size={config.train.micro_batch_size} or train.seq_len={config.train.seq_len}"
     )

@@ -87,6 +87,7 @@ def _check_ranges(config: Config) -> None:
             _require(value is None or value >= 1, f"{section}.{name}={value} must be at least 1")
     not_negative = {
         "optim": ("lr", "min_lr", "warmup_samples", "decay_samples", "eps", "weight_decay", "clip_grad"),
+        "parallel": ("recompute_layers",),
         "train": ("threads", "eval_interval", "eval_samples", "patience", "time_limit_s", "seed"),
         "checkpoint": ("interval", "keep"),
         "log": ("trace_step",),
@@ -203,6 +204,11 @@ def _check_topology(config: Config, world_size: int) -> None:
             total == m.num_layers,
             f"parallel.stages={list(p.stages)} adds up to {total}, model.num_layers={m.num_layers}; make them equal",
         )
+    _require(
+        p.recompute_layers == 0 or p.recompute != "none",
+        f"parallel.recompute_layers={p.recompute_layers} has no effect with parallel.recompute=none; "
+        f"use parallel.recompute=full or selective",
+    )
     _require(p.cp == 1, f"parallel.cp={p.cp}: context parallelism is not built yet; use parallel.cp=1")
     product = p.pp * p.dp * p.cp * p.tp
     if product != world_size:

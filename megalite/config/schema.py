@@ -75,6 +75,12 @@ class ParallelConfig:
     sp: bool = _key(True, "sequence parallel: shard norms and residuals over tp along the sequence")
     schedule: str = _key("1f1b", "pipeline schedule", choices=("1f1b", "gpipe"))
     stages: tuple[int, ...] | None = _key(None, "layers on each stage, e.g. [9, 8, 8, 7]; null: balanced by cost")
+    recompute: str = _key(
+        "none",
+        "keep less for backward and compute it again: the attention core, or whole blocks",
+        choices=("none", "selective", "full"),
+    )
+    recompute_layers: int = _key(0, "layers of each stage that recompute, its first ones; 0: all")
     overlap: bool = _key(True, "start gradient buckets and tp reductions while the backward still computes")
     bucket_mb: float = _key(25.0, "size of one gradient bucket in MiB")
     timeout_s: float = _key(600.0, "seconds after which a collective that hangs ends the run")

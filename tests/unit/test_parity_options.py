@@ -212,6 +212,7 @@ LEVERS: dict[str, tuple] = {
     "sp": (False, True),
     "pp": (1, 2),
     "schedule": ("1f1b", "gpipe"),
+    "recompute": ("none", "selective", "full"),
     "isolated": (False, True),
     "label_smoothing": (0.0, 0.1),
     "tie_embeddings": (False, True),
@@ -225,7 +226,7 @@ LEVERS: dict[str, tuple] = {
     "rope_scaling": ("none", "linear", "llama3", "yarn"),
     "sliding_window": (None, 5),
 }
-PARALLEL = ("tp", "sp", "pp", "schedule")
+PARALLEL = ("tp", "sp", "pp", "schedule", "recompute")
 Case = dict[str, Any]
 
 

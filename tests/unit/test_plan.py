@@ -160,6 +160,14 @@ def need(model: ModelConfig = LLAMA_7B, ranks: int = 64, train: dict[str, Any] |
         ({"model": dataclasses.replace(LLAMA_7B, tie_embeddings=True)}, {}),
         ({"model": dataclasses.replace(LLAMA_7B, num_kv_heads=8)}, {}),
         ({"model": dataclasses.replace(LLAMA_7B, vocab_size=16000)}, {}),
+        ({"recompute": "full"}, {}),
+        ({"recompute": "full"}, {"recompute": "full", "recompute_layers": 8}),
+        ({"recompute": "full", "recompute_layers": 8}, {"recompute": "full", "recompute_layers": 4}),
+        (
+            {"recompute": "selective", "train": {"kernels": "fused"}},
+            {"train": {"kernels": "fused"}},
+        ),
+        ({"train": {"kernels": "auto"}}, {"train": {"kernels": "fused"}}),
         ({"train": {"dtype": "fp32"}}, {"train": {"dtype": "fp64"}}),
     ],
 )

@@ -125,6 +125,12 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
         {"parallel__pp": 2, "parallel__stages": (2, 3)},
         "parallel.stages=[2, 3] adds up to 5, model.num_layers=4; make them equal",
     ),
+    (
+        1,
+        {"parallel__recompute_layers": 2},
+        "parallel.recompute_layers=2 has no effect with parallel.recompute=none; "
+        "use parallel.recompute=full or selective",
+    ),
     (2, {"parallel__cp": 2}, "parallel.cp=2: context parallelism is not built yet; use parallel.cp=1"),
     (
         4,
