@@ -17,6 +17,7 @@ from megalite.config import Config
 from megalite.model.cut_table import cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
 from megalite.model.init import draw, materialise
+from megalite.model.recompute import recompute
 from megalite.optim.adamw import AdamW
 from megalite.parallel.cuts import Shard, sum_of_squares
 from megalite.parallel.grad_buffers import GradBuffers, all_reduce_together
@@ -57,6 +58,7 @@ class Engine:
 
     def _run(self, microbatches: Sequence[Microbatch], training: bool) -> list[Tensor]:
         c, last = self.config, self.mesh.is_last_stage
+        self.model.train(training)
         b, s = microbatches[0].tokens.shape
         shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
 
@@ -160,8 +162,10 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
             first=mesh.is_first_stage,
             last=mesh.is_last_stage,
             kernel=t.kernels,
+            label_smoothing=config.optim.label_smoothing,
         )
     cut_model(model, m, mesh.tp, p.sp)
+    recompute(model, p.recompute, p.recompute_layers)
     shards = materialise(
         model,
         m,

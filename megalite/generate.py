@@ -14,7 +14,8 @@ from megalite.checkpoint.load import load
 from megalite.config import Config, from_mapping
 from megalite.config.load import read_yaml_file
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.model.decoder import Attention, Decoder
+from megalite.model.attention import Attention
+from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
 from megalite.parallel.groups import Group
 
@@ -82,6 +83,11 @@ def generate(
     """
     if not prompt:
         raise ValueError("the prompt has no token; give at least one, e.g. the end-of-document token")
+    if model.pos_embed is not None and len(prompt) + max_new_tokens > model.pos_embed.num_embeddings:
+        raise ValueError(
+            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones are more than the model's "
+            f"{model.pos_embed.num_embeddings} positions (model.max_positions); ask for fewer"
+        )
     for attention in [module for module in model.modules() if isinstance(module, Attention)]:
         core = attention.core
         attention.core = CachedCore(core.core if isinstance(core, CachedCore) else core)

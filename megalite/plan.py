@@ -28,22 +28,39 @@ def layer_parameters(m: ModelConfig) -> int:
     assert m.num_kv_heads is not None
     assert m.head_dim is not None
     width, qkv = m.num_heads * m.head_dim, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
-    attention = m.hidden_size * (qkv + width) + (qkv if m.qkv_bias else 0) + (2 * m.head_dim if m.qk_norm else 0)
-    return attention + 3 * m.hidden_size * m.ffn_hidden_size + 2 * m.hidden_size
+    biases = qkv if m.qkv_bias or m.linear_bias else 0
+    if m.linear_bias:
+        biases += 2 * m.hidden_size + (_ffn_matrices(m) - 1) * m.ffn_hidden_size
+    norms = 2 * _norm_parameters(m) + (2 * m.head_dim if m.qk_norm else 0)
+    return m.hidden_size * (qkv + width + _ffn_matrices(m) * m.ffn_hidden_size) + biases + norms
+
+
+def _ffn_matrices(m: ModelConfig) -> int:
+    return 2 if m.activation in ("gelu", "gelu_tanh") else 3
+
+
+def _norm_parameters(m: ModelConfig) -> int:
+    return m.hidden_size * (2 if m.norm == "layernorm" else 1)
+
+
+def _position_parameters(m: ModelConfig) -> int:
+    return (m.max_positions or 0) * m.hidden_size if m.position == "learned" else 0
 
 
 def parameters(m: ModelConfig) -> int:
     """Parameters of the whole model; tied weights count once."""
-    ends = m.vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2) + m.hidden_size
-    return m.num_layers * layer_parameters(m) + ends
+    ends = m.vocab_size * m.hidden_size * (1 if m.tie_embeddings else 2) + _norm_parameters(m)
+    return m.num_layers * layer_parameters(m) + ends + _position_parameters(m)
 
 
 def layer_flops(m: ModelConfig, seq_len: int) -> float:
-    """Forward FLOPs of one block per token; causal attention counts half of the s x s scores."""
+    """Forward FLOPs of one block per token; of the s x s scores those count that a causal query sees."""
     assert m.num_kv_heads is not None
     assert m.head_dim is not None
     width, qkv = m.num_heads * m.head_dim, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
-    return 2.0 * m.hidden_size * (qkv + width + 3 * m.ffn_hidden_size) + 2.0 * seq_len * width
+    window = min(m.sliding_window or seq_len, seq_len)
+    seen = window - window * window / (2 * seq_len)
+    return 2.0 * m.hidden_size * (qkv + width + _ffn_matrices(m) * m.ffn_hidden_size) + 4.0 * seen * width
 
 
 def head_flops(m: ModelConfig) -> float:
@@ -103,18 +120,42 @@ class Memory:
         return f"{self.total / GIB:.2f} GiB ({kinds})"
 
 
-def activation_bytes(config: Config) -> int:
-    """Bytes that one block keeps of one microbatch for its backward, on one tp rank.
+def activation_bytes(config: Config, recompute: str = "none") -> int:
+    """Bytes that one block keeps of one microbatch for its backward, on one tp rank, if it recomputes so.
 
-    After Korthikanti et al. 2022, section 4, for this block: inputs and outputs of the two norms, query, key, value
-    (kv heads repeated), the core's output, and four times the feed-forward width.
+    After Korthikanti et al. 2022, section 4, for this block: inputs and outputs of the two norms; query, key, value and
+    output of the attention core (kv heads repeated; a value that is not repeated is a view of the whole qkv product,
+    which qk-norm keeps too), scores where torch's fused attention does not do without; and four times the feed-forward
+    width, two where it has no gate. A recomputed core keeps its inputs and output, a recomputed block its input alone.
     """
     m, p, t = config.model, config.parallel, config.train
     assert p.tp is not None
     assert m.head_dim is not None
-    residual = 4 * m.hidden_size / (p.tp if p.sp else 1)
-    cut = (5 * m.num_heads * m.head_dim + 4 * m.ffn_hidden_size) / p.tp
-    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * (residual + cut))
+    assert m.num_kv_heads is not None
+    residual = m.hidden_size / (p.tp if p.sp else 1)
+    heads, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    repeated = kv < heads
+    product = heads + 2 * kv
+    core = 4 * heads + product * m.qk_norm if repeated else 3 * heads + product
+    if t.kernels != "auto" and m.sliding_window is None:
+        # probabilities; the reference keeps them before and after it empties hidden rows
+        core += m.num_heads * t.seq_len * (1 if t.kernels == "fused" else 2)
+    if recompute == "selective":
+        core = 2 * heads + kv + product
+    feed_forward = 2 * (_ffn_matrices(m) - 1) * m.ffn_hidden_size
+    kept = residual if recompute == "full" else 4 * residual + (core + feed_forward) / p.tp
+    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * kept)
+
+
+def stage_activation_bytes(config: Config, layers: int, live: int) -> int:
+    """Bytes of activations of a stage of `layers` blocks that keeps `live` microbatches.
+
+    A recomputing block holds all that it makes for as long as its own backward takes, one block at a time.
+    """
+    p = config.parallel
+    again = 0 if p.recompute == "none" else min(layers, p.recompute_layers or layers)
+    whole, less = activation_bytes(config), activation_bytes(config, p.recompute)
+    return live * (again * less + (layers - again) * whole) + (whole if again else 0)
 
 
 def memory(config: Config, device: str) -> Memory:
@@ -130,6 +171,7 @@ def memory(config: Config, device: str) -> Memory:
     for stage, layers in enumerate(stage_layers(config)):
         ends = (stage == 0) + (stage == p.pp - 1 and not (m.tie_embeddings and p.pp == 1))
         local = (len(layers) * layer_parameters(m) + ends * m.vocab_size * m.hidden_size) // p.tp
+        local += _position_parameters(m) * (stage == 0)
         live = microbatches if p.schedule == "gpipe" else min(p.pp - stage, microbatches)
         last = stage == p.pp - 1
         # logits, and their softmax in fp32 with one temporary
@@ -139,7 +181,7 @@ def memory(config: Config, device: str) -> Memory:
                 weights=local * element,
                 gradients=local * wide,
                 optimizer=local * (2 * wide + masters),
-                activations=live * len(layers) * activation_bytes(config),
+                activations=stage_activation_bytes(config, len(layers), live),
                 logits=logits,
                 overhead=OVERHEAD_BYTES[device],
             )
@@ -261,5 +303,6 @@ def check_memory(config: Config, world_size: int, local_ranks: int) -> Memory:
         f"a model of {parameters(config.model) / 1e9:.2f}e9 parameters does not fit {world_size} ranks of "
         f"{free / GIB:.1f} GiB per {where}: tp {p.tp} x pp {p.pp} x dp {p.dp} needs {need.table()} per rank; "
         f"what would fit: {more}, ranks of {math.ceil(need.total / GIB)} GiB, a smaller model (--preset tiny, 125m, "
-        f"1b), or less train.micro_batch_size={config.train.micro_batch_size} or train.seq_len={config.train.seq_len}"
+        f"1b), {'' if p.recompute == 'full' else 'parallel.recompute=full, '}or less "
+        f"train.micro_batch_size={config.train.micro_batch_size} or train.seq_len={config.train.seq_len}"
     )

@@ -41,6 +41,8 @@ def resolve(config: Config, world_size: int) -> Config:
         num_kv_heads=model.num_kv_heads if model.num_kv_heads is not None else model.num_heads,
         head_dim=model.head_dim if model.head_dim is not None else model.hidden_size // model.num_heads,
     )
+    if model.position == "learned" and model.max_positions is None:
+        model = dataclasses.replace(model, max_positions=train.seq_len)
     tp, pp = parallel.tp or 1, parallel.pp or 1
     ranks_per_replica = tp * pp * parallel.cp
     dp = parallel.dp if parallel.dp is not None else max(1, world_size // max(1, ranks_per_replica))
@@ -71,6 +73,10 @@ def _check_ranges(config: Config) -> None:
             "num_kv_heads",
             "head_dim",
             "ffn_hidden_size",
+            "max_positions",
+            "rope_factor",
+            "rope_original_max_positions",
+            "sliding_window",
         ),
         "parallel": ("tp", "pp", "dp", "cp"),
         "train": ("steps", "seq_len", "micro_batch_size", "global_batch_size"),
@@ -78,19 +84,21 @@ def _check_ranges(config: Config) -> None:
     for section, names in at_least_one.items():
         for name in names:
             value = getattr(getattr(config, section), name)
-            _require(value >= 1, f"{section}.{name}={value} must be at least 1")
+            _require(value is None or value >= 1, f"{section}.{name}={value} must be at least 1")
     not_negative = {
         "optim": ("lr", "min_lr", "warmup_samples", "decay_samples", "eps", "weight_decay", "clip_grad"),
+        "parallel": ("recompute_layers",),
         "train": ("threads", "eval_interval", "eval_samples", "patience", "time_limit_s", "seed"),
         "checkpoint": ("interval", "keep"),
         "log": ("trace_step",),
-        "model": ("init_std", "norm_eps"),
+        "model": ("init_std", "norm_eps", "rope_mscale", "rope_mscale_all_dim"),
     }
     for section, names in not_negative.items():
         for name in names:
             value = getattr(getattr(config, section), name)
             _require(value >= 0, f"{section}.{name}={value} must not be negative")
-    positive = {"model": ("rope_theta",), "parallel": ("bucket_mb", "timeout_s"), "log": ("interval",)}
+    frequencies = ("rope_theta", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")
+    positive = {"model": frequencies, "parallel": ("bucket_mb", "timeout_s"), "log": ("interval",)}
     for section, names in positive.items():
         for name in names:
             value = getattr(getattr(config, section), name)
@@ -98,8 +106,11 @@ def _check_ranges(config: Config) -> None:
     for name in ("beta1", "beta2"):
         value = getattr(config.optim, name)
         _require(0 <= value < 1, f"optim.{name}={value} must be at least 0 and less than 1, e.g. 0.9")
-    share = config.data.valid_fraction
-    _require(0 <= share < 1, f"data.valid_fraction={share} must be at least 0 and less than 1, e.g. 0.02")
+    for key, share, example in (
+        ("data.valid_fraction", config.data.valid_fraction, 0.02),
+        ("optim.label_smoothing", config.optim.label_smoothing, 0.1),
+    ):
+        _require(0 <= share < 1, f"{key}={share} must be at least 0 and less than 1, e.g. {example}")
     _require(
         config.optim.min_lr <= config.optim.lr,
         f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}; lower it or raise optim.lr",
@@ -115,11 +126,53 @@ def _check_model(config: Config) -> None:
         m.num_heads % m.num_kv_heads == 0,
         f"model.num_kv_heads={m.num_kv_heads} does not divide model.num_heads={m.num_heads}; use {_either(divisors)}",
     )
+    if m.position == "rope":
+        _check_rope(m)
+    else:
+        assert m.max_positions is not None
+        _require(
+            config.train.seq_len <= m.max_positions,
+            f"train.seq_len={config.train.seq_len} is more than model.max_positions={m.max_positions} learned "
+            f"positions; use train.seq_len={m.max_positions} or less, or model.position=rope",
+        )
+        _require(
+            m.rope_scaling == "none",
+            f"model.rope_scaling={m.rope_scaling} needs model.position=rope, not {m.position}; "
+            f"use model.rope_scaling=none",
+        )
     _require(
-        config.model.head_dim != 0 and m.head_dim % 2 == 0,
+        m.sliding_window is None or config.train.kernels != "fused",
+        f"train.kernels=fused has no attention with model.sliding_window={m.sliding_window}; use train.kernels=auto",
+    )
+
+
+def _check_rope(m: ModelConfig) -> None:
+    assert m.head_dim is not None
+    _require(
+        m.head_dim % 2 == 0,
         f"model.head_dim={m.head_dim} (hidden_size {m.hidden_size} / num_heads {m.num_heads}) must be even for RoPE; "
         f"set model.head_dim or change model.num_heads",
     )
+    rotated = int(m.head_dim * m.rope_fraction)
+    _require(
+        0 < m.rope_fraction <= 1 and rotated >= 2 and rotated % 2 == 0,
+        f"model.rope_fraction={m.rope_fraction} rotates {rotated} of head_dim {m.head_dim} features; it must be "
+        f"an even number of them, from 2 on: e.g. model.rope_fraction={max(2, m.head_dim // 4 * 2) / m.head_dim:g}",
+    )
+    _require(
+        m.rope_scaling != "none" or m.rope_factor == 1,
+        f"model.rope_factor={m.rope_factor} has no effect with model.rope_scaling=none; "
+        f"use model.rope_scaling=linear, llama3 or yarn, or model.rope_factor=1",
+    )
+    _require(
+        m.rope_scaling not in ("llama3", "yarn") or m.rope_original_max_positions is not None,
+        f"model.rope_scaling={m.rope_scaling} needs model.rope_original_max_positions, the context the model was "
+        f"trained on, e.g. 8192",
+    )
+    low, high = m.rope_low_freq_factor, m.rope_high_freq_factor
+    _require(low < high, f"model.rope_low_freq_factor={low} must be below model.rope_high_freq_factor={high}")
+    slow, fast = m.rope_beta_slow, m.rope_beta_fast
+    _require(slow < fast, f"model.rope_beta_slow={slow} must be below model.rope_beta_fast={fast}")
 
 
 def _check_topology(config: Config, world_size: int) -> None:
@@ -151,6 +204,11 @@ def _check_topology(config: Config, world_size: int) -> None:
             total == m.num_layers,
             f"parallel.stages={list(p.stages)} adds up to {total}, model.num_layers={m.num_layers}; make them equal",
         )
+    _require(
+        p.recompute_layers == 0 or p.recompute != "none",
+        f"parallel.recompute_layers={p.recompute_layers} has no effect with parallel.recompute=none; "
+        f"use parallel.recompute=full or selective",
+    )
     _require(p.cp == 1, f"parallel.cp={p.cp}: context parallelism is not built yet; use parallel.cp=1")
     product = p.pp * p.dp * p.cp * p.tp
     if product != world_size:

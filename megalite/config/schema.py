@@ -21,7 +21,7 @@ def _key(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Llama-style decoder. Names follow Megatron; the Hugging Face name stands in the help where it differs."""
+    """A decoder, Llama's by default. Names follow Megatron; where Hugging Face's differ they stand in the help."""
 
     vocab_size: int = _key(600, "number of token ids; unpadded, padding belongs to the cut")
     hidden_size: int = _key(128, "width h of the residual stream")
@@ -29,13 +29,39 @@ class ModelConfig:
     num_heads: int = _key(4, "query heads (HF num_attention_heads)")
     num_kv_heads: int | None = _key(None, "key/value heads: fewer than num_heads is GQA, 1 is MQA; null: num_heads")
     head_dim: int | None = _key(None, "size of one head; null: hidden_size / num_heads")
-    ffn_hidden_size: int = _key(352, "width of the SwiGLU feed-forward (HF intermediate_size)")
-    norm_eps: float = _key(1e-5, "epsilon of RMSNorm (HF rms_norm_eps)")
+    ffn_hidden_size: int = _key(352, "width of the feed-forward (HF intermediate_size; GPT-2 n_inner)")
+    norm_eps: float = _key(1e-5, "epsilon of the norms (HF rms_norm_eps, layer_norm_eps)")
     rope_theta: float = _key(10000.0, "base of the rotary position embedding")
     tie_embeddings: bool = _key(False, "one matrix for input embedding and output head (HF tie_word_embeddings)")
     qkv_bias: bool = _key(False, "bias on the query/key/value projection (Qwen2)")
     qk_norm: bool = _key(False, "RMSNorm on each query and key head before RoPE (Qwen3)")
     init_std: float = _key(0.02, "std of the initial weights; residual outputs use init_std / sqrt(2 num_layers)")
+    norm: str = _key("rmsnorm", "norm of the residual stream; layernorm has a bias", choices=("rmsnorm", "layernorm"))
+    activation: str = _key(
+        "swiglu",
+        "feed-forward (HF hidden_act silu, gelu, gelu_new); the last two have no gate",
+        choices=("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"),
+    )
+    position: str = _key("rope", "rotary, or GPT-2's learned position embedding", choices=("rope", "learned"))
+    max_positions: int | None = _key(
+        None, "rows of a learned position embedding (HF max_position_embeddings); null: train.seq_len"
+    )
+    linear_bias: bool = _key(False, "bias on every linear of a block (HF attention_bias and mlp_bias; GPT-2)")
+    rope_fraction: float = _key(1.0, "share of each head that is rotated (HF partial_rotary_factor)")
+    rope_scaling: str = _key(
+        "none", "frequencies for long contexts (HF rope_type)", choices=("none", "linear", "llama3", "yarn")
+    )
+    rope_factor: float = _key(1.0, "how many times longer the context becomes (HF factor)")
+    rope_original_max_positions: int | None = _key(
+        None, "context before it is stretched; llama3 and yarn need it (HF original_max_position_embeddings)"
+    )
+    rope_low_freq_factor: float = _key(1.0, "llama3: turns below which a wave is slowed (HF low_freq_factor)")
+    rope_high_freq_factor: float = _key(4.0, "llama3: turns above which a wave is kept (HF high_freq_factor)")
+    rope_beta_fast: float = _key(32.0, "yarn: turns above which a wave is kept (HF beta_fast)")
+    rope_beta_slow: float = _key(1.0, "yarn: turns below which a wave is slowed (HF beta_slow)")
+    rope_mscale: float = _key(0.0, "yarn: weight of the attention factor, with rope_mscale_all_dim (HF mscale)")
+    rope_mscale_all_dim: float = _key(0.0, "yarn: weight it is divided by; 0: paper's factor (HF mscale_all_dim)")
+    sliding_window: int | None = _key(None, "keys a query sees, its own among them (HF sliding_window); null: all")
 
 
 @dataclass(frozen=True)
@@ -49,6 +75,12 @@ class ParallelConfig:
     sp: bool = _key(True, "sequence parallel: shard norms and residuals over tp along the sequence")
     schedule: str = _key("1f1b", "pipeline schedule", choices=("1f1b", "gpipe"))
     stages: tuple[int, ...] | None = _key(None, "layers on each stage, e.g. [9, 8, 8, 7]; null: balanced by cost")
+    recompute: str = _key(
+        "none",
+        "keep less for backward and compute it again: the attention core, or whole blocks",
+        choices=("none", "selective", "full"),
+    )
+    recompute_layers: int = _key(0, "layers of each stage that recompute, its first ones; 0: all")
     overlap: bool = _key(True, "sum gradient buckets over dp while the backward still computes")
     bucket_mb: float = _key(25.0, "size of one gradient bucket in MiB")
     timeout_s: float = _key(600.0, "seconds after which a collective that hangs ends the run")
@@ -81,6 +113,7 @@ class OptimConfig:
     eps: float = _key(1e-8, "added to the root of the second moment")
     weight_decay: float = _key(0.1, "decoupled weight decay of matrices; norms and biases have none")
     clip_grad: float = _key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
+    label_smoothing: float = _key(0.0, "share of each label spread over the vocabulary (HF label_smoothing_factor)")
 
 
 @dataclass(frozen=True)

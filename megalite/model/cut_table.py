@@ -13,15 +13,25 @@ from dataclasses import dataclass
 from torch import nn
 
 from megalite.config import ModelConfig
-from megalite.model.decoder import Attention, CrossEntropy, Decoder
+from megalite.model.attention import Attention
+from megalite.model.decoder import CrossEntropy, Decoder
 from megalite.parallel.cuts import Shard, even, grouped_qkv, padded, uncut
 from megalite.parallel.groups import Group
-from megalite.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabCrossEntropy, VocabEmbedding
+from megalite.parallel.tensor_parallel import (
+    ColumnLinear,
+    RowLinear,
+    SequenceEmbedding,
+    VocabCrossEntropy,
+    VocabEmbedding,
+)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """`module`: pattern of the module's name; `kind`: vocab, column or row; `parts`: equal blocks, each cut alike."""
+    """`module`: pattern of the module's name; `kind`: vocab, qkv, column, row or sequence; `parts`: blocks cut alike.
+
+    `sequence` cuts no weight: under sequence parallelism the module's output is this rank's part of the sequence.
+    """
 
     module: str
     kind: str
@@ -30,16 +40,18 @@ class Cut:
 
 CUT_TABLE = (
     Cut(r"embed", "vocab"),
+    Cut(r"pos_embed", "sequence"),
     Cut(r"layers\.\d+\.attn\.qkv", "qkv"),
     Cut(r"layers\.\d+\.attn\.out", "row"),
     Cut(r"layers\.\d+\.mlp\.gate_up", "column", parts=2),
+    Cut(r"layers\.\d+\.mlp\.up", "column"),
     Cut(r"layers\.\d+\.mlp\.down", "row"),
     Cut(r"loss_head\.head", "vocab"),
 )
 
 # Uncut parameters whose gradient each tp rank sees only in part: always, or only under sequence parallelism.
 PARTIAL_ALWAYS = re.compile(r".*\.(q_norm|k_norm)\.weight")
-PARTIAL_UNDER_SP = re.compile(r"(.*\.)?(attn_norm|mlp_norm|norm)\.weight")
+PARTIAL_UNDER_SP = re.compile(r"pos_embed\.weight|.*\b(attn_norm|mlp_norm|norm)\.(weight|bias)|.*\.(out|down)\.bias")
 
 
 def global_name(name: str, tied: bool) -> str:
@@ -56,7 +68,7 @@ def find_cut(name: str) -> Cut | None:
 def shard_of(name: str, shape: Sequence[int], model: ModelConfig, size: int, rank: int) -> Shard:
     """What tp rank `rank` of `size` holds of the parameter `name`, whole `shape`."""
     cut = find_cut(name)
-    if cut is None or (cut.kind == "row" and name.endswith(".bias")):
+    if cut is None or cut.kind == "sequence" or (cut.kind == "row" and name.endswith(".bias")):
         return uncut(shape, rank)
     if cut.kind == "vocab":
         return padded(shape, size, rank)
@@ -88,7 +100,10 @@ def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> N
             assert model.num_kv_heads is not None
             module.queries //= max(1, group.size // model.num_kv_heads)
         elif isinstance(module, CrossEntropy):
-            setattr(parent, child, VocabCrossEntropy(group, vocab))
+            setattr(parent, child, VocabCrossEntropy(group, vocab, module.label_smoothing))
+        elif cut is not None and cut.kind == "sequence":
+            if sp:
+                setattr(parent, child, SequenceEmbedding(module, group))
         elif cut is not None and isinstance(module, nn.Embedding):
             setattr(parent, child, VocabEmbedding(module, group, sp, vocab))
         elif cut is not None and isinstance(module, nn.Linear):

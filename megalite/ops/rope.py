@@ -4,10 +4,17 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from megalite.ops.kernel import use_fused
+from megalite.ops.rope_scaling import RopeScaling
+
+NO_SCALING = RopeScaling()
 
 
 def rope_cos_sin(
-    positions: torch.Tensor, rot_dim: int, theta: float = 10000.0, dtype: torch.dtype = torch.float32
+    positions: torch.Tensor,
+    rot_dim: int,
+    theta: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+    scaling: RopeScaling = NO_SCALING,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables of cosines and sines for `apply_rope`.
 
@@ -16,14 +23,15 @@ def rope_cos_sin(
     theta: base of the frequencies theta^(-2i/rot_dim).
     dtype: of the tables; the arithmetic is float32 whatever it is, as in Hugging Face's Llama, and bitwise equal to
         it. float32 serves float32 and half-precision models, float64 a float64 model.
+    scaling: how the frequencies are stretched for long contexts.
 
     Returns cos and sin, each [s, rot_dim/2] or [b, s, rot_dim/2]. ValueError: rot_dim odd or not positive.
     """
     if rot_dim <= 0 or rot_dim % 2:
         raise ValueError(f"rot_dim={rot_dim} is not a positive even number")
-    powers = torch.arange(0, rot_dim, 2, dtype=torch.float32, device=positions.device) / rot_dim
-    angles = positions[..., None].float() * (1.0 / theta**powers)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = positions[..., None].float() * scaling.frequencies(rot_dim, theta, positions.device)
+    factor = scaling.attention_factor
+    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernel: str = "auto") -> torch.Tensor:

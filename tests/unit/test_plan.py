@@ -44,6 +44,33 @@ def test_parameters_are_those_of_the_model(tied: bool, qkv_bias: bool, qk_norm: 
     assert plan.layer_parameters(model) == sum(p.numel() for p in decoder.layers["0"].parameters())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "layernorm"},
+        {"activation": "gelu"},
+        {"linear_bias": True},
+        {"linear_bias": True, "activation": "gelu_tanh", "qkv_bias": True},
+        {"position": "learned", "max_positions": 13, "tie_embeddings": True},
+    ],
+    ids=str,
+)
+def test_parameters_of_options_are_those_of_the_model(options: dict[str, Any]) -> None:
+    model = dataclasses.replace(SMALL, num_kv_heads=2, head_dim=6, **options)
+    with torch.device("meta"):
+        decoder = Decoder(model, range(3))
+    assert parameters(model) == sum(p.numel() for p in decoder.parameters())
+    assert plan.layer_parameters(model) == sum(p.numel() for p in decoder.layers["0"].parameters())
+
+
+def test_a_window_saves_the_scores_it_hides() -> None:
+    model = dataclasses.replace(SMALL, num_kv_heads=4, head_dim=6)
+    full, whole = layer_flops(model, 64), layer_flops(dataclasses.replace(model, sliding_window=64), 64)
+    assert full == whole
+    windowed = layer_flops(dataclasses.replace(model, sliding_window=8), 64)
+    assert full - windowed == pytest.approx(4 * 24 * (32 - (8 - 0.5)))
+
+
 def test_known_sizes() -> None:
     assert parameters(LLAMA_7B) == 6_738_415_616  # Touvron et al. 2023; as Hugging Face counts it
     # 6 FLOPs per parameter and token, the embedding not multiplied, plus attention's 6 s h a layer, halved by causality
@@ -133,6 +160,14 @@ def need(model: ModelConfig = LLAMA_7B, ranks: int = 64, train: dict[str, Any] |
         ({"model": dataclasses.replace(LLAMA_7B, tie_embeddings=True)}, {}),
         ({"model": dataclasses.replace(LLAMA_7B, num_kv_heads=8)}, {}),
         ({"model": dataclasses.replace(LLAMA_7B, vocab_size=16000)}, {}),
+        ({"recompute": "full"}, {}),
+        ({"recompute": "full"}, {"recompute": "full", "recompute_layers": 8}),
+        ({"recompute": "full", "recompute_layers": 8}, {"recompute": "full", "recompute_layers": 4}),
+        (
+            {"recompute": "selective", "train": {"kernels": "fused"}},
+            {"train": {"kernels": "fused"}},
+        ),
+        ({"train": {"kernels": "auto"}}, {"train": {"kernels": "fused"}}),
         ({"train": {"dtype": "fp32"}}, {"train": {"dtype": "fp64"}}),
     ],
 )

@@ -47,6 +47,52 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
     ),
     (1, {"model__num_heads": 0}, "model.num_heads=0 must be at least 1"),
     (1, {"model__hidden_size": 3}, "model.head_dim=0 must be at least 1"),
+    (
+        1,
+        {"model__position": "learned", "model__max_positions": 128},
+        "train.seq_len=256 is more than model.max_positions=128 learned positions; "
+        "use train.seq_len=128 or less, or model.position=rope",
+    ),
+    (
+        1,
+        {"model__position": "learned", "model__rope_scaling": "linear"},
+        "model.rope_scaling=linear needs model.position=rope, not learned; use model.rope_scaling=none",
+    ),
+    (
+        1,
+        {"model__sliding_window": 64, "train__kernels": "fused"},
+        "train.kernels=fused has no attention with model.sliding_window=64; use train.kernels=auto",
+    ),
+    (1, {"model__sliding_window": 0}, "model.sliding_window=0 must be at least 1"),
+    (
+        1,
+        {"model__rope_fraction": 0.1},
+        "model.rope_fraction=0.1 rotates 3 of head_dim 32 features; it must be an even number of them, from 2 on: "
+        "e.g. model.rope_fraction=0.5",
+    ),
+    (
+        1,
+        {"model__rope_factor": 8.0},
+        "model.rope_factor=8.0 has no effect with model.rope_scaling=none; "
+        "use model.rope_scaling=linear, llama3 or yarn, or model.rope_factor=1",
+    ),
+    (
+        1,
+        {"model__rope_scaling": "yarn", "model__rope_factor": 4.0},
+        "model.rope_scaling=yarn needs model.rope_original_max_positions, the context the model was trained on, "
+        "e.g. 8192",
+    ),
+    (
+        1,
+        {"model__rope_low_freq_factor": 4.0},
+        "model.rope_low_freq_factor=4.0 must be below model.rope_high_freq_factor=4.0",
+    ),
+    (1, {"model__rope_beta_slow": 40.0}, "model.rope_beta_slow=40.0 must be below model.rope_beta_fast=32.0"),
+    (
+        1,
+        {"optim__label_smoothing": 1.0},
+        "optim.label_smoothing=1.0 must be at least 0 and less than 1, e.g. 0.1",
+    ),
     # topology
     (
         3,
@@ -78,6 +124,12 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
         2,
         {"parallel__pp": 2, "parallel__stages": (2, 3)},
         "parallel.stages=[2, 3] adds up to 5, model.num_layers=4; make them equal",
+    ),
+    (
+        1,
+        {"parallel__recompute_layers": 2},
+        "parallel.recompute_layers=2 has no effect with parallel.recompute=none; "
+        "use parallel.recompute=full or selective",
     ),
     (2, {"parallel__cp": 2}, "parallel.cp=2: context parallelism is not built yet; use parallel.cp=1"),
     (

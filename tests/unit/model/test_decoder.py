@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalite.config import ModelConfig
+from megalite.generate import generate
 from megalite.model.decoder import Decoder
 from megalite.model.hf import global_names
 
@@ -153,6 +154,45 @@ def test_bounds_may_look_ahead(tokens: Tensor, positions: Tensor) -> None:
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % 31
     assert not torch.allclose(model(tokens, positions, bounds)[:, 0], model(other, positions, bounds)[:, 0])
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_window_hides_what_lies_before_it(bounded: bool, tokens: Tensor, positions: Tensor) -> None:
+    """One layer: query i sees key j where i - j < window."""
+    model = make(dataclasses.replace(MODEL, num_layers=1, sliding_window=3))
+    bounds = torch.stack([torch.zeros_like(positions), positions + 1], -1) if bounded else None
+    before = model(tokens, positions, bounds)
+    other = tokens.clone()
+    other[:, 4] = (other[:, 4] + 1) % 31
+    changed = (model(other, positions, bounds) != before).any(-1).any(0)
+    assert changed.tolist() == [4 <= i < 4 + 3 for i in range(S)]
+
+
+def test_a_window_as_long_as_the_sequence_hides_nothing(tokens: Tensor, positions: Tensor) -> None:
+    model, wide = make(MODEL), make(dataclasses.replace(MODEL, sliding_window=S))
+    assert torch.equal(model(tokens, positions), wide(tokens, positions))
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 4}, {"position": "learned", "max_positions": S}], ids=str)
+def test_generation_with_a_cache_is_generation_without(options: dict, tokens: Tensor, positions: Tensor) -> None:
+    model = make(dataclasses.replace(MODEL, **options)).eval()
+    prompt, expected = tokens[0, :2].tolist(), tokens[0, :2].tolist()
+    for n in range(2, S):
+        expected.append(int(model(torch.tensor([expected]), positions[:1, :n])[0, -1].argmax()))
+    assert prompt + list(generate(model, prompt, S - 2, temperature=0)) == expected
+
+
+def test_generation_stops_before_learned_positions_end() -> None:
+    model = make(dataclasses.replace(MODEL, position="learned", max_positions=8))
+    with pytest.raises(ValueError, match=r"5 prompt tokens and 4 new ones are more than the model's 8 positions"):
+        next(generate(model, [1, 2, 3, 4, 5], 4))
+
+
+def test_label_smoothing_is_of_training_alone(tokens: Tensor, positions: Tensor) -> None:
+    plain, smooth = make(MODEL), make(MODEL, label_smoothing=0.2)
+    args = (tokens, positions, None, tokens.flip(0), torch.ones(B, S))
+    assert not torch.allclose(plain(*args), smooth(*args))
+    assert torch.equal(plain(*args), smooth.eval()(*args))
 
 
 def test_attention_sees_relative_positions(tokens: Tensor, positions: Tensor) -> None:

@@ -14,6 +14,10 @@ MODELS = {
     "llama": SMALL,
     "qwen2": dataclasses.replace(SMALL, qkv_bias=True, tie_embeddings=True),
     "qwen3": dataclasses.replace(SMALL, qk_norm=True),
+    "gpt2": dataclasses.replace(
+        SMALL, position="learned", max_positions=9, norm="layernorm", activation="gelu_tanh", linear_bias=True
+    ),
+    "stablelm": dataclasses.replace(SMALL, norm="layernorm", qkv_bias=True),
     "mqa": dataclasses.replace(SMALL, num_kv_heads=1),
     "mha": resolve(Config(model=dataclasses.replace(SMALL, num_kv_heads=None)), 1).model,
 }

@@ -1,0 +1,105 @@
+"""Grouped-query attention of the plain model: it knows of no group and no rank.
+
+GQA: Ainslie et al. 2023; RoPE: Su et al. 2021; sliding window: Beltagy et al. 2020, as in Mistral (Jiang et al. 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megalite import ops
+from megalite.config import ModelConfig
+from megalite.model.layers import RMSNorm
+
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_scaling(c: ModelConfig) -> ops.RopeScaling:
+    """How the rotary frequencies of a model are stretched."""
+    return ops.RopeScaling(
+        c.rope_scaling,
+        factor=c.rope_factor,
+        original_max_positions=c.rope_original_max_positions or 0,
+        low_freq_factor=c.rope_low_freq_factor,
+        high_freq_factor=c.rope_high_freq_factor,
+        beta_fast=c.rope_beta_fast,
+        beta_slow=c.rope_beta_slow,
+        mscale=c.rope_mscale,
+        mscale_all_dim=c.rope_mscale_all_dim,
+    )
+
+
+class AttentionCore(nn.Module):
+    """softmax(q kᵀ / sqrt(d)) v without parameters.
+
+    q [b, s, heads, d], k and v [b, s, kv, d]; gives [b, s, heads, d]. `positions` [b, s]. `bounds` [b, s, 2]: each
+    query sees the keys of the half-open range it names; None: causal over the whole sequence. `window`: of those keys
+    the last so many, the query's own among them; None: all.
+    """
+
+    def __init__(self, kernel: str = "auto", window: int | None = None) -> None:
+        super().__init__()
+        self.kernel, self.window = kernel, window
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, bounds: Tensor | None) -> Tensor:
+        repeat = q.shape[2] // k.shape[2]
+        if repeat > 1:
+            k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        seen = self._seen(q.shape[2], k.shape[2], bounds, q.device)
+        if seen is not None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        elif self.kernel in ("fused", "torch"):
+            scores = q @ k.transpose(-2, -1)
+            out = ops.causal_softmax(scores, q.shape[-1] ** -0.5, kernel=self.kernel) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return out.transpose(1, 2)
+
+    def _seen(self, queries: int, keys: int, bounds: Tensor | None, device: torch.device) -> Tensor | None:
+        """Which keys each query sees, [b or 1, 1, queries, keys]; None: causal and nothing else.
+
+        The last query stands at the last key: keys that are more than the queries are those of a cache.
+        """
+        if bounds is None and (self.window is None or self.window >= keys):
+            return None
+        key = torch.arange(keys, device=device)
+        query = key[keys - queries :, None]
+        if bounds is None:
+            seen = (key <= query).unsqueeze(0)
+        else:
+            seen = (key >= bounds[..., :1]) & (key < bounds[..., 1:])
+        if self.window is not None:
+            seen = seen & (query - key < self.window)
+        return seen.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; the rows of `qkv` are ordered [queries, key, value] by kv group."""
+
+    def __init__(self, c: ModelConfig, kernel: str) -> None:
+        super().__init__()
+        assert c.num_kv_heads is not None
+        assert c.head_dim is not None
+        self.head_dim, self.kernel = c.head_dim, kernel
+        # query heads of one kv group; the only size a cut may change (replicated kv heads share a group's queries)
+        self.queries = c.num_heads // c.num_kv_heads
+        width = c.num_heads * c.head_dim
+        bias = c.qkv_bias or c.linear_bias
+        self.qkv = nn.Linear(c.hidden_size, width + 2 * c.num_kv_heads * c.head_dim, bias=bias)
+        self.out = nn.Linear(width, c.hidden_size, bias=c.linear_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+        self.core: nn.Module = AttentionCore(kernel, c.sliding_window)
+
+    def forward(self, x: Tensor, rope: Rope | None, positions: Tensor, bounds: Tensor | None) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, self.queries + 2, self.head_dim))
+        q, k, v = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q = ops.apply_rope(q, *rope, kernel=self.kernel)
+            k = ops.apply_rope(k, *rope, kernel=self.kernel)
+        return self.out(self.core(q.flatten(2, 3), k, v, positions, bounds).flatten(2))
