@@ -138,7 +138,7 @@ def memory(config: Config, device: str) -> Memory:
             Memory(
                 weights=local * element,
                 gradients=local * wide,
-                optimizer=local * (2 * wide + masters),
+                optimizer=local * (2 * wide + masters) // (p.dp if p.zero else 1),
                 activations=live * len(layers) * activation_bytes(config),
                 logits=logits,
                 overhead=OVERHEAD_BYTES[device],

@@ -138,8 +138,7 @@ def train_step(run: Run) -> str:
             f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the last "
             f"checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
         )
-    engine.grads.flat.mul_(scale)
-    engine.optimizer.step(rate)
+    engine.update(rate, scale)
     state.step += 1
     state.consumed_samples += c.train.global_batch_size
     seconds = time.monotonic() - began
@@ -188,11 +187,8 @@ def save(run: Run) -> Path:
     engine, state = run.engine, run.state
     if run.saved_step != state.step:
         run_dir = Path(run.config.train.run_dir)
-        weights: dict[str, torch.Tensor] = dict(engine.parameters)
-        kinds = {"weight": weights, **engine.optimizer.state()}
-        folder = save_tensors(
-            run_dir, run.config, engine.mesh, engine.shards, kinds, engine.owned(), dataclasses.asdict(state)
-        )
+        values = dataclasses.asdict(state)
+        folder = save_tensors(run_dir, run.config, engine.mesh, engine.shards, engine.spans(), engine.state(), values)
         run.saved_step = state.step
         run.metrics.write("checkpoint", step=state.step, folder=str(folder))
     return folders.step_folder(Path(run.config.train.run_dir), state.step)
@@ -209,7 +205,7 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     kinds = engine.optimizer.state()
     if "master" in kinds and not any(name.startswith("master.") for name in manifest["tensors"]):
         kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
-    load_tensors(folder, manifest, engine.shards, kinds)
+    load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans)
     engine.optimizer.set_step(manifest["step"])
     return State(**{f.name: manifest[f.name] for f in dataclasses.fields(State)})
 

@@ -151,6 +151,7 @@ def _check_topology(config: Config, world_size: int) -> None:
             total == m.num_layers,
             f"parallel.stages={list(p.stages)} adds up to {total}, model.num_layers={m.num_layers}; make them equal",
         )
+    _require(p.zero in (0, 1), f"parallel.zero={p.zero}: only optimizer states are divided; use 0 or 1")
     _require(p.cp == 1, f"parallel.cp={p.cp}: context parallelism is not built yet; use parallel.cp=1")
     product = p.pp * p.dp * p.cp * p.tp
     if product != world_size:

@@ -51,6 +51,7 @@ class ParallelConfig:
     stages: tuple[int, ...] | None = _key(None, "layers on each stage, e.g. [9, 8, 8, 7]; null: balanced by cost")
     overlap: bool = _key(True, "start gradient buckets and tp reductions while the backward still computes")
     bucket_mb: float = _key(25.0, "size of one gradient bucket in MiB")
+    zero: int = _key(0, "1: each replica keeps optimizer states of its share only (ZeRO stage 1); 0: of all")
     timeout_s: float = _key(600.0, "seconds after which a collective that hangs ends the run")
 
 

@@ -5,10 +5,10 @@ The gradients it reads are sums over tokens; the division by the number of token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.config import OptimConfig
 
@@ -27,9 +27,19 @@ def clip_scale(c: OptimConfig, squares: float, tokens: float) -> tuple[float, fl
 
 
 class AdamW:
-    """Decoupled weight decay on matrices only: norms and biases have none."""
+    """Decoupled weight decay on matrices only: norms and biases have none.
 
-    def __init__(self, c: OptimConfig, parameters: Mapping[str, nn.Parameter], main_grad: Mapping[str, Tensor]) -> None:
+    `parameters` may be parts of parameters, as ranks hold them that share the update; `main_grad` are the gradients of
+    these. `matrices` names those that decay; default: those with two dims.
+    """
+
+    def __init__(
+        self,
+        c: OptimConfig,
+        parameters: Mapping[str, Tensor],
+        main_grad: Mapping[str, Tensor],
+        matrices: Collection[str] | None = None,
+    ) -> None:
         self.parameters = parameters
         self.masters: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
@@ -37,8 +47,10 @@ class AdamW:
             master = parameter if own else parameter.detach().to(main_grad[name].dtype, copy=True)
             master.grad = main_grad[name]
             self.masters[name] = master
-        decayed = [m for m in self.masters.values() if m.dim() >= 2]
-        plain = [m for m in self.masters.values() if m.dim() < 2]
+        if matrices is None:
+            matrices = {name for name, m in self.masters.items() if m.dim() >= 2}
+        decayed = [m for name, m in self.masters.items() if name in matrices]
+        plain = [m for name, m in self.masters.items() if name not in matrices]
         groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self.torch = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True

@@ -79,6 +79,7 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
         {"parallel__pp": 2, "parallel__stages": (2, 3)},
         "parallel.stages=[2, 3] adds up to 5, model.num_layers=4; make them equal",
     ),
+    (1, {"parallel__zero": 2}, "parallel.zero=2: only optimizer states are divided; use 0 or 1"),
     (2, {"parallel__cp": 2}, "parallel.cp=2: context parallelism is not built yet; use parallel.cp=1"),
     (
         4,
