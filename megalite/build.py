@@ -29,7 +29,7 @@ from megalite.pipeline.schedule import Action, forward_only, make_plan
 from megalite.pipeline.simulate import Costs
 from megalite.plan import head_flops, layer_flops, stage_layers
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Engine:
         )
         return lower(plan, stage_costs(c))[self.mesh.pp.rank]
 
-    def _run(self, microbatches: Sequence[Microbatch], training: bool) -> list[Tensor]:
+    def _run(self, microbatches: Sequence[Microbatch], training: bool, loss_scale: float = 1.0) -> list[Tensor]:
         c, last = self.config, self.mesh.is_last_stage
         b, s = microbatches[0].tokens.shape
         shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
@@ -83,16 +83,18 @@ class Engine:
             ranks=self.mesh.pp.ranks,
             hidden=torch.empty(shape, dtype=DTYPES[c.train.dtype], device=self.mesh.device),
             training=training,
+            loss_scale=loss_scale,
             reduce=self.reduce_gradients if training else None,
         )
 
-    def forward_backward(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
-        """Gradients of Σ mask · ce over this replica's microbatches, summed over replicas, left in `grads.reduced`.
+    def forward_backward(self, microbatches: Sequence[Microbatch], loss_scale: float = 1.0) -> tuple[float, float]:
+        """Gradients of loss_scale · Σ mask · ce over this replica's microbatches.
 
+        They are summed over replicas and left in `grads.reduced`.
         Gives (Σ loss, valid tokens) of this replica on one rank of it, the last stage's tp rank 0, else zeros.
         """
         self.grads.begin(len(microbatches))
-        return self._totals(self._run(microbatches, training=True), microbatches)
+        return self._totals(self._run(microbatches, training=True, loss_scale=loss_scale), microbatches)
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
         """The same sums without gradients."""

@@ -95,6 +95,13 @@ def _check_ranges(config: Config) -> None:
         for name in names:
             value = getattr(getattr(config, section), name)
             _require(value > 0, f"{section}.{name}={value} must be greater than 0")
+    o = config.optim
+    _require(o.loss_scale_window >= 1, f"optim.loss_scale_window={o.loss_scale_window} must be at least 1")
+    _require(
+        0 < o.loss_scale_min <= o.loss_scale_initial,
+        f"optim.loss_scale_min={o.loss_scale_min} must be greater than 0 and not above optim.loss_scale_initial="
+        f"{o.loss_scale_initial}",
+    )
     for name in ("beta1", "beta2"):
         value = getattr(config.optim, name)
         _require(0 <= value < 1, f"optim.{name}={value} must be at least 0 and less than 1, e.g. 0.9")

@@ -82,6 +82,9 @@ class OptimConfig:
     eps: float = _key(1e-8, "added to the root of the second moment")
     weight_decay: float = _key(0.1, "decoupled weight decay of matrices; norms and biases have none")
     clip_grad: float = _key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
+    loss_scale_initial: float = _key(1024.0, "fp16: factor of each token's loss in the first step")
+    loss_scale_window: int = _key(1000, "fp16: steps without overflow after which the loss scale doubles")
+    loss_scale_min: float = _key(2.0**-10, "fp16: loss scale below which the run ends instead")
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,11 @@ class TrainConfig:
     micro_batch_size: int = _key(4, "samples of one forward")
     global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas")
     seed: int = _key(1234, "of initial weights and sample order")
-    dtype: str = _key("fp32", "of weights and activations; bf16 keeps fp32 masters", choices=("fp32", "bf16", "fp64"))
+    dtype: str = _key(
+        "fp32",
+        "of weights and activations; bf16 and fp16 keep fp32 masters, fp16 scales the loss",
+        choices=("fp32", "bf16", "fp16", "fp64"),
+    )
     device: str = _key("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     kernels: str = _key("auto", "attention and RoPE kernels", choices=("auto", "fused", "torch"))
     threads: int = _key(0, "CPU threads of one rank; 0: cores / local ranks, or OMP_NUM_THREADS")

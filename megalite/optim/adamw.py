@@ -13,13 +13,15 @@ from torch import Tensor
 from megalite.config import OptimConfig
 
 
-def clip_scale(c: OptimConfig, squares: float, tokens: float) -> tuple[float, float]:
+def clip_scale(c: OptimConfig, squares: float, tokens: float, loss_scale: float = 1.0) -> tuple[float, float]:
     """(gradient norm of the mean loss, factor for the summed gradients).
 
-    `squares` is Σ g² of the summed gradients in float64, `tokens` the valid tokens of the global batch.
+    `squares` is Σ g² of the summed gradients in float64, `tokens` the valid tokens of the global batch, `loss_scale`
+    what the loss was multiplied with.
     """
     if tokens == 0:
         return 0.0, 0.0
+    tokens *= loss_scale
     # rounded once to fp32, so that the order in which ranks were added does not show
     norm = float(torch.tensor(squares**0.5 / tokens, dtype=torch.float32))
     clip = min(1.0, c.clip_grad / (norm + 1e-6)) if c.clip_grad > 0 else 1.0
@@ -91,7 +93,7 @@ class AdamW:
         return kinds | ({"master": masters} if masters else {})
 
     def set_step(self, step: int) -> None:
-        """Set the number of updates done, on which Adam's bias correction depends."""
+        """Set the number of updates done (skipped steps are none), on which Adam's bias correction depends."""
         self.state()
         for master in self.masters.values():
             self.torch.state[master]["step"].fill_(float(step))
