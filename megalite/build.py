@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from megalite.batches import Microbatch
 from megalite.config import Config
+from megalite.config.groups import check_groups
 from megalite.model.cut_table import cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
+from megalite.model.hf import global_names
 from megalite.model.init import draw, materialise
 from megalite.optim.adamw import AdamW
 from megalite.parallel.cuts import Shard, sum_of_squares
@@ -177,6 +179,7 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
     assert p.pp is not None
     assert p.dp is not None
     assert m.num_kv_heads is not None
+    check_groups(config.optim, global_names(m))
     mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
     with torch.device("meta"):
         model = Decoder(

@@ -19,6 +19,7 @@ from megalite.checkpoint import folder as folders
 from megalite.checkpoint.load import load as load_tensors
 from megalite.checkpoint.save import save as save_tensors
 from megalite.config import Config, to_yaml
+from megalite.config.batch import batch_size
 from megalite.data.sets import DataSets
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import first_scale, next_scale
@@ -134,7 +135,8 @@ def train_step(run: Run) -> str:
     began = time.monotonic()
     c, engine, state = run.config, run.engine, run.state
     rate = learning_rate(c.optim, state.consumed_samples)
-    samples = range(state.consumed_samples, state.consumed_samples + c.train.global_batch_size)
+    batch = batch_size(c, state.consumed_samples)
+    samples = range(state.consumed_samples, state.consumed_samples + batch)
     microbatches = load_microbatches(run.data.train, samples, c, engine.mesh)
     loss_sum, tokens = engine.forward_backward(microbatches, state.loss_scale)
     stop = run.stop.asked()
@@ -153,9 +155,9 @@ def train_step(run: Run) -> str:
     loss_scale, state.skipped_steps = state.loss_scale, state.skipped_steps + (not finite)
     state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
     state.step += 1
-    state.consumed_samples += c.train.global_batch_size
+    state.consumed_samples += batch
     seconds = time.monotonic() - began
-    speed = c.train.global_batch_size * c.train.seq_len / seconds
+    speed = batch * c.train.seq_len / seconds
     row = {"step": state.step, "loss": loss, "lr": rate, "tokens_per_s": speed}
     row |= {"grad_norm": norm} if finite else {"skipped": 1}
     row |= {"loss_scale": loss_scale} if c.train.dtype == "fp16" else {}

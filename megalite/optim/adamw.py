@@ -6,11 +6,15 @@ The gradients it reads are sums over tokens; the division by the number of token
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalite.config import OptimConfig
+from megalite.config.groups import group_settings
+from megalite.optim.apex import fused_adam
 
 
 def clip_scale(c: OptimConfig, squares: float, tokens: float, loss_scale: float = 1.0) -> tuple[float, float]:
@@ -29,7 +33,7 @@ def clip_scale(c: OptimConfig, squares: float, tokens: float, loss_scale: float 
 
 
 class AdamW:
-    """Decoupled weight decay on matrices only: norms and biases have none.
+    """Decoupled weight decay on matrices only, unless optim.groups says otherwise: norms and biases have none.
 
     `parameters` may be parts of parameters, as ranks hold them that share the update; `main_grad` are the gradients of
     these. `matrices` names those that decay; default: those with two dims.
@@ -51,17 +55,20 @@ class AdamW:
             self.masters[name] = master
         if matrices is None:
             matrices = {name for name, m in self.masters.items() if m.dim() >= 2}
-        decayed = [m for name, m in self.masters.items() if name in matrices]
-        plain = [m for name, m in self.masters.items() if name not in matrices]
-        groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.torch = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
-        )
+        alike: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            alike.setdefault(group_settings(c, name, name in matrices), []).append(master)
+        groups = [
+            {"params": masters, "lr_scale": lr_scale, "weight_decay": decay}
+            for (lr_scale, decay), masters in alike.items()
+        ]
+        make: Any = partial(torch.optim.AdamW, fused=True) if c.name != "apex_adamw" else fused_adam()
+        self.torch = make(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         for group in self.torch.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.torch.step()
         self.publish()
 
@@ -97,3 +104,5 @@ class AdamW:
         self.state()
         for master in self.masters.values():
             self.torch.state[master]["step"].fill_(float(step))
+        for group in self.torch.param_groups:
+            group["step"] = step  # where apex counts

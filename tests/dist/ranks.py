@@ -211,3 +211,14 @@ def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Names whose tensors differ in a single bit."""
     assert a.keys() == b.keys()
     return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def refused(argv: list[str], message: str, ranks: int = 2) -> None:
+    """One rank says why in one line and exits 2; a rank that only loses the others by it is silent and exits 1."""
+    with Ranks(ranks, pretrain, argv) as running:
+        ended = running.wait()
+    assert 2 in ended.codes, ended
+    assert set(ended.codes) <= {1, 2}, ended
+    (line,) = "".join(ended.err).splitlines()
+    assert line.startswith("error: ")
+    assert message in line

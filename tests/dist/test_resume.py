@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import Ranks, different, pretrain, run_ranks, save_untrained, whole_tensors
+from ranks import different, pretrain, refused, run_ranks, save_untrained, whole_tensors
 
 from megalite.watch.metrics import read_metrics
 
@@ -149,14 +149,3 @@ def test_a_damaged_file_is_named_in_one_line(
     shard = checkpoint(run_dir, 10) / f"rank-{rank:05d}.safetensors"
     damage(shard)
     refused(settings(run_dir, *CURVE, *CUT["tp2pp2"][1], "train.steps=20"), f"{shard}: tensor", ranks=4)
-
-
-def refused(argv: list[str], message: str, ranks: int = 2) -> None:
-    """One rank says why in one line and exits 2; a rank that only loses the others by it is silent and exits 1."""
-    with Ranks(ranks, pretrain, argv) as running:
-        ended = running.wait()
-    assert 2 in ended.codes, ended
-    assert set(ended.codes) <= {1, 2}, ended
-    (line,) = "".join(ended.err).splitlines()
-    assert line.startswith("error: ")
-    assert message in line
