@@ -316,10 +316,9 @@ def _train(axis: str, tied: bool, steps: int) -> list[tuple[float, Any]]:
             batch = [Microbatch(row[:, :-1], row[:, 1:], mask, positions) for row in rows]
             values = [*engine.forward_backward(batch), engine.gradient_squares()]
             loss, valid, squares = engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
-            engine.grads.flat.mul_(clip_scale(config.optim, squares, valid)[1])
-            engine.optimizer.step(1e-3)
+            engine.update(1e-3, clip_scale(config.optim, squares, valid)[1])
             losses.append(loss / valid)
-            for name in engine.owned():
+            for name in engine.parameters:
                 shard = engine.shards[name]
                 place = whole[step].setdefault(name, torch.zeros(shard.whole_shape))
                 shard.put(engine.parameters[name].detach(), place)

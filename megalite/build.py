@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from megalite.batches import Microbatch
 from megalite.config import Config
+from megalite.config.groups import check_groups
 from megalite.model.cut_table import cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
+from megalite.model.hf import global_names
 from megalite.model.init import draw, materialise
 from megalite.model.recompute import recompute
 from megalite.optim.adamw import AdamW
@@ -23,18 +25,22 @@ from megalite.parallel.cuts import Shard, sum_of_squares
 from megalite.parallel.grad_buffers import GradBuffers, all_reduce_together
 from megalite.parallel.groups import World
 from megalite.parallel.mesh import Mesh
+from megalite.parallel.param_buffers import ParamBuffers
 from megalite.pipeline.executor import execute
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedule import Action, forward_only, make_plan
 from megalite.pipeline.simulate import Costs
 from megalite.plan import head_flops, layer_flops, stage_layers
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass
 class Engine:
-    """One rank's part of the run. `parameters`, `shards` and gradients go by global parameter names."""
+    """One rank's part of the run. `parameters`, `shards` and gradients go by global parameter names.
+
+    `buffers`: where parameters are gathered from the replicas that update them; None: each replica updates all.
+    """
 
     config: Config
     mesh: Mesh
@@ -43,6 +49,7 @@ class Engine:
     shards: dict[str, Shard]
     grads: GradBuffers
     optimizer: AdamW
+    buffers: ParamBuffers | None
 
     def __post_init__(self) -> None:
         self._plans = cache(self._lowered)
@@ -56,7 +63,7 @@ class Engine:
         )
         return lower(plan, stage_costs(c))[self.mesh.pp.rank]
 
-    def _run(self, microbatches: Sequence[Microbatch], training: bool) -> list[Tensor]:
+    def _run(self, microbatches: Sequence[Microbatch], training: bool, loss_scale: float = 1.0) -> list[Tensor]:
         c, last = self.config, self.mesh.is_last_stage
         self.model.train(training)
         b, s = microbatches[0].tokens.shape
@@ -80,16 +87,18 @@ class Engine:
             ranks=self.mesh.pp.ranks,
             hidden=torch.empty(shape, dtype=DTYPES[c.train.dtype], device=self.mesh.device),
             training=training,
+            loss_scale=loss_scale,
             reduce=self.reduce_gradients if training else None,
         )
 
-    def forward_backward(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
-        """Gradients of Σ mask · ce over this replica's microbatches, summed over replicas, left in `grads`.
+    def forward_backward(self, microbatches: Sequence[Microbatch], loss_scale: float = 1.0) -> tuple[float, float]:
+        """Gradients of loss_scale · Σ mask · ce over this replica's microbatches.
 
+        They are summed over replicas and left in `grads.reduced`.
         Gives (Σ loss, valid tokens) of this replica on one rank of it, the last stage's tp rank 0, else zeros.
         """
         self.grads.begin(len(microbatches))
-        return self._totals(self._run(microbatches, training=True), microbatches)
+        return self._totals(self._run(microbatches, training=True, loss_scale=loss_scale), microbatches)
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
         """The same sums without gradients."""
@@ -105,33 +114,51 @@ class Engine:
     def reduce_gradients(self) -> None:
         """Finish all sums that a gradient is owed: replicas, partial tp gradients, kv replicas, tied ends."""
         self.grads.finish()
-        main_grad, sp = self.grads.main_grad, self.config.parallel.sp
-        all_reduce_together([g for name, g in main_grad.items() if is_partial(name, sp)], self.mesh.tp)
+        # ranks that share a sum hold alike parameters, so their shares of them are alike too
+        reduced, sp = self.grads.reduced, self.config.parallel.sp
+        all_reduce_together([g for name, g in reduced.items() if is_partial(name, sp)], self.mesh.tp)
         if self.mesh.kv.size > 1:
             replicated = [
-                shard.local_rows(main_grad[name], shard.pieces[-1])
+                shard.view(reduced[name], block, self.grads.held(name).start)
                 for name, shard in self.shards.items()
                 if (cut := find_cut(name)) is not None and cut.kind == "qkv"
+                for block in shard.blocks(self.grads.held(name))
+                if block.offset[0] >= shard.pieces[-1].offset
             ]
             all_reduce_together(replicated, self.mesh.kv)
-        if self.config.model.tie_embeddings and "embed.weight" in main_grad:
-            self.mesh.embed.all_reduce(main_grad["embed.weight"])
+        if self.config.model.tie_embeddings and "embed.weight" in reduced:
+            all_reduce_together([reduced["embed.weight"]], self.mesh.embed)
 
     def gradient_squares(self) -> float:
         """This rank's share of Σ g² over the whole model: every element is counted by one rank of the world."""
-        if self.mesh.dp.rank != 0:
-            return 0.0
-        return float(
-            sum(
-                (sum_of_squares(self.shards[name], self.grads.main_grad[name]) for name in self.owned()),
-                torch.tensor(0.0),
-            )
-        )
+        spans, main_grad = self.spans(), self.grads.main_grad
+        squares = (sum_of_squares(self.shards[name], main_grad[name], span) for name, span in spans.items())
+        return float(sum(squares, torch.tensor(0.0)))
 
-    def owned(self) -> list[str]:
-        """Parameters this rank's stage answers for: a tied matrix belongs to the first stage."""
+    def spans(self) -> dict[str, range]:
+        """The elements of each flattened local parameter that this rank answers for in norms and checkpoints.
+
+        A tied matrix belongs to the first stage: the last one's copy is not among them.
+        """
         copy = self.config.model.tie_embeddings and not self.mesh.is_first_stage
-        return [name for name in self.parameters if not (copy and name == "embed.weight")]
+        return {n: span for n, span in self.grads.spans.items() if not (copy and n == "embed.weight")}
+
+    def update(self, lr: float, scale: float) -> None:
+        """One optimizer step on the gradients times `scale`."""
+        self.grads.scale(scale)
+        self.optimizer.step(lr)
+        if self.buffers is not None:
+            self.buffers.gather()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """{kind: {parameter name: tensor}} of what a checkpoint keeps, kinds as `weight` and `exp_avg`.
+
+        Weights are whole local tensors; the others may be the part `grads.spans[name]` of the flattened one.
+        """
+        if self.buffers is not None:
+            self.buffers.finish()
+        weights: dict[str, Tensor] = dict(self.parameters)
+        return {"weight": weights, **self.optimizer.state()}
 
 
 def stage_costs(config: Config) -> Costs:
@@ -154,6 +181,7 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
     assert p.pp is not None
     assert p.dp is not None
     assert m.num_kv_heads is not None
+    check_groups(config.optim, global_names(m))
     mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
     with torch.device("meta"):
         model = Decoder(
@@ -176,5 +204,14 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
     )
     parameters = {global_name(name, m.tie_embeddings): parameter for name, parameter in model.named_parameters()}
     shards = {global_name(name, m.tie_embeddings): shard for name, shard in shards.items()}
-    grads = GradBuffers(parameters, mesh.dp, p.bucket_mb * 2**20, p.overlap)
-    return Engine(config, mesh, model, parameters, shards, grads, AdamW(config.optim, parameters, grads.main_grad))
+    # in a bucket of its own a tied matrix has the same shares on both of its stages
+    alone = ("embed.weight",) if m.tie_embeddings and p.pp > 1 else ()
+    grads = GradBuffers(parameters, mesh.dp, p.bucket_mb * 2**20, p.overlap, p.zero > 0, alone)
+    matrices = {name for name, parameter in parameters.items() if parameter.dim() >= 2}
+    if p.zero == 0:
+        optimizer = AdamW(config.optim, parameters, grads.main_grad, matrices)
+        return Engine(config, mesh, model, parameters, shards, grads, optimizer, None)
+    ends = [module for module in (model.embed, model.loss_head) if module is not None]
+    buffers = ParamBuffers(parameters, grads, [*ends, *model.layers.values()])
+    optimizer = AdamW(config.optim, buffers.shares, grads.reduced, matrices)
+    return Engine(config, mesh, model, parameters, shards, grads, optimizer, buffers)

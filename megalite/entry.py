@@ -19,6 +19,7 @@ from pathlib import Path
 from megalite import plan
 from megalite.checkpoint.folder import check_model, find, latest, read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
+from megalite.config.batch import total_samples
 from megalite.config.load import read_yaml_file
 from megalite.place import place
 from megalite.watch.metrics import require_tensorboard
@@ -108,7 +109,7 @@ def describe(config: Config, need: plan.Memory) -> str:
         f"{(pp - 1) / (microbatches + pp - 1):.1%}\n"
         f"  memory of the fullest rank: {need.table()}\n"
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
-        f"{t.steps * tokens / 1e6:.1f}e6 tokens in all"
+        f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens in all"
     )
 
 

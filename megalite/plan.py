@@ -18,7 +18,7 @@ from megalite.config import Config, ConfigError, ModelConfig, resolve
 from megalite.config.check import valid_tp
 
 GIB = 2**30
-BYTES = {"fp32": 4, "bf16": 2, "fp64": 8}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 # torch, its allocator's slack and the communicators of one rank
 OVERHEAD_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.4 * GIB)}
 
@@ -180,7 +180,7 @@ def memory(config: Config, device: str) -> Memory:
             Memory(
                 weights=local * element,
                 gradients=local * wide,
-                optimizer=local * (2 * wide + masters),
+                optimizer=local * (2 * wide + masters) // (p.dp if p.zero else 1),
                 activations=stage_activation_bytes(config, len(layers), live),
                 logits=logits,
                 overhead=OVERHEAD_BYTES[device],

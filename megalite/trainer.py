@@ -20,8 +20,10 @@ from megalite.checkpoint import folder as folders
 from megalite.checkpoint.load import load as load_tensors
 from megalite.checkpoint.save import save as save_tensors
 from megalite.config import Config, to_yaml
+from megalite.config.batch import batch_size
 from megalite.data.sets import DataSets
 from megalite.optim.adamw import clip_scale
+from megalite.optim.loss_scale import first_scale, next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World
 from megalite.plan import training_flops
@@ -38,10 +40,17 @@ EVAL_MICROBATCHES = 32
 
 @dataclass
 class State:
-    """What a checkpoint keeps beside tensors. `consumed_samples` is the data cursor: samples used, not fetched."""
+    """What a checkpoint keeps beside tensors.
+
+    `consumed_samples` is the data cursor: samples used, not fetched. `skipped_steps` used theirs without an update;
+    `scale_steps` is the number of steps since the loss scale changed.
+    """
 
     step: int = 0
     consumed_samples: int = 0
+    skipped_steps: int = 0
+    loss_scale: float = 1.0
+    scale_steps: int = 0
     best_loss: float | None = None
     evals_without_gain: int = 0
     data: str = ""
@@ -96,7 +105,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     same = "configurations, or chose different topologies by their memory; set parallel.tp and parallel.pp"
     _require_same(world, zlib.crc32(to_yaml(config).encode()), same)
     engine = build(config, world)
-    state = State(data=data.fingerprint)
+    state = State(data=data.fingerprint, loss_scale=first_scale(config))
     progress = Progress(first, config.train.steps, config.log.interval)
     source = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
     if source is not None:
@@ -132,29 +141,36 @@ def train_step(run: Run) -> str:
     began = time.monotonic()
     c, engine, state = run.config, run.engine, run.state
     rate = learning_rate(c.optim, state.consumed_samples)
-    samples = range(state.consumed_samples, state.consumed_samples + c.train.global_batch_size)
+    batch = batch_size(c, state.consumed_samples)
+    samples = range(state.consumed_samples, state.consumed_samples + batch)
     microbatches = load_microbatches(run.data.train, samples, c, engine.mesh)
-    loss_sum, tokens = engine.forward_backward(microbatches)
+    loss_sum, tokens = engine.forward_backward(microbatches, state.loss_scale)
     stop = run.stop.asked()
     loss_sum, tokens, squares, stops = _sum(engine, loss_sum, tokens, engine.gradient_squares(), float(stop))
-    norm, scale = clip_scale(c.optim, squares, tokens)
+    norm, scale = clip_scale(c.optim, squares, tokens, state.loss_scale)
     loss = loss_sum / max(tokens, 1.0)
-    if not math.isfinite(loss) or not math.isfinite(norm):
+    # every rank has the same sum of squares, so all of them skip a step or none
+    finite = math.isfinite(norm)
+    if not math.isfinite(loss) or not (finite or c.train.dtype == "fp16"):
         raise TrainingError(
             f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the last "
             f"checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
         )
-    engine.grads.flat.mul_(scale)
-    engine.optimizer.step(rate)
+    if finite:
+        engine.update(rate, scale)
+    loss_scale, state.skipped_steps = state.loss_scale, state.skipped_steps + (not finite)
+    state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
     state.step += 1
-    state.consumed_samples += c.train.global_batch_size
+    state.consumed_samples += batch
     seconds = time.monotonic() - began
-    speed = c.train.global_batch_size * c.train.seq_len / seconds
-    row = {"step": state.step, "loss": loss, "grad_norm": norm, "lr": rate, "tokens_per_s": speed}
+    speed = batch * c.train.seq_len / seconds
+    row = {"step": state.step, "loss": loss, "lr": rate, "tokens_per_s": speed}
+    row |= {"grad_norm": norm} if finite else {"skipped": 1}
+    row |= {"loss_scale": loss_scale} if c.train.dtype == "fp16" else {}
     usage = run.meter.read(speed)
     run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
     text = f"loss {loss:.4f}  grad norm {norm:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {flops.describe(usage)}"
-    run.progress.step(state.step, text)
+    run.progress.step(state.step, text if finite else f"{text}  skipped: gradients overflow at scale {loss_scale:g}")
     return (run.stop.reason or "another rank was told to") if stops else ""
 
 
@@ -194,11 +210,8 @@ def save(run: Run) -> Path:
     engine, state = run.engine, run.state
     if run.saved_step != state.step:
         run_dir = Path(run.config.train.run_dir)
-        weights: dict[str, torch.Tensor] = dict(engine.parameters)
-        kinds = {"weight": weights, **engine.optimizer.state()}
-        folder = save_tensors(
-            run_dir, run.config, engine.mesh, engine.shards, kinds, engine.owned(), dataclasses.asdict(state)
-        )
+        values = dataclasses.asdict(state)
+        folder = save_tensors(run_dir, run.config, engine.mesh, engine.shards, engine.spans(), engine.state(), values)
         run.saved_step = state.step
         run.metrics.write("checkpoint", step=state.step, folder=str(folder))
     return folders.step_folder(Path(run.config.train.run_dir), state.step)
@@ -215,8 +228,8 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     kinds = engine.optimizer.state()
     if "master" in kinds and not any(name.startswith("master.") for name in manifest["tensors"]):
         kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
-    load_tensors(folder, manifest, engine.shards, kinds)
-    engine.optimizer.set_step(manifest["step"])
+    load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans)
+    engine.optimizer.set_step(manifest["step"] - manifest["skipped_steps"])
     return State(**{f.name: manifest[f.name] for f in dataclasses.fields(State)})
 
 

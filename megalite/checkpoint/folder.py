@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"[A-Za-z0-9._-]+")
 STEP = re.compile(r"step-(\d{8,})")
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,16 @@ def save(
     config: Config,
     mesh: Mesh,
     shards: dict[str, Shard],
+    spans: Mapping[str, range],
     kinds: dict[str, dict[str, Tensor]],
-    owned: list[str],
     state: dict[str, Any],
 ) -> Path:
-    """Write a checkpoint of `kinds` ({"weight": {name: local tensor}, "exp_avg": …}) and give back its folder.
+    """Write a checkpoint of `kinds` ({"weight": {name: tensor}, "exp_avg": …}) and give back its folder.
 
-    `state` holds plain values, among them step and consumed_samples. Collective: every rank of the world calls.
-    Replica 0 writes, each rank what it owns. Raises OSError where the disk refuses; the previous checkpoint is then
-    untouched.
+    A tensor is a local one, or the part `spans[name]` of it, flattened. Each rank writes what it owns of `spans`, the
+    elements of the flattened local tensors that it answers for. `state` holds plain values, among them step and
+    consumed_samples. Collective: every rank of the world calls. Raises OSError where the disk refuses; the previous
+    checkpoint is then untouched.
     """
     final = step_folder(run_dir, state["step"])
     building = final.with_name(f".building-{final.name}")
@@ -41,8 +43,7 @@ def save(
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
     mesh.world.barrier()
-    if mesh.dp.rank == 0:
-        _write_blocks(building, mesh.world.rank, shards, kinds, owned)
+    _write_blocks(building, mesh.world.rank, shards, spans, kinds)
     mesh.world.barrier()
     if mesh.world.rank == 0:
         tensors: dict[str, Any] = {}
@@ -64,27 +65,29 @@ def save(
 
 
 def _write_blocks(
-    folder: Path, rank: int, shards: dict[str, Shard], kinds: dict[str, dict[str, Tensor]], owned: list[str]
+    folder: Path,
+    rank: int,
+    shards: dict[str, Shard],
+    spans: Mapping[str, range],
+    kinds: dict[str, dict[str, Tensor]],
 ) -> None:
     blocks: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
     file = f"rank-{rank:05d}.safetensors"
     for kind, tensors in kinds.items():
-        for name in owned:
+        for name, span in spans.items():
             if name not in tensors:
                 continue
-            shard = shards[name]
-            full = f"{kind}.{name}"
-            for piece, rows in shard.owned(tensors[name].detach()):
-                key = f"{full}.{piece.start}"
-                blocks[key] = rows.cpu().contiguous()
-                entry = entries.setdefault(
-                    full,
-                    {"shape": list(shard.whole_shape), "dtype": str(rows.dtype).removeprefix("torch."), "blocks": []},
-                )
-                entry["blocks"].append(
-                    {"file": file, "key": key, "dim": shard.dim, "start": piece.start, "length": piece.length}
-                )
+            shard, tensor = shards[name], tensors[name]
+            full, dtype = f"{kind}.{name}", str(tensor.dtype).removeprefix("torch.")
+            first = shard.held(tensor, span).start
+            for block in shard.blocks(span):
+                if not block.owned:
+                    continue
+                key = ".".join([full, *map(str, block.start)])
+                blocks[key] = shard.view(tensor.detach(), block, first).cpu().contiguous()
+                entry = entries.setdefault(full, {"shape": list(shard.whole_shape), "dtype": dtype, "blocks": []})
+                entry["blocks"].append({"file": file, "key": key, "start": block.start, "size": block.size})
     if blocks:
         save_file(blocks, folder / file)
         _sync(folder / file)

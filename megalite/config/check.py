@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from megalite.config.batch import total_samples
+from megalite.config.groups import parse_groups
 from megalite.config.load import ConfigError
 from megalite.config.schema import Config, ModelConfig
 
@@ -34,7 +36,7 @@ def resolve(config: Config, world_size: int) -> Config:
 
     parallel.tp and parallel.pp must have been chosen before (megalite.plan). Call `check` on the result.
     """
-    model, parallel, optim, train = config.model, config.parallel, config.optim, config.train
+    model, parallel, optim = config.model, config.parallel, config.optim
     _require(model.num_heads >= 1, f"model.num_heads={model.num_heads} must be at least 1")
     model = dataclasses.replace(
         model,
@@ -48,9 +50,8 @@ def resolve(config: Config, world_size: int) -> Config:
     dp = parallel.dp if parallel.dp is not None else max(1, world_size // max(1, ranks_per_replica))
     parallel = dataclasses.replace(parallel, tp=tp, pp=pp, dp=dp, sp=parallel.sp and tp > 1)
     if optim.decay_samples is None:
-        optim = dataclasses.replace(
-            optim, decay_samples=max(train.steps * train.global_batch_size, optim.warmup_samples)
-        )
+        samples = total_samples(dataclasses.replace(config, parallel=parallel))
+        optim = dataclasses.replace(optim, decay_samples=max(samples, optim.warmup_samples))
     return dataclasses.replace(config, model=model, parallel=parallel, optim=optim)
 
 
@@ -60,6 +61,7 @@ def check(config: Config, world_size: int) -> None:
     _check_model(config)
     _check_topology(config, world_size)
     _check_batch(config)
+    _check_optim(config)
     _check_data(config)
 
 
@@ -88,7 +90,16 @@ def _check_ranges(config: Config) -> None:
     not_negative = {
         "optim": ("lr", "min_lr", "warmup_samples", "decay_samples", "eps", "weight_decay", "clip_grad"),
         "parallel": ("recompute_layers",),
-        "train": ("threads", "eval_interval", "eval_samples", "patience", "time_limit_s", "seed"),
+        "train": (
+            "ramp_start",
+            "ramp_samples",
+            "threads",
+            "eval_interval",
+            "eval_samples",
+            "patience",
+            "time_limit_s",
+            "seed",
+        ),
         "checkpoint": ("interval", "keep"),
         "log": ("trace_step",),
         "model": ("init_std", "norm_eps", "rope_mscale", "rope_mscale_all_dim"),
@@ -111,10 +122,6 @@ def _check_ranges(config: Config) -> None:
         ("optim.label_smoothing", config.optim.label_smoothing, 0.1),
     ):
         _require(0 <= share < 1, f"{key}={share} must be at least 0 and less than 1, e.g. {example}")
-    _require(
-        config.optim.min_lr <= config.optim.lr,
-        f"optim.min_lr={config.optim.min_lr} is above optim.lr={config.optim.lr}; lower it or raise optim.lr",
-    )
 
 
 def _check_model(config: Config) -> None:
@@ -209,6 +216,7 @@ def _check_topology(config: Config, world_size: int) -> None:
         f"parallel.recompute_layers={p.recompute_layers} has no effect with parallel.recompute=none; "
         f"use parallel.recompute=full or selective",
     )
+    _require(p.zero in (0, 1), f"parallel.zero={p.zero}: only optimizer states are divided; use 0 or 1")
     _require(p.cp == 1, f"parallel.cp={p.cp}: context parallelism is not built yet; use parallel.cp=1")
     product = p.pp * p.dp * p.cp * p.tp
     if product != world_size:
@@ -243,6 +251,13 @@ def _check_batch(config: Config) -> None:
             f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
             f"{t.micro_batch_size} x dp {dp} = {unit}; use train.global_batch_size={fits}"
         )
+    if t.ramp_start or t.ramp_samples:
+        _require(
+            t.ramp_samples > 0 and 0 < t.ramp_start <= t.global_batch_size and t.ramp_start % unit == 0,
+            f"train.ramp_start={t.ramp_start} with train.ramp_samples={t.ramp_samples}: a ramp needs both, from "
+            f"a multiple of micro_batch_size x dp = {unit} of at most train.global_batch_size={t.global_batch_size}; "
+            f"use train.ramp_start={unit}, or 0 for both",
+        )
     decay, warmup = config.optim.decay_samples, config.optim.warmup_samples
     assert decay is not None
     _require(
@@ -250,6 +265,26 @@ def _check_batch(config: Config) -> None:
         f"optim.warmup_samples={warmup} is more than optim.decay_samples={decay} "
         f"(train.steps {t.steps} x global batch {t.global_batch_size}); lower it",
     )
+
+
+def _check_optim(config: Config) -> None:
+    o = config.optim
+    _require(o.min_lr <= o.lr, f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}; lower it or raise optim.lr")
+    _require(
+        0 < o.wsd_decay_fraction <= 1,
+        f"optim.wsd_decay_fraction={o.wsd_decay_fraction} must be greater than 0 and at most 1, e.g. 0.1",
+    )
+    _require(
+        o.lr_schedule != "inverse_sqrt" or o.warmup_samples > 0,
+        "optim.lr_schedule=inverse_sqrt falls as the root of warmup_samples / samples; set optim.warmup_samples",
+    )
+    _require(o.loss_scale_window >= 1, f"optim.loss_scale_window={o.loss_scale_window} must be at least 1")
+    _require(
+        0 < o.loss_scale_min <= o.loss_scale_initial,
+        f"optim.loss_scale_min={o.loss_scale_min} must be greater than 0 and not above optim.loss_scale_initial="
+        f"{o.loss_scale_initial}",
+    )
+    parse_groups(o.groups)
 
 
 def _check_data(config: Config) -> None:

@@ -83,6 +83,7 @@ class ParallelConfig:
     recompute_layers: int = _key(0, "layers of each stage that recompute, its first ones; 0: all")
     overlap: bool = _key(True, "sum gradient buckets over dp while the backward still computes")
     bucket_mb: float = _key(25.0, "size of one gradient bucket in MiB")
+    zero: int = _key(0, "1: each replica keeps optimizer states of its share only (ZeRO stage 1); 0: of all")
     timeout_s: float = _key(600.0, "seconds after which a collective that hangs ends the run")
 
 
@@ -101,19 +102,27 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019) and its learning-rate curve, counted in samples."""
+    """The optimizer, AdamW (Loshchilov & Hutter 2019) by default, and its learning-rate curve, counted in samples."""
 
+    name: str = _key("adamw", "optimizer; apex_adamw: NVIDIA apex's", choices=("adamw", "apex_adamw"))
     lr: float = _key(3e-4, "peak learning rate")
     min_lr: float = _key(3e-5, "learning rate at the end of the decay")
-    lr_schedule: str = _key("cosine", "shape of the decay", choices=("constant", "linear", "cosine"))
+    lr_schedule: str = _key(
+        "cosine", "shape of the decay", choices=("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+    )
+    wsd_decay_fraction: float = _key(0.1, "wsd: share of decay_samples, at their end, over which lr falls to min_lr")
     warmup_samples: int = _key(0, "samples of linear warm-up from 0 to lr")
     decay_samples: int | None = _key(None, "samples until min_lr is reached; null: all of train.steps")
     beta1: float = _key(0.9, "decay of the first moment")
     beta2: float = _key(0.95, "decay of the second moment")
     eps: float = _key(1e-8, "added to the root of the second moment")
     weight_decay: float = _key(0.1, "decoupled weight decay of matrices; norms and biases have none")
+    groups: str = _key("", "by parameter name: 'PATTERN lr_scale=0.1 weight_decay=0; PATTERN ...', first match counts")
     clip_grad: float = _key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
     label_smoothing: float = _key(0.0, "share of each label spread over the vocabulary (HF label_smoothing_factor)")
+    loss_scale_initial: float = _key(1024.0, "fp16: factor of each token's loss in the first step")
+    loss_scale_window: int = _key(1000, "fp16: steps without overflow after which the loss scale doubles")
+    loss_scale_min: float = _key(2.0**-10, "fp16: loss scale below which the run ends instead")
 
 
 @dataclass(frozen=True)
@@ -125,8 +134,14 @@ class TrainConfig:
     seq_len: int = _key(256, "tokens of one sample")
     micro_batch_size: int = _key(4, "samples of one forward")
     global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas")
+    ramp_start: int = _key(0, "with ramp_samples: samples of the first optimizer step")
+    ramp_samples: int = _key(0, "samples over which the step grows from ramp_start to global_batch_size; 0: no ramp")
     seed: int = _key(1234, "of initial weights and sample order")
-    dtype: str = _key("fp32", "of weights and activations; bf16 keeps fp32 masters", choices=("fp32", "bf16", "fp64"))
+    dtype: str = _key(
+        "fp32",
+        "of weights and activations; bf16 and fp16 keep fp32 masters, fp16 scales the loss",
+        choices=("fp32", "bf16", "fp16", "fp64"),
+    )
     device: str = _key("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     kernels: str = _key(
         "auto", "auto: fused RoPE, torch's attention; by name: RoPE and softmax", choices=("auto", "fused", "torch")

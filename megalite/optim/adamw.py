@@ -5,21 +5,27 @@ The gradients it reads are sums over tokens; the division by the number of token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megalite.config import OptimConfig
+from megalite.config.groups import group_settings
+from megalite.optim.apex import fused_adam
 
 
-def clip_scale(c: OptimConfig, squares: float, tokens: float) -> tuple[float, float]:
+def clip_scale(c: OptimConfig, squares: float, tokens: float, loss_scale: float = 1.0) -> tuple[float, float]:
     """(gradient norm of the mean loss, factor for the summed gradients).
 
-    `squares` is Σ g² of the summed gradients in float64, `tokens` the valid tokens of the global batch.
+    `squares` is Σ g² of the summed gradients in float64, `tokens` the valid tokens of the global batch, `loss_scale`
+    what the loss was multiplied with.
     """
     if tokens == 0:
         return 0.0, 0.0
+    tokens *= loss_scale
     # rounded once to fp32, so that the order in which ranks were added does not show
     norm = float(torch.tensor(squares**0.5 / tokens, dtype=torch.float32))
     clip = min(1.0, c.clip_grad / (norm + 1e-6)) if c.clip_grad > 0 else 1.0
@@ -27,9 +33,19 @@ def clip_scale(c: OptimConfig, squares: float, tokens: float) -> tuple[float, fl
 
 
 class AdamW:
-    """Decoupled weight decay on matrices only: norms and biases have none."""
+    """Decoupled weight decay on matrices only, unless optim.groups says otherwise: norms and biases have none.
 
-    def __init__(self, c: OptimConfig, parameters: Mapping[str, nn.Parameter], main_grad: Mapping[str, Tensor]) -> None:
+    `parameters` may be parts of parameters, as ranks hold them that share the update; `main_grad` are the gradients of
+    these. `matrices` names those that decay; default: those with two dims.
+    """
+
+    def __init__(
+        self,
+        c: OptimConfig,
+        parameters: Mapping[str, Tensor],
+        main_grad: Mapping[str, Tensor],
+        matrices: Collection[str] | None = None,
+    ) -> None:
         self.parameters = parameters
         self.masters: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
@@ -37,17 +53,22 @@ class AdamW:
             master = parameter if own else parameter.detach().to(main_grad[name].dtype, copy=True)
             master.grad = main_grad[name]
             self.masters[name] = master
-        decayed = [m for m in self.masters.values() if m.dim() >= 2]
-        plain = [m for m in self.masters.values() if m.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": c.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self.torch = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True
-        )
+        if matrices is None:
+            matrices = {name for name, m in self.masters.items() if m.dim() >= 2}
+        alike: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            alike.setdefault(group_settings(c, name, name in matrices), []).append(master)
+        groups = [
+            {"params": masters, "lr_scale": lr_scale, "weight_decay": decay}
+            for (lr_scale, decay), masters in alike.items()
+        ]
+        make: Any = partial(torch.optim.AdamW, fused=True) if c.name != "apex_adamw" else fused_adam()
+        self.torch = make(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         for group in self.torch.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.torch.step()
         self.publish()
 
@@ -79,7 +100,9 @@ class AdamW:
         return kinds | ({"master": masters} if masters else {})
 
     def set_step(self, step: int) -> None:
-        """Set the number of updates done, on which Adam's bias correction depends."""
+        """Set the number of updates done (skipped steps are none), on which Adam's bias correction depends."""
         self.state()
         for master in self.masters.values():
             self.torch.state[master]["step"].fill_(float(step))
+        for group in self.torch.param_groups:
+            group["step"] = step  # where apex counts

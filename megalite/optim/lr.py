@@ -8,17 +8,24 @@ from megalite.config import OptimConfig
 
 
 def learning_rate(c: OptimConfig, samples: int) -> float:
-    """Rate of the step that starts after `samples` samples: linear warm-up, then constant, linear or cosine decay.
+    """Rate of the step that starts after `samples` samples: linear warm-up, then what optim.lr_schedule names.
 
-    The cosine is the half period of Loshchilov & Hutter 2017 (SGDR) without restarts. The step that consumes the last
-    warm-up sample has the peak rate.
+    cosine: the half period of Loshchilov & Hutter 2017 (SGDR) without restarts. wsd (warm-up, stable, decay: Hu et al.
+    2024, MiniCPM): constant, and linear over the last `wsd_decay_fraction` of `decay_samples`. inverse_sqrt: the root
+    of warmup_samples / samples (Vaswani et al. 2017), not below min_lr. The step that consumes the last warm-up sample
+    has the peak rate.
     """
     assert c.decay_samples is not None
     if samples < c.warmup_samples:
         return c.lr * (samples + 1) / (c.warmup_samples + 1)
     if c.lr_schedule == "constant":
         return c.lr
-    span = max(1, c.decay_samples - c.warmup_samples)
-    done = min(1.0, (samples - c.warmup_samples) / span)
-    left = 1 - done if c.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    if c.lr_schedule == "inverse_sqrt":
+        return max(c.min_lr, c.lr * math.sqrt(c.warmup_samples / max(1, samples)))
+    start = c.warmup_samples
+    if c.lr_schedule == "wsd":
+        start = max(start, c.decay_samples - round(c.wsd_decay_fraction * c.decay_samples))
+    span = max(1, c.decay_samples - start)
+    done = min(1.0, max(0.0, (samples - start) / span))
+    left = (1 + math.cos(math.pi * done)) / 2 if c.lr_schedule == "cosine" else 1 - done
     return c.min_lr + (c.lr - c.min_lr) * left

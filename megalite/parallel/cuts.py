@@ -4,11 +4,15 @@ A `Shard` lists the ranges of one dimension that a rank holds: usually one, two 
 shared with other ranks where kv heads are replicated. Slicing at init, gradient norm, checkpoint and gathering all read
 this one description. The cut is not always even: vocabulary rows are padded to a multiple of tp, and the padding exists
 only in the local tensor.
+
+Data-parallel ranks share the work on a local tensor by ranges of its flattened elements. Such a range is a few
+rectangles of the whole tensor, `Block`s, in which norms are taken and checkpoints written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +33,16 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Block:
+    """A rectangle: `size` elements by dim, from `start` of the whole tensor and from `offset` of the local one."""
+
+    start: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    owned: bool = True
+
+
+@dataclass(frozen=True)
 class Shard:
     """The local part of a tensor of `whole_shape`, cut along `dim`; `local_size` counts padding rows too."""
 
@@ -42,6 +56,35 @@ class Shard:
         shape = list(self.whole_shape)
         shape[self.dim] = self.local_size
         return tuple(shape)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the local tensor, padding counted."""
+        return math.prod(self.local_shape)
+
+    def blocks(self, span: range | None = None) -> list[Block]:
+        """The elements `span` of the flattened local tensor (None: all), without padding, as rectangles."""
+        found, dim = [], self.dim
+        for offset, size in _rectangles(self.local_shape, span if span is not None else range(self.numel)):
+            for piece in self.pieces:
+                low = max(offset[dim], piece.offset)
+                length = min(offset[dim] + size[dim], piece.offset + piece.length) - low
+                if length > 0:
+                    start, offsets, sizes = list(offset), list(offset), list(size)
+                    start[dim], offsets[dim], sizes[dim] = piece.start + low - piece.offset, low, length
+                    found.append(Block(tuple(start), tuple(offsets), tuple(sizes), piece.owned))
+        return found
+
+    def held(self, x: Tensor, span: range) -> range:
+        """Which elements of the flattened local tensor `x` holds: all, or where it is shorter the part `span`."""
+        assert x.numel() in (self.numel, len(span)), (x.shape, self, span)
+        return range(self.numel) if x.numel() == self.numel else span
+
+    def view(self, flat: Tensor, block: Block, first: int = 0) -> Tensor:
+        """The view that `block` describes of `flat`, the flattened local tensor from its element `first` on."""
+        strides = (math.prod(self.local_shape[1:]), 1)[: len(block.size)]
+        begin = sum(o * s for o, s in zip(block.offset, strides)) - first
+        return flat.as_strided(block.size, strides, flat.storage_offset() + begin)
 
     def cut(self, whole: Tensor) -> Tensor:
         """The local tensor out of the whole one; padding is zero."""
@@ -59,10 +102,6 @@ class Shard:
     def local_rows(self, local: Tensor, piece: Piece) -> Tensor:
         """The view of `local` that `piece` describes."""
         return local.narrow(self.dim, piece.offset, piece.length)
-
-    def owned(self, local: Tensor) -> list[tuple[Piece, Tensor]]:
-        """The pieces this rank answers for, each with its view of `local`."""
-        return [(piece, self.local_rows(local, piece)) for piece in self.pieces if piece.owned]
 
 
 def uncut(shape: Sequence[int], rank: int) -> Shard:
@@ -114,9 +153,25 @@ def grouped_qkv(shape: Sequence[int], *, kv_groups: int, queries: int, head_dim:
     )
 
 
-def sum_of_squares(shard: Shard, local: Tensor) -> Tensor:
-    """Σ x² over the owned pieces, in float64 (a scalar tensor)."""
+def _rectangles(shape: tuple[int, ...], span: range) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offset, size) by dim of the rectangles that make up `span` of a flattened tensor of one or two dims."""
+    if len(shape) == 1:
+        if span:
+            yield (span.start,), (len(span),)
+        return
+    position, (_, columns) = span.start, shape
+    while position < span.stop:
+        row, column = divmod(position, columns)
+        rows = (span.stop - position) // columns if column == 0 else 0
+        size = (rows, columns) if rows else (1, min(columns - column, span.stop - position))
+        yield (row, column), size
+        position += size[0] * size[1]
+
+
+def sum_of_squares(shard: Shard, local: Tensor, span: range | None = None) -> Tensor:
+    """Σ x² over what is owned of `span` of the flattened local tensor, in float64 (a scalar tensor)."""
     total = torch.zeros((), dtype=torch.float64, device=local.device)
-    for _, rows in shard.owned(local):
-        total += torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+    for block in shard.blocks(span):
+        if block.owned:
+            total += torch.linalg.vector_norm(shard.view(local, block), dtype=torch.float64).square()
     return total

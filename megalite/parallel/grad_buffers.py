@@ -1,12 +1,15 @@
 """Gradients of a rank in one flat buffer, cut into buckets that are summed over the replicas once per step.
 
 A bucket's reduction starts when the last microbatch's gradient of its last parameter is there, so it travels while the
-layers before it still compute (Li et al. 2020, "PyTorch Distributed", section 3.2.3).
+layers before it still compute (Li et al. 2020, "PyTorch Distributed", section 3.2.3). Sharded, a bucket is
+reduce-scattered: each replica gets the sum of its own share, of which alone it keeps optimizer states (ZeRO stage 1,
+Rajbhandari et al. 2020, section 5.1).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,47 +18,106 @@ from torch.profiler import record_function
 
 from megalite.parallel.groups import Group, Pending
 
+# Elements to which parameters and shares are aligned when sharded. A vectorised update treats the last few elements of
+# a tensor by other instructions, so where a share begins must not show: it begins where a vector does.
+ALIGNMENT = 64
+
 
 @dataclass(eq=False)
 class Bucket:
-    """A contiguous part of the flat buffer; `waiting` counts gradients still to come before it may travel."""
+    """A contiguous part of the flat buffer; `waiting` counts gradients still to come before it may travel.
+
+    `offsets[name]`: where in `flat` the parameter begins.
+    """
 
     number: int
     flat: Tensor
-    names: list[str]
+    offsets: dict[str, int]
     waiting: int = 0
     pending: Pending | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.offsets)
 
 
 class GradBuffers:
     """`main_grad[name]`: the gradient of each parameter, summed over microbatches, a view of `flat`.
 
     Gradients accumulate in promote(dtype, fp32); parameters of that dtype accumulate straight into the view.
-    Parameters are laid out in reverse, the order in which backward reaches them.
+    Parameters are laid out in reverse, the order in which backward reaches them; one named in `alone` has a bucket of
+    its own.
+
+    `spans[name]`: elements of the flattened local parameter that this rank answers for, of all ranks of `group`: its
+    share when `sharded`, else rank 0 has all. `reduced[name]`: the part of the flattened gradient that is summed over
+    the group after `finish`, [len(spans[name])] when sharded, else all of it.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], group: Group, bucket_bytes: float, overlap: bool
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        group: Group,
+        bucket_bytes: float,
+        overlap: bool,
+        sharded: bool = False,
+        alone: Collection[str] = (),
     ) -> None:
-        self.group, self.overlap = group, overlap
-        named = list(parameters.items())[::-1]
-        self.dtype = torch.promote_types(named[0][1].dtype, torch.float32)
-        self.flat = torch.zeros(sum(p.numel() for _, p in named), dtype=self.dtype, device=named[0][1].device)
+        self.group, self.overlap, self.sharded = group, overlap, sharded
+        self._parameters = dict(list(parameters.items())[::-1])
+        first = next(iter(self._parameters.values()))
+        self.dtype = torch.promote_types(first.dtype, torch.float32)
+        per_bucket = max(1, math.ceil(bucket_bytes / self.dtype.itemsize))
+        unit = ALIGNMENT if sharded else 1
+        layouts = [self._offsets(names, unit) for names in self._in_buckets(per_bucket, alone)]
+        sizes = [-(-end // (unit * group.size)) * unit * group.size if sharded else end for _, end in layouts]
+        self.flat = torch.zeros(sum(sizes), dtype=self.dtype, device=first.device)
+        self.buckets = [
+            Bucket(number, flat, offsets)
+            for number, (flat, (offsets, _)) in enumerate(zip(self.flat.split(sizes), layouts))
+        ]
         self.main_grad: dict[str, Tensor] = {}
-        self.buckets: list[Bucket] = []
-        self._parameters = dict(named)
-        start = offset = 0
-        names: list[str] = []
-        for i, (name, parameter) in enumerate(named):
-            self.main_grad[name] = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-            names.append(name)
-            if (offset - start) * self.flat.element_size() >= bucket_bytes or i == len(named) - 1:
-                self.buckets.append(Bucket(len(self.buckets), self.flat[start:offset], names))
-                start, names = offset, []
+        self.spans: dict[str, range] = {}
+        self.reduced: dict[str, Tensor] = {}
         for bucket in self.buckets:
-            for name in bucket.names:
-                self._watch(name, self._parameters[name], bucket)
+            for name, offset in bucket.offsets.items():
+                parameter = self._parameters[name]
+                flat = bucket.flat[offset : offset + parameter.numel()]
+                self.main_grad[name] = flat.view_as(parameter)
+                self.spans[name] = self._span(bucket, offset, parameter.numel())
+                self.reduced[name] = flat[self.held(name).start : self.held(name).stop]
+                self._watch(name, parameter, bucket)
+
+    def _in_buckets(self, per_bucket: int, alone: Collection[str]) -> Iterator[list[str]]:
+        names: list[str] = []
+        for name in self._parameters:
+            if name in alone and names:
+                yield names
+                names = []
+            names.append(name)
+            if name in alone or sum(self._parameters[n].numel() for n in names) >= per_bucket:
+                yield names
+                names = []
+        if names:
+            yield names
+
+    def _offsets(self, names: list[str], unit: int) -> tuple[dict[str, int], int]:
+        """Where each parameter begins, and where the last one ends."""
+        offsets, end = {}, 0
+        for name in names:
+            offsets[name] = -(-end // unit) * unit
+            end = offsets[name] + self._parameters[name].numel()
+        return offsets, end
+
+    def _span(self, bucket: Bucket, offset: int, numel: int) -> range:
+        if not self.sharded:
+            return range(numel if self.group.rank == 0 else 0)
+        share = bucket.flat.numel() // self.group.size
+        low, high = (min(max(share * rank - offset, 0), numel) for rank in (self.group.rank, self.group.rank + 1))
+        return range(low, high)
+
+    def held(self, name: str) -> range:
+        """The elements of the flattened gradient that `reduced[name]` holds."""
+        return self.spans[name] if self.sharded else range(self._parameters[name].numel())
 
     def _watch(self, name: str, parameter: nn.Parameter, bucket: Bucket) -> None:
         view = self.main_grad[name]
@@ -83,10 +145,13 @@ class GradBuffers:
         if self.group.size == 1:
             return
         with record_function(f"start reducing bucket {bucket.number}"):
-            bucket.pending = self.group.start_all_reduce(bucket.flat)
+            if self.sharded:
+                bucket.pending = self.group.start_scatter_rows(bucket.flat.view(self.group.size, -1))
+            else:
+                bucket.pending = self.group.start_all_reduce(bucket.flat)
 
     def finish(self) -> None:
-        """Return when every bucket is summed over the group."""
+        """Return when every bucket, or this rank's share of it, is summed over the group."""
         for bucket in self.buckets:
             if bucket.pending is None:
                 self._start(bucket)
@@ -94,9 +159,15 @@ class GradBuffers:
             if bucket.pending is not None:
                 bucket.pending.wait()
 
+    def scale(self, factor: float) -> None:
+        """Multiply what is reduced."""
+        for bucket in self.buckets:
+            (bucket.flat.view(self.group.size, -1)[self.group.rank] if self.sharded else bucket.flat).mul_(factor)
+
 
 def all_reduce_together(tensors: list[Tensor], group: Group) -> None:
     """Sum a few small tensors over the group in place, in one collective."""
+    tensors = [t for t in tensors if t.numel()]
     if group.size == 1 or not tensors:
         return
     flat = torch.cat([t.reshape(-1) for t in tensors])

@@ -55,6 +55,14 @@ class Group:
         """Begin summing `x` [size, ...] over the group; this rank gets row `rank`, [...]."""
         return x[0], Done()
 
+    def start_gather_rows(self, x: Tensor) -> Pending:
+        """Begin filling contiguous `x` [size, ...] in place, each rank giving its row `rank`."""
+        return Done()
+
+    def start_scatter_rows(self, x: Tensor) -> Pending:
+        """Begin summing contiguous `x` [size, ...] in place: row `rank` gets the sum, the others anything."""
+        return Done()
+
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         """Overwrite `x` with the one of group rank `source`."""
         return x
@@ -132,6 +140,12 @@ class DistGroup(Group):
     def start_reduce_scatter(self, x: Tensor) -> tuple[Tensor, Pending]:
         out = x.new_empty(x.shape[1:])
         return out, _reduce_scatter(out.view(-1), x.contiguous().view(-1), group=self.process_group, async_op=True)
+
+    def start_gather_rows(self, x: Tensor) -> Pending:
+        return _all_gather(x.view(-1), x[self.rank].view(-1), group=self.process_group, async_op=True)  # type: ignore[no-any-return]
+
+    def start_scatter_rows(self, x: Tensor) -> Pending:
+        return _reduce_scatter(x[self.rank].view(-1), x.view(-1), group=self.process_group, async_op=True)  # type: ignore[no-any-return]
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         dist.broadcast(x, self.ranks[source], group=self.process_group)

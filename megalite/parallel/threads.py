@@ -54,6 +54,14 @@ class ThreadGroup(Group):
         rows = [other[self.rank] for other in self._board.exchange(self.rank, x.detach().clone())]
         return torch.stack(rows).sum(0), Done()
 
+    def start_gather_rows(self, x: Tensor) -> Pending:
+        x.copy_(self.all_gather(x[self.rank]))
+        return Done()
+
+    def start_scatter_rows(self, x: Tensor) -> Pending:
+        x[self.rank].copy_(self.reduce_scatter(x))
+        return Done()
+
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
         return x.copy_(self._board.exchange(self.rank, x.detach().clone())[source])
 

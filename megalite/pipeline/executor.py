@@ -58,13 +58,15 @@ def execute(
     ranks: Sequence[int],
     hidden: Tensor,
     training: bool,
+    loss_scale: float = 1.0,
     reduce: Callable[[], None] | None = None,
 ) -> list[Tensor]:
     """Run `actions`, one rank's list of a lowered plan, and give back the last stage's outputs, one per microbatch.
 
     `forward(microbatch, input)` is the stage (input None: it reads tokens); `ranks` are the global ranks of the
     pipeline; `hidden` is any tensor of the shape, dtype and device that travels between stages. `training` keeps what
-    backward needs; `reduce` is called at REDUCE. Under torch's profiler each action is a range of its name.
+    backward needs; the outputs' gradients are `loss_scale`; `reduce` is called at REDUCE. Under torch's profiler each
+    action is a range of its name.
     """
     outbox = _Outbox(link, ranks)
     received: dict[tuple[str, int], tuple[Tensor, Pending]] = {}
@@ -96,7 +98,7 @@ def execute(
     def run_backward(m: int) -> None:
         gradient = arrived("B", m)
         if gradient is None:
-            gradient = torch.ones_like(outputs[m])
+            gradient = torch.full_like(outputs[m], loss_scale)
         torch.autograd.backward((edges.pop(m),), (gradient,))
         x = inputs.pop(m)
         if x is not None:

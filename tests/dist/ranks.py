@@ -186,9 +186,8 @@ def save_untrained(argv: Sequence[str], source: Path | None = None) -> int:
     with start_world(config) as world:
         engine = build(config, world)
         state = trainer.State() if source is None else trainer.load(engine, source, trainer.State(), True)
-        kinds = {"weight": dict(engine.parameters), **engine.optimizer.state()}
         run_dir, values = Path(config.train.run_dir), dataclasses.asdict(state)
-        save(run_dir, config, engine.mesh, engine.shards, kinds, engine.owned(), values)
+        save(run_dir, config, engine.mesh, engine.shards, engine.spans(), engine.state(), values)
     return 0
 
 
@@ -200,9 +199,9 @@ def whole_tensors(checkpoint: Path) -> dict[str, Tensor]:
     for name, entry in manifest["tensors"].items():
         whole = torch.full(entry["shape"], torch.nan, dtype=getattr(torch, entry["dtype"]))
         for block in entry["blocks"]:
-            rows = whole.narrow(block["dim"], block["start"], block["length"])
-            assert rows.isnan().all(), f"{name}: rows from {block['start']} are stored twice"
-            rows.copy_(files[block["file"]][block["key"]])
+            part = whole[tuple(slice(start, start + size) for start, size in zip(block["start"], block["size"]))]
+            assert part.isnan().all(), f"{name}: elements from {block['start']} are stored twice"
+            part.copy_(files[block["file"]][block["key"]])
         assert not whole.isnan().any(), f"{name} is not stored whole"
         found[name] = whole
     return found
@@ -211,4 +210,15 @@ def whole_tensors(checkpoint: Path) -> dict[str, Tensor]:
 def different(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     """Names whose tensors differ in a single bit."""
     assert a.keys() == b.keys()
-    return [name for name in a if a[name].numpy().tobytes() != b[name].numpy().tobytes()]
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def refused(argv: list[str], message: str, ranks: int = 2) -> None:
+    """One rank says why in one line and exits 2; a rank that only loses the others by it is silent and exits 1."""
+    with Ranks(ranks, pretrain, argv) as running:
+        ended = running.wait()
+    assert 2 in ended.codes, ended
+    assert set(ended.codes) <= {1, 2}, ended
+    (line,) = "".join(ended.err).splitlines()
+    assert line.startswith("error: ")
+    assert message in line

@@ -114,6 +114,24 @@ def test_a_pipeline_changes_no_bit(train: Train, schedule: str) -> None:
     assert different(piped.tensors, whole.tensors) == []
 
 
+@pytest.mark.parametrize(
+    ("ranks", "cuts"),
+    [
+        (2, "parallel.dp=2"),
+        (8, "parallel.tp=2 parallel.pp=2 parallel.dp=2"),
+        (4, "parallel.pp=2 parallel.dp=2 model.tie_embeddings=true"),
+        (4, "parallel.tp=2 parallel.dp=2 model.num_kv_heads=1 model.qkv_bias=true model.qk_norm=true"),
+        (2, "parallel.dp=2 train.dtype=bf16"),
+    ],
+)
+def test_zero_changes_no_bit(train: Train, ranks: int, cuts: str) -> None:
+    whole, shared = train(ranks, *cuts.split()), train(ranks, *cuts.split(), "parallel.zero=1")
+    assert shared.losses == whole.losses
+    assert shared.norms == whole.norms
+    assert shared.heldout == whole.heldout
+    assert different(shared.tensors, whole.tensors) == []
+
+
 def test_overlap_changes_no_bit(train: Train) -> None:
     at_once, in_turn = train(2, "parallel.dp=2"), train(2, "parallel.dp=2", "parallel.overlap=false")
     assert in_turn.losses == at_once.losses

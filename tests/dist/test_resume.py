@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ranks import Ranks, different, pretrain, run_ranks, save_untrained, whole_tensors
+from ranks import different, pretrain, refused, run_ranks, save_untrained, whole_tensors
 
 from megalite.watch.metrics import read_metrics
 
 CUT = {
     "single": (1, []),
     "dp2": (2, ["parallel.dp=2"]),
+    "dp2zero": (2, ["parallel.dp=2", "parallel.zero=1"]),
     "tp2pp2": (4, ["parallel.tp=2", "parallel.pp=2", "train.micro_batch_size=4"]),
 }
 # a learning rate that changes from step to step, so that a wrong step shows
@@ -60,7 +61,7 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("topology", ["single", "tp2pp2"])
+@pytest.mark.parametrize("topology", ["single", "tp2pp2", "dp2zero"])
 def test_resuming_changes_no_bit(train: Train, half: Callable[[str], Path], topology: str) -> None:
     straight, resumed = train(topology, 20), train(topology, 20, run_dir=half(topology))
     assert losses(resumed) == losses(straight)
@@ -72,7 +73,7 @@ def test_resuming_changes_no_bit(train: Train, half: Callable[[str], Path], topo
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 10, 20]
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [("tp2pp2", "single"), ("tp2pp2", "dp2"), ("single", "tp2pp2")])
+@pytest.mark.parametrize(("saved", "loaded"), [("tp2pp2", "single"), ("tp2pp2", "dp2zero"), ("dp2zero", "tp2pp2"), ("single", "dp2zero")])
 def test_a_checkpoint_loads_at_another_topology(
     settings, train: Train, tmp_path: Path, saved: str, loaded: str
 ) -> None:
@@ -148,14 +149,3 @@ def test_a_damaged_file_is_named_in_one_line(
     shard = checkpoint(run_dir, 10) / f"rank-{rank:05d}.safetensors"
     damage(shard)
     refused(settings(run_dir, *CURVE, *CUT["tp2pp2"][1], "train.steps=20"), f"{shard}: tensor", ranks=4)
-
-
-def refused(argv: list[str], message: str, ranks: int = 2) -> None:
-    """One rank says why in one line and exits 2; a rank that only loses the others by it is silent and exits 1."""
-    with Ranks(ranks, pretrain, argv) as running:
-        ended = running.wait()
-    assert 2 in ended.codes, ended
-    assert set(ended.codes) <= {1, 2}, ended
-    (line,) = "".join(ended.err).splitlines()
-    assert line.startswith("error: ")
-    assert message in line

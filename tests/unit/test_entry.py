@@ -139,7 +139,7 @@ def test_the_run_folder_is_somebody_elses(tmp_path: Path, data: Path) -> None:
 def test_the_checkpoint_is_of_another_model(tmp_path: Path, data: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000010"
     folder.mkdir(parents=True)
-    manifest = {"format": 1, "step": 10, "consumed_samples": 320, "tensors": {}, "config": {"model": {"num_layers": 9}}}
+    manifest = {"format": 2, "step": 10, "consumed_samples": 320, "tensors": {}, "config": {"model": {"num_layers": 9}}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     words = f"{folder} is of another model: model.num_layers is 9 there and 4 here"
     assert words in refusal(tmp_path, *ONE, f"data.path={data}")

@@ -321,3 +321,14 @@ def test_a_gpu_asked_for_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch
     device, free = plan.device_memory("auto", 2)
     assert device == "cuda"
     assert 36 * GIB < free < 40 * GIB  # the smaller one, less what is kept free; each rank has its own
+
+
+def test_zero_divides_optimizer_states_alone() -> None:
+    whole, shared = (
+        memory(make(LLAMA_7B, 8, {"seq_len": 2048, "dtype": "bf16", "global_batch_size": 64}, tp=2, zero=zero), "cuda")
+        for zero in (0, 1)
+    )
+    assert shared.optimizer == whole.optimizer // 4
+    assert dataclasses.replace(shared, optimizer=whole.optimizer) == whole
+    # of bf16: 2 bytes of weights, 4 of gradients, 12 / dp of optimizer
+    assert shared.optimizer * 4 == pytest.approx(6 * shared.weights, rel=1e-6)

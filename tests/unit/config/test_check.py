@@ -131,6 +131,16 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
         "parallel.recompute_layers=2 has no effect with parallel.recompute=none; "
         "use parallel.recompute=full or selective",
     ),
+        {"train__ramp_samples": 64},
+        "train.ramp_start=0 with train.ramp_samples=64: a ramp needs both, from a multiple of micro_batch_size x "
+        "dp = 4 of at most train.global_batch_size=32; use train.ramp_start=4, or 0 for both",
+    ),
+    (
+        1,
+        {"optim__lr_schedule": "inverse_sqrt"},
+        "optim.lr_schedule=inverse_sqrt falls as the root of warmup_samples / samples; set optim.warmup_samples",
+    ),
+    (1, {"parallel__zero": 2}, "parallel.zero=2: only optimizer states are divided; use 0 or 1"),
     (2, {"parallel__cp": 2}, "parallel.cp=2: context parallelism is not built yet; use parallel.cp=1"),
     (
         4,

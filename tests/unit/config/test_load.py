@@ -99,7 +99,7 @@ def test_values(override: str, expected: object) -> None:
         ("parallel.tp=two", "parallel.tp=two: expected int; write a whole number, e.g. 8"),
         ("parallel.stages=[1, x]", "parallel.stages=x: expected int; write a whole number, e.g. 8"),
         ("parallel.schedule=gpip", "parallel.schedule=gpip: must be one of 1f1b, gpipe; did you mean gpipe?"),
-        ("train.dtype=xyz", "train.dtype=xyz: must be one of fp32, bf16, fp64"),
+        ("train.dtype=xyz", "train.dtype=xyz: must be one of fp32, bf16, fp16, fp64"),
         ("data.valid=en", "data.valid='en': expected NAME: PREFIX pairs, e.g. data.valid.en=data/en_text_document"),
         ("train.run_dir=[a]", "train.run_dir=['a']: expected text, not a list or mapping"),
     ],

@@ -28,6 +28,15 @@ def curve(schedule: str, warmup: int = 0, decay: int = 100) -> OptimConfig:
         ("cosine", 80, 0.1 + 0.9 * (1 - 0.5**0.5) / 2),
         ("cosine", 100, 0.1),
         ("cosine", 1000, 0.1),
+        ("wsd", 20, 1.0),
+        ("wsd", 90, 1.0),
+        ("wsd", 95, 0.55),
+        ("wsd", 100, 0.1),
+        ("wsd", 1000, 0.1),
+        ("inverse_sqrt", 20, 1.0),
+        ("inverse_sqrt", 80, 0.5),
+        ("inverse_sqrt", 1000, 0.02**0.5),
+        ("inverse_sqrt", 10**6, 0.1),
     ],
 )
 def test_golden(schedule: str, samples: int, expected: float) -> None:
@@ -53,3 +62,8 @@ def test_the_step_that_takes_the_last_warmup_sample_is_not_zero_nor_above_the_pe
     assert learning_rate(curve("cosine", warmup=3), 0) == 0.25
     assert learning_rate(curve("cosine", warmup=3), 2) == 0.75
     assert learning_rate(curve("cosine", warmup=3), 3) == 1
+
+
+def test_wsd_never_decays_before_the_warmup_ends() -> None:
+    c = OptimConfig(lr=1.0, min_lr=0.0, lr_schedule="wsd", wsd_decay_fraction=0.9, warmup_samples=50, decay_samples=100)
+    assert [learning_rate(c, samples) for samples in (49, 50, 75, 100)] == [50 / 51, 1.0, 0.5, 0.0]

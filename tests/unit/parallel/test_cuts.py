@@ -63,8 +63,6 @@ def test_the_owned_pieces_are_the_whole_exactly_once(model: ModelConfig, tp: int
         assert len({s.local_shape for s in shards}) == 1  # collectives want equal shapes
         total = sum(sum_of_squares(s, s.cut(whole)).item() for s in shards)
         assert math.isclose(total, whole.double().square().sum().item(), rel_tol=1e-12)
-        owned = [rows for s in shards for _, rows in s.owned(s.cut(whole))]
-        assert sum(rows.numel() for rows in owned) == whole.numel()
 
 
 @pytest.mark.parametrize(("model", "tp"), CASES)
@@ -125,7 +123,7 @@ def test_the_vocabulary_is_padded_at_its_end() -> None:
 
 
 def test_uncut_belongs_to_rank_0() -> None:
-    assert [len(uncut((3, 2), rank).owned(torch.ones(3, 2))) for rank in range(3)] == [1, 0, 0]
+    assert [[b.owned for b in uncut((3, 2), rank).blocks()] for rank in range(3)] == [[True], [False], [False]]
 
 
 def test_sum_of_squares_is_taken_in_float64() -> None:
@@ -154,3 +152,36 @@ def test_every_parameter_has_one_row_or_a_reason(model: ModelConfig) -> None:
             assert module.endswith("norm")
             assert is_partial(name, sp=True)
             assert is_partial(name, sp=False) == (".q_norm" in name or ".k_norm" in name)
+
+
+@pytest.mark.parametrize(("model", "tp"), CASES)
+@pytest.mark.parametrize("dp", [1, 2, 3, 7])
+def test_blocks_of_all_spans_are_the_whole_exactly_once(model: ModelConfig, tp: int, dp: int) -> None:
+    """Ranges of the flattened local tensor that begin and end anywhere: in a row, at its end, within a piece."""
+    for name, whole in whole_model(model).items():
+        again = torch.zeros_like(whole)
+        for rank in range(tp):
+            shard = shard_of(name, whole.shape, model, tp, rank)
+            local = shard.cut(whole)
+            edges = [local.numel() * i // dp for i in range(dp + 1)]
+            for span in map(range, edges, edges[1:]):
+                part = local.flatten()[span.start : span.stop].clone()
+                blocks = shard.blocks(span)
+                assert len(blocks) <= 3 * len(shard.pieces)
+                for block in blocks:
+                    for values in (shard.view(part, block, span.start), shard.view(local, block)):
+                        place = tuple(slice(a, a + n) for a, n in zip(block.start, block.size))
+                        assert torch.equal(values, whole[place])
+                    again[place] += values if block.owned else 0
+        assert torch.equal(again, whole), name
+
+
+def test_a_span_is_at_most_three_rectangles() -> None:
+    shard = uncut((5, 4), 0)
+    assert [(b.start, b.size) for b in shard.blocks(range(2, 18))] == [
+        ((0, 2), (1, 2)),
+        ((1, 0), (3, 4)),
+        ((4, 0), (1, 2)),
+    ]
+    assert [(b.start, b.size) for b in shard.blocks(range(5, 7))] == [((1, 1), (1, 2))]
+    assert shard.blocks(range(7, 7)) == []

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megalite.parallel.grad_buffers import GradBuffers, all_reduce_together
+from megalite.parallel.grad_buffers import ALIGNMENT, GradBuffers, all_reduce_together
 from megalite.parallel.groups import Group, Pending
+from megalite.parallel.param_buffers import ParamBuffers
 from megalite.parallel.threads import run_threads
 
 ONE = Group([0], 0)
@@ -195,3 +196,60 @@ def test_all_reduce_together() -> None:
 
     for tensors in run_threads(3, main):
         assert [t.unique().tolist() for t in tensors] == [[6], [6], [60]]
+
+
+@pytest.mark.parametrize("bucket_bytes", [TINY, 12 * 4, HUGE])
+def test_shares_are_the_whole_and_hold_the_sum(bucket_bytes: float) -> None:
+    def main(world: Any, sharded: bool) -> GradBuffers:
+        net = model()
+        buffers = GradBuffers(dict(net.named_parameters()), world.split([[0, 1, 2]]), bucket_bytes, True, sharded)
+        buffers.begin(1)
+        net(data(world.rank)).square().sum().backward()
+        buffers.finish()
+        buffers.scale(0.5)
+        return buffers
+
+    shared = run_threads(3, lambda world: main(world, True))
+    whole = run_threads(3, lambda world: main(world, False))[0]
+    for name, gradient in whole.main_grad.items():
+        spans = [buffers.spans[name] for buffers in shared]
+        assert [i for span in spans for i in span] == list(range(gradient.numel()))
+        assert all(span.start % ALIGNMENT == 0 for span in spans if span)
+        assert torch.equal(torch.cat([buffers.reduced[name] for buffers in shared]), gradient.flatten())
+        assert [len(buffers.spans[name]) for buffers in shared] == [len(buffers.reduced[name]) for buffers in shared]
+    for bucket in shared[0].buckets:
+        assert bucket.flat.numel() % (3 * ALIGNMENT) == 0
+
+
+def test_a_parameter_alone_has_a_bucket_of_its_own() -> None:
+    buffers = GradBuffers(dict(model().named_parameters()), ONE, HUGE, True, alone={"2.weight"})
+    assert [bucket.names for bucket in buffers.buckets] == [
+        ["4.bias", "4.weight", "2.bias"],
+        ["2.weight"],
+        ["0.bias", "0.weight"],
+    ]
+
+
+def test_parameters_are_gathered_before_they_are_used() -> None:
+    """Each rank writes its number into its share; whichever module runs first sees all of them."""
+
+    def main(world: Any) -> list[Tensor]:
+        net = model()
+        parameters = dict(net.named_parameters())
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        grads = GradBuffers(parameters, world.split([[0, 1, 2]]), 12 * 4, True, True)
+        buffers = ParamBuffers(parameters, grads, net)
+        assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+        for share in buffers.shares.values():
+            share.fill_(world.rank)
+        buffers.gather()
+        net[2](torch.zeros(1, 4))
+        for name in ("2.weight", "2.bias"):
+            assert torch.equal(parameters[name], parameters[name].round())
+        buffers.finish()
+        return [p.detach() for p in parameters.values()]
+
+    ranks = run_threads(3, main)
+    for tensors in zip(*ranks):
+        assert all(torch.equal(t, tensors[0]) for t in tensors)
+        assert set(tensors[0].unique().tolist()) <= {0.0, 1.0, 2.0}

@@ -1,0 +1,65 @@
+"""Parameter groups: which learning rate and weight decay a parameter gets, by its name.
+
+`optim.groups` is text: "PATTERN SETTING=NUMBER ...; PATTERN ...", with lr_scale and weight_decay for settings and * and
+? in patterns as in file names. Of several patterns that fit the first counts.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from megalite.config.load import ConfigError
+from megalite.config.schema import OptimConfig
+
+SETTINGS = ("lr_scale", "weight_decay")
+
+
+@dataclass(frozen=True)
+class Group:
+    """`lr_scale` multiplies the learning rate; `weight_decay` None: matrices decay by optim.weight_decay, no others."""
+
+    pattern: str
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+
+
+def parse_groups(text: str) -> list[Group]:
+    """`optim.groups` as data; ConfigError where it cannot be read."""
+    found = []
+    for part in filter(str.strip, text.split(";")):
+        pattern, *words = part.split()
+        values = {}
+        for word in words:
+            name, _, number = word.partition("=")
+            try:
+                values[name] = float(number)
+            except ValueError:
+                values[name] = -1.0
+            if name not in SETTINGS or not 0 <= values[name] < float("inf"):
+                raise ConfigError(
+                    f"optim.groups: {word!r} of pattern {pattern!r} is not a setting; "
+                    f'write e.g. "embed.* lr_scale=0.1 weight_decay=0; layers.0.* lr_scale=0.5"'
+                )
+        if not values:
+            raise ConfigError(f"optim.groups: pattern {pattern!r} sets nothing; add {' or '.join(SETTINGS)}=NUMBER")
+        found.append(Group(pattern, **values))
+    return found
+
+
+def check_groups(c: OptimConfig, names: Collection[str]) -> None:
+    """ConfigError if a pattern fits none of `names`, the parameters of the whole model."""
+    for group in parse_groups(c.groups):
+        if not any(fnmatchcase(name, group.pattern) for name in names):
+            near = difflib.get_close_matches(group.pattern, list(names), n=1, cutoff=0.0)
+            raise ConfigError(f"optim.groups: no parameter is named {group.pattern}; did you mean {near[0]}?")
+
+
+def group_settings(c: OptimConfig, name: str, matrix: bool) -> tuple[float, float]:
+    """(factor of the learning rate, weight decay) of parameter `name`."""
+    usual = c.weight_decay if matrix else 0.0
+    fits = (group for group in parse_groups(c.groups) if fnmatchcase(name, group.pattern))
+    group = next(fits, Group(name))
+    return group.lr_scale, usual if group.weight_decay is None else group.weight_decay

@@ -1,0 +1,34 @@
+"""Dynamic loss scaling for fp16 (Micikevicius et al. 2018, section 3.2).
+
+fp16 has no number between 0 and 6e-8 nor above 65504. Gradients are computed of the loss times a scale, which a step
+whose gradients overflow halves, and which doubles after `optim.loss_scale_window` steps without overflow. Powers of two
+change no digit of what neither overflows nor vanishes.
+"""
+
+from __future__ import annotations
+
+from megalite.batches import TrainingError
+from megalite.config import Config
+
+
+def first_scale(config: Config) -> float:
+    """The loss scale of the first step: 1 where nothing is scaled."""
+    return config.optim.loss_scale_initial if config.train.dtype == "fp16" else 1.0
+
+
+def next_scale(config: Config, scale: float, steps: int, finite: bool) -> tuple[float, int]:
+    """(loss scale, steps since it changed) after a step at `scale`, which `steps` before it had without overflow.
+
+    TrainingError where the gradients are not finite and the scale cannot be lowered.
+    """
+    c = config.optim
+    if config.train.dtype != "fp16":
+        return scale, 0
+    if finite:
+        return (2 * scale, 0) if steps + 1 >= c.loss_scale_window else (scale, steps + 1)
+    if scale / 2 < c.loss_scale_min:
+        raise TrainingError(
+            f"gradients overflow fp16 even at a loss scale of {scale:g}, optim.loss_scale_min={c.loss_scale_min:g}: "
+            f"training has diverged, or fp16 is too narrow for this model; use train.dtype=bf16, or lower optim.lr"
+        )
+    return scale / 2, 0

@@ -1,0 +1,46 @@
+"""The ramp of the global batch: a pure function of consumed samples, so a resumed run takes the same steps."""
+
+from megalite.config import Config, ParallelConfig, TrainConfig, resolve
+from megalite.config.batch import batch_size, total_samples
+
+
+def config(steps: int = 12, dp: int = 1, **train: int) -> Config:
+    base = {"micro_batch_size": 2, "global_batch_size": 16}
+    return resolve(Config(train=TrainConfig(steps=steps, **(base | train)), parallel=ParallelConfig(dp=dp)), dp)
+
+
+def sizes(c: Config, samples: int = 0, steps: int | None = None) -> list[int]:
+    found = []
+    for _ in range(c.train.steps if steps is None else steps):
+        found.append(batch_size(c, samples))
+        samples += found[-1]
+    return found
+
+
+def test_without_a_ramp_all_steps_are_alike() -> None:
+    assert sizes(config()) == [16] * 12
+    assert total_samples(config()) == config().optim.decay_samples == 192
+
+
+def test_golden() -> None:
+    c = config(ramp_start=4, ramp_samples=48)
+    assert sizes(c) == [4, 4, 6, 6, 8, 10, 12, 16, 16, 16, 16, 16]
+    assert total_samples(c) == c.optim.decay_samples == sum(sizes(c))
+
+
+def test_steps_are_multiples_of_what_the_replicas_take() -> None:
+    found = sizes(config(dp=2, ramp_start=4, ramp_samples=48))
+    assert found == sorted(found)
+    assert all(size % 4 == 0 for size in found)
+
+
+def test_a_resumed_run_takes_the_same_steps() -> None:
+    c = config(ramp_start=2, ramp_samples=70)
+    whole = sizes(c)
+    for done in range(12):
+        assert sizes(c, sum(whole[:done]), 12 - done) == whole[done:]
+
+
+def test_a_run_may_end_within_its_ramp() -> None:
+    c = config(steps=3, ramp_start=4, ramp_samples=48)
+    assert total_samples(c) == sum(sizes(c)) == 14
