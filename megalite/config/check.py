@@ -44,7 +44,7 @@ def resolve(config: Config, world_size: int) -> Config:
         head_dim=model.head_dim if model.head_dim is not None else model.hidden_size // model.num_heads,
     )
     if model.position == "learned" and model.max_positions is None:
-        model = dataclasses.replace(model, max_positions=train.seq_len)
+        model = dataclasses.replace(model, max_positions=config.train.seq_len)
     tp, pp = parallel.tp or 1, parallel.pp or 1
     ranks_per_replica = tp * pp * parallel.cp
     dp = parallel.dp if parallel.dp is not None else max(1, world_size // max(1, ranks_per_replica))

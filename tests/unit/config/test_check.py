@@ -131,6 +131,8 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
         "parallel.recompute_layers=2 has no effect with parallel.recompute=none; "
         "use parallel.recompute=full or selective",
     ),
+    (
+        1,
         {"train__ramp_samples": 64},
         "train.ramp_start=0 with train.ramp_samples=64: a ramp needs both, from a multiple of micro_batch_size x "
         "dp = 4 of at most train.global_batch_size=32; use train.ramp_start=4, or 0 for both",
