@@ -136,14 +136,18 @@ def activation_bytes(config: Config, recompute: str = "none") -> int:
     heads, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     repeated = kv < heads
     product = heads + 2 * kv
-    core = 4 * heads + product * m.qk_norm if repeated else 3 * heads + product
-    if t.kernels != "auto" and m.sliding_window is None:
+    core: float = 4 * heads + product * m.qk_norm if repeated else 3 * heads + product
+    if m.attention_dropout:
+        # softmax's output, what dropout makes of it, and a mask of one byte
+        core += m.num_heads * t.seq_len * (2 + 1 / BYTES[t.dtype])
+    elif t.kernels != "auto" and m.sliding_window is None:
         # probabilities; the reference keeps them before and after it empties hidden rows
         core += m.num_heads * t.seq_len * (1 if t.kernels == "fused" else 2)
     if recompute == "selective":
         core = 2 * heads + kv + product
     feed_forward = 2 * (_ffn_matrices(m) - 1) * m.ffn_hidden_size
-    kept = residual if recompute == "full" else 4 * residual + (core + feed_forward) / p.tp
+    masks = 2 * residual / BYTES[t.dtype] if m.dropout else 0
+    kept = residual if recompute == "full" else 4 * residual + masks + (core + feed_forward) / p.tp
     return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * kept)
 
 
