@@ -65,6 +65,11 @@ class ModelConfig:
     attention_dropout: float = _key(0.0, "of attention probabilities (HF attention_dropout, attn_pdrop)")
     sliding_window: int | None = _key(None, "keys a query sees, its own among them (HF sliding_window); null: all")
 
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward multiplies by a gate."""
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
