@@ -18,13 +18,17 @@ class TrainingError(RuntimeError):
 
 @dataclass
 class Microbatch:
-    """Tensors [b, s] of one microbatch; `bounds` [b, s, 2] or None (see AttentionCore)."""
+    """Tensors [b, s] of one microbatch; `bounds` [b, s, 2] or None (see AttentionCore).
+
+    `samples` [b]: numbers of the samples, which dropout is keyed by; None where there is none.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
     positions: Tensor
     bounds: Tensor | None = None
+    samples: Tensor | None = None
 
 
 def load_microbatches(dataset: WindowDataset, samples: range, config: Config, mesh: Mesh) -> list[Microbatch]:
@@ -41,8 +45,11 @@ def load_microbatches(dataset: WindowDataset, samples: range, config: Config, me
         batch = dataset.batch(range(first, first + size))
         batch.loss_mask[max(0, samples.stop - first) :] = 0
         _check_tokens(batch, first, config.model.vocab_size)
-        tensors = [None if x is None else torch.from_numpy(x).to(mesh.device, non_blocking=True) for x in batch]
-        found.append(Microbatch(*tensors))  # type: ignore[arg-type]
+        *tensors, bounds = (
+            None if x is None else torch.from_numpy(x).to(mesh.device, non_blocking=True) for x in batch
+        )
+        numbers = torch.arange(first, first + size, device=mesh.device)
+        found.append(Microbatch(*tensors, bounds=bounds, samples=numbers))  # type: ignore[arg-type, misc]
     return found
 
 

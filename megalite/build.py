@@ -18,6 +18,7 @@ from megalite.config.groups import check_groups
 from megalite.model.cut_table import cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
 from megalite.model.hf import global_names
+from megalite.model.dropout import sample_keys
 from megalite.model.init import draw, materialise
 from megalite.model.recompute import recompute
 from megalite.optim.adamw import AdamW
@@ -66,6 +67,7 @@ class Engine:
     def _run(self, microbatches: Sequence[Microbatch], training: bool, loss_scale: float = 1.0) -> list[Tensor]:
         c, last = self.config, self.mesh.is_last_stage
         self.model.train(training)
+        drops = training and (c.model.dropout > 0 or c.model.attention_dropout > 0)
         b, s = microbatches[0].tokens.shape
         shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
 
@@ -77,6 +79,7 @@ class Engine:
                 mb.bounds,
                 mb.labels if last else None,
                 mb.loss_mask if last else None,
+                sample_keys(c.train.seed, mb.samples) if drops and mb.samples is not None else None,
             )
             return out
 

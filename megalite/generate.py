@@ -28,13 +28,15 @@ class CachedCore(nn.Module):
         self.core = core
         self.past: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, bounds: Tensor | None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, bounds: Tensor | None, keys: Tensor | None = None
+    ) -> Tensor:
         if self.past is not None:
             k, v = torch.cat([self.past[0], k], dim=1), torch.cat([self.past[1], v], dim=1)
             last = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=q.device) + 1
             bounds = torch.stack([torch.zeros_like(last), last], dim=-1).expand(q.shape[0], -1, -1)
         self.past = (k, v)
-        out: Tensor = self.core(q, k, v, positions, bounds)
+        out: Tensor = self.core(q, k, v, positions, bounds, keys)
         return out
 
 

@@ -14,11 +14,11 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+from megalite.activations import BYTES, stage_activation_bytes
 from megalite.config import Config, ConfigError, ModelConfig, resolve
 from megalite.config.check import valid_tp
 
 GIB = 2**30
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 # torch, its allocator's slack and the communicators of one rank
 OVERHEAD_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.4 * GIB)}
 
@@ -36,7 +36,7 @@ def layer_parameters(m: ModelConfig) -> int:
 
 
 def _ffn_matrices(m: ModelConfig) -> int:
-    return 2 if m.activation in ("gelu", "gelu_tanh") else 3
+    return 3 if m.gated else 2
 
 
 def _norm_parameters(m: ModelConfig) -> int:
@@ -118,44 +118,6 @@ class Memory:
     def table(self) -> str:
         kinds = ", ".join(f"{k} {v / GIB:.2f}" for k, v in dataclasses.asdict(self).items())
         return f"{self.total / GIB:.2f} GiB ({kinds})"
-
-
-def activation_bytes(config: Config, recompute: str = "none") -> int:
-    """Bytes that one block keeps of one microbatch for its backward, on one tp rank, if it recomputes so.
-
-    After Korthikanti et al. 2022, section 4, for this block: inputs and outputs of the two norms; query, key, value and
-    output of the attention core (kv heads repeated; a value that is not repeated is a view of the whole qkv product,
-    which qk-norm keeps too), scores where torch's fused attention does not do without; and four times the feed-forward
-    width, two where it has no gate. A recomputed core keeps its inputs and output, a recomputed block its input alone.
-    """
-    m, p, t = config.model, config.parallel, config.train
-    assert p.tp is not None
-    assert m.head_dim is not None
-    assert m.num_kv_heads is not None
-    residual = m.hidden_size / (p.tp if p.sp else 1)
-    heads, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-    repeated = kv < heads
-    product = heads + 2 * kv
-    core = 4 * heads + product * m.qk_norm if repeated else 3 * heads + product
-    if t.kernels != "auto" and m.sliding_window is None:
-        # probabilities; the reference keeps them before and after it empties hidden rows
-        core += m.num_heads * t.seq_len * (1 if t.kernels == "fused" else 2)
-    if recompute == "selective":
-        core = 2 * heads + kv + product
-    feed_forward = 2 * (_ffn_matrices(m) - 1) * m.ffn_hidden_size
-    kept = residual if recompute == "full" else 4 * residual + (core + feed_forward) / p.tp
-    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * kept)
-
-
-def stage_activation_bytes(config: Config, layers: int, live: int) -> int:
-    """Bytes of activations of a stage of `layers` blocks that keeps `live` microbatches.
-
-    A recomputing block holds all that it makes for as long as its own backward takes, one block at a time.
-    """
-    p = config.parallel
-    again = 0 if p.recompute == "none" else min(layers, p.recompute_layers or layers)
-    whole, less = activation_bytes(config), activation_bytes(config, p.recompute)
-    return live * (again * less + (layers - again) * whole) + (whole if again else 0)
 
 
 def memory(config: Config, device: str) -> Memory:

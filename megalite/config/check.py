@@ -119,6 +119,8 @@ def _check_ranges(config: Config) -> None:
         _require(0 <= value < 1, f"optim.{name}={value} must be at least 0 and less than 1, e.g. 0.9")
     for key, share, example in (
         ("data.valid_fraction", config.data.valid_fraction, 0.02),
+        ("model.dropout", config.model.dropout, 0.1),
+        ("model.attention_dropout", config.model.attention_dropout, 0.1),
         ("optim.label_smoothing", config.optim.label_smoothing, 0.1),
     ):
         _require(0 <= share < 1, f"{key}={share} must be at least 0 and less than 1, e.g. {example}")
@@ -147,6 +149,11 @@ def _check_model(config: Config) -> None:
             f"model.rope_scaling={m.rope_scaling} needs model.position=rope, not {m.position}; "
             f"use model.rope_scaling=none",
         )
+    _require(
+        m.attention_dropout == 0 or config.train.kernels != "fused",
+        f"train.kernels=fused has no attention with model.attention_dropout={m.attention_dropout}; "
+        f"use train.kernels=auto or model.attention_dropout=0",
+    )
     _require(
         m.sliding_window is None or config.train.kernels != "fused",
         f"train.kernels=fused has no attention with model.sliding_window={m.sliding_window}; use train.kernels=auto",

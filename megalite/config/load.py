@@ -20,56 +20,12 @@ from typing import Any
 import yaml
 
 import megalite
+from megalite.config.habits import HABITS
 from megalite.config.schema import SECTIONS, Config, hints_of
 from megalite.config.show import key_help, type_name
 
 PRESETS = Path(__file__).parent / "presets"
 Nested = dict[str, dict[str, Any]]
-
-# what users of Megatron-LM and Hugging Face type first
-HABITS = {
-    "tensor_model_parallel_size": "parallel.tp",
-    "pipeline_model_parallel_size": "parallel.pp",
-    "context_parallel_size": "parallel.cp",
-    "sequence_parallel": "parallel.sp",
-    "gradient_checkpointing": "parallel.recompute",
-    "activation_checkpointing": "parallel.recompute",
-    "recompute_granularity": "parallel.recompute",
-    "recompute_num_layers": "parallel.recompute_layers",
-    "num_attention_heads": "model.num_heads",
-    "num_query_groups": "model.num_kv_heads",
-    "num_key_value_heads": "model.num_kv_heads",
-    "num_hidden_layers": "model.num_layers",
-    "intermediate_size": "model.ffn_hidden_size",
-    "tie_word_embeddings": "model.tie_embeddings",
-    "hidden_act": "model.activation",
-    "normalization": "model.norm",
-    "position_embedding_type": "model.position",
-    "max_position_embeddings": "model.max_positions",
-    "partial_rotary_factor": "model.rope_fraction",
-    "rotary_percent": "model.rope_fraction",
-    "rope_type": "model.rope_scaling",
-    "add_bias_linear": "model.linear_bias",
-    "add_qkv_bias": "model.qkv_bias",
-    "window_size": "model.sliding_window",
-    "label_smoothing_factor": "optim.label_smoothing",
-    "seq_length": "train.seq_len",
-    "max_seq_length": "train.seq_len",
-    "train_iters": "train.steps",
-    "max_steps": "train.steps",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "bf16": "train.dtype",
-    "fp16": "train.dtype",
-    "learning_rate": "optim.lr",
-    "lr_decay_style": "optim.lr_schedule",
-    "max_grad_norm": "optim.clip_grad",
-    "data_path": "data.path",
-    "tokenizer_model": "data.tokenizer",
-    "save": "train.run_dir",
-    "output_dir": "train.run_dir",
-    "save_interval": "checkpoint.interval",
-    "save_steps": "checkpoint.interval",
-}
 
 
 class ConfigError(ValueError):

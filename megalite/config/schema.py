@@ -61,7 +61,14 @@ class ModelConfig:
     rope_beta_slow: float = _key(1.0, "yarn: turns below which a wave is slowed (HF beta_slow)")
     rope_mscale: float = _key(0.0, "yarn: weight of the attention factor, with rope_mscale_all_dim (HF mscale)")
     rope_mscale_all_dim: float = _key(0.0, "yarn: weight it is divided by; 0: paper's factor (HF mscale_all_dim)")
+    dropout: float = _key(0.0, "of embeddings and residual branches (HF embd_pdrop and resid_pdrop, hidden_dropout)")
+    attention_dropout: float = _key(0.0, "of attention probabilities (HF attention_dropout, attn_pdrop)")
     sliding_window: int | None = _key(None, "keys a query sees, its own among them (HF sliding_window); null: all")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward multiplies by a gate."""
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from megalite import ops
 from megalite.config import ModelConfig
+from megalite.model.dropout import Dropout
 from megalite.model.layers import RMSNorm
 
 Rope = tuple[Tensor, Tensor]
@@ -36,20 +37,30 @@ class AttentionCore(nn.Module):
 
     q [b, s, heads, d], k and v [b, s, kv, d]; gives [b, s, heads, d]. `positions` [b, s]. `bounds` [b, s, 2]: each
     query sees the keys of the half-open range it names; None: causal over the whole sequence. `window`: of those keys
-    the last so many, the query's own among them; None: all.
+    the last so many, the query's own among them; None: all. `keys` [b]: of the samples, for dropout.
     """
 
-    def __init__(self, kernel: str = "auto", window: int | None = None) -> None:
+    def __init__(self, kernel: str = "auto", window: int | None = None, dropout: Dropout | None = None) -> None:
         super().__init__()
         self.kernel, self.window = kernel, window
+        self.dropout = dropout or Dropout(0.0, site=0)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, bounds: Tensor | None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, bounds: Tensor | None, keys: Tensor | None = None
+    ) -> Tensor:
         repeat = q.shape[2] // k.shape[2]
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         seen = self._seen(q.shape[2], k.shape[2], bounds, q.device)
-        if seen is not None:
+        if self.dropout.active:
+            # torch's fused attention would draw from a generator
+            wide = torch.promote_types(q.dtype, torch.float32)
+            scores = (q @ k.transpose(-2, -1)).to(wide) * q.shape[-1] ** -0.5
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1) if seen is None else ~seen
+            probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(q.dtype)
+            out = self.dropout(probabilities, keys) @ v
+        elif seen is not None:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         elif self.kernel in ("fused", "torch"):
             scores = q @ k.transpose(-2, -1)
@@ -79,7 +90,7 @@ class AttentionCore(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention; the rows of `qkv` are ordered [queries, key, value] by kv group."""
 
-    def __init__(self, c: ModelConfig, kernel: str) -> None:
+    def __init__(self, c: ModelConfig, kernel: str, site: int) -> None:
         super().__init__()
         assert c.num_kv_heads is not None
         assert c.head_dim is not None
@@ -92,9 +103,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, c.hidden_size, bias=c.linear_bias)
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
-        self.core: nn.Module = AttentionCore(kernel, c.sliding_window)
+        self.core: nn.Module = AttentionCore(kernel, c.sliding_window, Dropout(c.attention_dropout, site))
 
-    def forward(self, x: Tensor, rope: Rope | None, positions: Tensor, bounds: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope | None, positions: Tensor, bounds: Tensor | None, keys: Tensor | None
+    ) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.queries + 2, self.head_dim))
         q, k, v = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
         if self.q_norm is not None and self.k_norm is not None:
@@ -102,4 +115,4 @@ class Attention(nn.Module):
         if rope is not None:
             q = ops.apply_rope(q, *rope, kernel=self.kernel)
             k = ops.apply_rope(k, *rope, kernel=self.kernel)
-        return self.out(self.core(q.flatten(2, 3), k, v, positions, bounds).flatten(2))
+        return self.out(self.core(q.flatten(2, 3), k, v, positions, bounds, keys).flatten(2))

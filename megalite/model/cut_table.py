@@ -15,6 +15,7 @@ from torch import nn
 from megalite.config import ModelConfig
 from megalite.model.attention import Attention
 from megalite.model.decoder import CrossEntropy, Decoder
+from megalite.model.dropout import Dropout
 from megalite.parallel.cuts import Shard, even, grouped_qkv, padded, uncut
 from megalite.parallel.groups import Group
 from megalite.parallel.tensor_parallel import (
@@ -28,9 +29,10 @@ from megalite.parallel.tensor_parallel import (
 
 @dataclass(frozen=True)
 class Cut:
-    """`module`: pattern of the module's name; `kind`: vocab, qkv, column, row or sequence; `parts`: blocks cut alike.
+    """`module`: pattern of the module's name; `kind`: vocab, qkv, column, row, heads, sequence; `parts`: equal blocks.
 
-    `sequence` cuts no weight: under sequence parallelism the module's output is this rank's part of the sequence.
+    `heads` and `sequence` cut no weight: the module sees this rank's heads, or under sequence parallelism its part of
+    the sequence.
     """
 
     module: str
@@ -47,6 +49,8 @@ CUT_TABLE = (
     Cut(r"layers\.\d+\.mlp\.up", "column"),
     Cut(r"layers\.\d+\.mlp\.down", "row"),
     Cut(r"loss_head\.head", "vocab"),
+    Cut(r"dropout|layers\.\d+\.(attn|mlp)_dropout", "sequence"),
+    Cut(r"layers\.\d+\.attn\.core\.dropout", "heads"),
 )
 
 # Uncut parameters whose gradient each tp rank sees only in part: always, or only under sequence parallelism.
@@ -101,6 +105,9 @@ def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> N
             module.queries //= max(1, group.size // model.num_kv_heads)
         elif isinstance(module, CrossEntropy):
             setattr(parent, child, VocabCrossEntropy(group, vocab, module.label_smoothing))
+        elif isinstance(module, Dropout):
+            assert cut is not None, name
+            module.shard = group.rank if sp or cut.kind == "heads" else 0
         elif cut is not None and cut.kind == "sequence":
             if sp:
                 setattr(parent, child, SequenceEmbedding(module, group))

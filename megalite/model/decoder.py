@@ -2,8 +2,8 @@
 
 What parallelism and kernels change, they change by swapping named modules: the linears `qkv`, `out`, `gate_up` (or
 `up`), `down` and `head`, the embeddings `embed` and `pos_embed`, the attention `core`, and the `cross_entropy` of the
-loss head. A pipeline stage is the same model with the layers it does not own left out, so parameter names are the same
-at every topology.
+loss head; dropouts are told which part they see. A pipeline stage is the same model with the layers it does not own
+left out, so parameter names are the same at every topology.
 
 By its configuration it is Llama (Touvron et al. 2023), GPT-2 (Radford et al. 2019) or one of their relatives; each
 option is one line of docs/model-options.md.
@@ -20,22 +20,28 @@ from torch.nn import functional as F
 from megalite import ops
 from megalite.config import ModelConfig
 from megalite.model.attention import Attention, Rope, rope_scaling
+from megalite.model.dropout import Dropout
 from megalite.model.layers import make_mlp, make_norm
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x), with dropout on what is added."""
 
-    def __init__(self, c: ModelConfig, kernel: str) -> None:
+    def __init__(self, c: ModelConfig, kernel: str, layer: int) -> None:
         super().__init__()
+        # places of dropout are numbered over the whole model; 0 is the embedding's
         self.attn_norm = make_norm(c)
-        self.attn = Attention(c, kernel)
+        self.attn = Attention(c, kernel, site=3 * layer + 1)
+        self.attn_dropout = Dropout(c.dropout, site=3 * layer + 2)
         self.mlp_norm = make_norm(c)
         self.mlp = make_mlp(c)
+        self.mlp_dropout = Dropout(c.dropout, site=3 * layer + 3)
 
-    def forward(self, x: Tensor, rope: Rope | None, positions: Tensor, bounds: Tensor | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, positions, bounds)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: Tensor, rope: Rope | None, positions: Tensor, bounds: Tensor | None, keys: Tensor | None
+    ) -> Tensor:
+        x = x + self.attn_dropout(self.attn(self.attn_norm(x), rope, positions, bounds, keys), keys)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), keys)
 
 
 class CrossEntropy(nn.Module):
@@ -100,7 +106,8 @@ class Decoder(nn.Module):
         if first and c.position == "learned":
             assert c.max_positions is not None
             self.pos_embed = nn.Embedding(c.max_positions, c.hidden_size)
-        self.layers = nn.ModuleDict({str(layer): Block(c, kernel) for layer in layers})
+        self.dropout = Dropout(c.dropout, site=0) if first else None
+        self.layers = nn.ModuleDict({str(layer): Block(c, kernel, layer) for layer in layers})
         self.loss_head = None
         if last:
             head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
@@ -115,19 +122,22 @@ class Decoder(nn.Module):
         bounds: Tensor | None = None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """Tokens [b, s] (first stage) or hidden states [b, s, h] in; hidden states out, or what the loss head gives.
 
-        `positions` [b, s], `bounds` as in AttentionCore, `labels` and `loss_mask` [b, s].
+        `positions` [b, s], `bounds` as in AttentionCore, `labels` and `loss_mask` [b, s], `keys` [b] of the samples.
         """
         if self.embed is not None:
             x = self.embed(x)
         if self.pos_embed is not None:
             x = x + self.pos_embed(positions)
+        if self.dropout is not None:
+            x = self.dropout(x, keys)
         rope = None
         if self.rot_dim:
             wide = torch.promote_types(x.dtype, torch.float32)
             rope = ops.rope_cos_sin(positions, self.rot_dim, self.rope_theta, wide, self.rope_scaling)
         for block in self.layers.values():
-            x = block(x, rope, positions, bounds)
+            x = block(x, rope, positions, bounds, keys)
         return x if self.loss_head is None else self.loss_head(x, labels, loss_mask)

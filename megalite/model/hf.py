@@ -52,12 +52,19 @@ _GPT2 = {
 
 def global_names(model: ModelConfig) -> list[str]:
     """megalite's name of every parameter of the whole model; a tied head has none of its own."""
-    gated = model.activation not in ("gelu", "gelu_tanh")
     qk_norm = ["attn.q_norm", "attn.k_norm"] if model.qk_norm else []
     norm_bias = model.norm == "layernorm"
     biased = {"attn_norm": norm_bias, "mlp_norm": norm_bias, _QKV: model.qkv_bias or model.linear_bias}
     layer = []
-    for module in ("attn_norm", _QKV, *qk_norm, "attn.out", "mlp_norm", _GATE_UP if gated else "mlp.up", "mlp.down"):
+    for module in (
+        "attn_norm",
+        _QKV,
+        *qk_norm,
+        "attn.out",
+        "mlp_norm",
+        _GATE_UP if model.gated else "mlp.up",
+        "mlp.down",
+    ):
         has_bias = biased.get(module, model.linear_bias and module not in qk_norm)
         layer += [f"{module}.weight"] + [f"{module}.bias"] * has_bias
     first = ["embed.weight"] + ["pos_embed.weight"] * (model.position == "learned")

@@ -38,7 +38,7 @@ def make_norm(c: ModelConfig) -> nn.Module:
 
 def make_mlp(c: ModelConfig) -> nn.Module:
     """The feed-forward [..., hidden_size] -> [..., hidden_size] that `activation` names."""
-    return GatedMLP(c) if c.activation in GATED else MLP(c)
+    return GatedMLP(c) if c.gated else MLP(c)
 
 
 class GatedMLP(nn.Module):

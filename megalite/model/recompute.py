@@ -24,6 +24,6 @@ def recompute(decoder: Decoder, kind: str, layers: int) -> None:
     for block in list(decoder.layers.values())[: layers or None]:
         assert isinstance(block, Block)
         module = block if kind == "full" else block.attn.core
-        # dropout is a function of its keys, so no generator's state has to be put back
+        # dropout is a function of keys, so no generator's state has to be put back
         again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
         module.forward = again  # type: ignore[method-assign]

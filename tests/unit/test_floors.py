@@ -16,7 +16,7 @@ FLOORS = {
     5: ("trainer", "generate", "evaluate"),
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune"),
-    2: ("parallel", "data", "watch", "plan", "batches"),
+    2: ("parallel", "data", "watch", "plan", "activations", "batches"),
     1: ("config", "log", "ops", "place"),
     0: ("megalite",),  # the version alone
 }
@@ -27,7 +27,9 @@ NEVER = [
     ("megalite.model", "megalite.pipeline", ()),
     ("megalite.pipeline", "megalite.model", ()),
     ("megalite", "megalite.trainer", ("megalite.entry",)),
-    *((f"megalite.{name}", "torch", ()) for name in ("config", "place", "plan")),  # mistakes are told without torch
+    *(
+        (f"megalite.{name}", "torch", ()) for name in ("config", "place", "plan", "activations")
+    ),  # mistakes are told without torch
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 

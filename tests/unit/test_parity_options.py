@@ -22,6 +22,7 @@ from megalite.build import Microbatch, build
 from megalite.config import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.model.attention import rope_scaling
 from megalite.model.decoder import Decoder
+from megalite.model.dropout import keep_mask, sample_keys
 from megalite.model.hf import from_hf, global_names
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
@@ -50,12 +51,18 @@ def make_config(
     return config
 
 
+def numbered(isolated: bool) -> list[Microbatch]:
+    """The batches, each sample with its number."""
+    found = batches(isolated)
+    return [dataclasses.replace(mb, samples=torch.arange(i * BATCH, (i + 1) * BATCH)) for i, mb in enumerate(found)]
+
+
 def largest_error(config: Config, weights: Weights, isolated: bool, loss: float, grads: Weights) -> float:
     """Of the summed loss and of every rank's part of every gradient, relative to the largest of its tensor."""
 
     def main(world: World) -> tuple:
         engine = build(config, world, lambda name, shape: weights[name])
-        return *engine.forward_backward(batches(isolated)), engine.shards, engine.grads.main_grad
+        return *engine.forward_backward(numbered(isolated)), engine.shards, engine.grads.main_grad
 
     p = config.parallel
     ranks = run_threads(p.tp * p.pp, main)
@@ -215,6 +222,8 @@ LEVERS: dict[str, tuple] = {
     "recompute": ("none", "selective", "full"),
     "isolated": (False, True),
     "label_smoothing": (0.0, 0.1),
+    "dropout": (0.0, 0.3),
+    "attention_dropout": (0.0, 0.2),
     "tie_embeddings": (False, True),
     "norm": ("rmsnorm", "layernorm"),
     "activation": ("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh"),
@@ -315,11 +324,17 @@ ACTIVATIONS |= {"geglu": ACTIVATIONS["gelu"], "geglu_tanh": ACTIVATIONS["gelu_ta
 def loss_of(w: Weights, c: ModelConfig, mb: Microbatch, isolated: bool, smoothing: float) -> Tensor:
     """The summed loss of a microbatch, by formulas."""
     n, d, groups = c.num_heads, c.head_dim, c.num_kv_heads
+    keys = sample_keys(TrainConfig().seed, mb.samples)
+
+    def dropped(x: Tensor, p: float, site: int) -> Tensor:
+        return x * keep_mask(keys, site, x.shape, p) / (1 - p)
+
     x = w["embed.weight"][mb.tokens]
     if c.position == "learned":
         x = x + w["pos_embed.weight"][mb.positions]
     tables = ops.rope_cos_sin(mb.positions, int(d * c.rope_fraction), c.rope_theta, x.dtype, rope_scaling(c))
     cos, sin = (t[:, :, None] for t in tables)
+    x = dropped(x, c.dropout, 0)
     hidden = ~seen_keys(mb, isolated, c.sliding_window)[:, None]
     for i in range(c.num_layers):
         at = f"layers.{i}"
@@ -331,15 +346,16 @@ def loss_of(w: Weights, c: ModelConfig, mb: Microbatch, isolated: bool, smoothin
             q, k = rotated(q, cos, sin), rotated(k, cos, sin)
         k, v = k.repeat_interleave(n // groups, 2), v.repeat_interleave(n // groups, 2)
         scores = torch.einsum("bqnd,bknd->bnqk", q, k) / math.sqrt(d)
-        out = torch.einsum("bnqk,bknd->bqnd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
-        x = x + linear(out.flatten(2), w, f"{at}.attn.out")
+        scores = dropped(scores.masked_fill(hidden, -torch.inf).softmax(-1), c.attention_dropout, 3 * i + 1)
+        out = torch.einsum("bnqk,bknd->bqnd", scores, v).flatten(2)
+        x = x + dropped(linear(out, w, f"{at}.attn.out"), c.dropout, 3 * i + 2)
         y, act = normed(x, w, f"{at}.mlp_norm", c), ACTIVATIONS[c.activation]
         if f"{at}.mlp.up.weight" in w:
             y = act(linear(y, w, f"{at}.mlp.up"))
         else:
             gate, up = linear(y, w, f"{at}.mlp.gate_up").split(c.ffn_hidden_size, -1)
             y = act(gate) * up
-        x = x + linear(y, w, f"{at}.mlp.down")
+        x = x + dropped(linear(y, w, f"{at}.mlp.down"), c.dropout, 3 * i + 3)
     head = w["embed.weight" if c.tie_embeddings else "loss_head.head.weight"]
     log_p = (normed(x, w, "loss_head.norm", c) @ head.T).log_softmax(-1)
     target = log_p.gather(-1, mb.labels[..., None])[..., 0]
@@ -357,7 +373,7 @@ def formula_reference(config: Config, isolated: bool) -> tuple[Weights, float, W
         center = 1.0 if name.endswith("norm.weight") else 0.0
         weights[name] = torch.empty(shape, dtype=torch.float64).normal_(center, 0.2, generator=generator)
         weights[name].requires_grad_()
-    losses = [loss_of(weights, c, mb, isolated, config.optim.label_smoothing) for mb in batches(isolated)]
+    losses = [loss_of(weights, c, mb, isolated, config.optim.label_smoothing) for mb in numbered(isolated)]
     sum(losses).backward()
     return (
         {name: w.detach() for name, w in weights.items()},

@@ -63,6 +63,13 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
         {"model__sliding_window": 64, "train__kernels": "fused"},
         "train.kernels=fused has no attention with model.sliding_window=64; use train.kernels=auto",
     ),
+    (
+        1,
+        {"model__attention_dropout": 0.1, "train__kernels": "fused"},
+        "train.kernels=fused has no attention with model.attention_dropout=0.1; "
+        "use train.kernels=auto or model.attention_dropout=0",
+    ),
+    (1, {"model__dropout": 1.0}, "model.dropout=1.0 must be at least 0 and less than 1, e.g. 0.1"),
     (1, {"model__sliding_window": 0}, "model.sliding_window=0 must be at least 1"),
     (
         1,

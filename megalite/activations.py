@@ -1,0 +1,49 @@
+"""Bytes that a forward keeps for its backward, by arithmetic alone; docs/memory.md has it as a table. No torch here."""
+
+from __future__ import annotations
+
+from megalite.config import Config
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+
+
+def activation_bytes(config: Config, recompute: str = "none") -> int:
+    """Bytes that one block keeps of one microbatch for its backward, on one tp rank, if it recomputes so.
+
+    After Korthikanti et al. 2022, section 4, for this block: inputs and outputs of the two norms; query, key, value and
+    output of the attention core (kv heads repeated; a value that is not repeated is a view of the whole qkv product,
+    which qk-norm keeps too), scores where torch's fused attention does not do without; and four times the feed-forward
+    width, two where it has no gate. A recomputed core keeps its inputs and output, a recomputed block its input alone.
+    """
+    m, p, t = config.model, config.parallel, config.train
+    assert p.tp is not None
+    assert m.head_dim is not None
+    assert m.num_kv_heads is not None
+    residual = m.hidden_size / (p.tp if p.sp else 1)
+    heads, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    repeated = kv < heads
+    product = heads + 2 * kv
+    core: float = 4 * heads + product * m.qk_norm if repeated else 3 * heads + product
+    if m.attention_dropout:
+        # softmax's output, what dropout makes of it, and a mask of one byte
+        core += m.num_heads * t.seq_len * (2 + 1 / BYTES[t.dtype])
+    elif t.kernels != "auto" and m.sliding_window is None:
+        # probabilities; the reference keeps them before and after it empties hidden rows
+        core += m.num_heads * t.seq_len * (1 if t.kernels == "fused" else 2)
+    if recompute == "selective":
+        core = 2 * heads + kv + product
+    feed_forward = (4 if m.gated else 2) * m.ffn_hidden_size
+    masks = 2 * residual / BYTES[t.dtype] if m.dropout else 0
+    kept = residual if recompute == "full" else 4 * residual + masks + (core + feed_forward) / p.tp
+    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * kept)
+
+
+def stage_activation_bytes(config: Config, layers: int, live: int) -> int:
+    """Bytes of activations of a stage of `layers` blocks that keeps `live` microbatches.
+
+    A recomputing block holds all that it makes for as long as its own backward takes, one block at a time.
+    """
+    p = config.parallel
+    again = 0 if p.recompute == "none" else min(layers, p.recompute_layers or layers)
+    whole, less = activation_bytes(config), activation_bytes(config, p.recompute)
+    return live * (again * less + (layers - again) * whole) + (whole if again else 0)
