@@ -78,6 +78,9 @@ def test_muon_follows_one_process_and_resumes_to_the_bit(settings, tmp_path: Pat
     assert "momentum.layers.0.attn.qkv.weight" in found["straight"]
     assert "exp_avg.layers.0.attn.qkv.weight" not in found["straight"]
 
+    argv = settings(tmp_path / "resumed", *ZERO, "train.steps=30")
+    refused(argv, "it is a checkpoint of another optimizer; take its weights alone by checkpoint.load=", ranks=4)
+
     # and what was saved there goes on elsewhere
     source = tmp_path / "straight" / "checkpoints" / "step-00000020"
     run_ranks(2, save_untrained, settings(tmp_path / "pp2", *MUON, "parallel.pp=2"), source)
