@@ -5,7 +5,7 @@ mesh, the layers of this rank's stage, the cut model with its weights, the sched
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,6 +22,7 @@ from megalite.model.dropout import sample_keys
 from megalite.model.init import draw, materialise
 from megalite.model.recompute import recompute
 from megalite.optim.adamw import AdamW
+from megalite.optim.muon import Muon
 from megalite.parallel.cuts import Shard, sum_of_squares
 from megalite.parallel.grad_buffers import GradBuffers, all_reduce_together
 from megalite.parallel.groups import World
@@ -210,11 +211,37 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
     # in a bucket of its own a tied matrix has the same shares on both of its stages
     alone = ("embed.weight",) if m.tie_embeddings and p.pp > 1 else ()
     grads = GradBuffers(parameters, mesh.dp, p.bucket_mb * 2**20, p.overlap, p.zero > 0, alone)
-    matrices = {name for name, parameter in parameters.items() if parameter.dim() >= 2}
-    if p.zero == 0:
-        optimizer = AdamW(config.optim, parameters, grads.main_grad, matrices)
-        return Engine(config, mesh, model, parameters, shards, grads, optimizer, None)
-    ends = [module for module in (model.embed, model.loss_head) if module is not None]
-    buffers = ParamBuffers(parameters, grads, [*ends, *model.layers.values()])
-    optimizer = AdamW(config.optim, buffers.shares, grads.reduced, matrices)
+    buffers = None
+    if p.zero:
+        ends = [module for module in (model.embed, model.loss_head) if module is not None]
+        buffers = ParamBuffers(parameters, grads, [*ends, *model.layers.values()])
+    optimizer = make_optimizer(config, mesh, parameters, shards, grads, buffers)
     return Engine(config, mesh, model, parameters, shards, grads, optimizer, buffers)
+
+
+def make_optimizer(
+    config: Config,
+    mesh: Mesh,
+    parameters: dict[str, nn.Parameter],
+    shards: dict[str, Shard],
+    grads: GradBuffers,
+    buffers: ParamBuffers | None,
+) -> AdamW:
+    """The optimizer named by optim.name over the parameters, or over this rank's shares of them."""
+    c, matrices = config.optim, {name for name, parameter in parameters.items() if parameter.dim() >= 2}
+    updated: Mapping[str, Tensor] = parameters if buffers is None else buffers.shares
+    gradients = grads.main_grad if buffers is None else grads.reduced
+    if c.name != "muon":
+        return AdamW(c, updated, gradients, matrices)
+    return Muon(
+        c,
+        updated,
+        gradients,
+        matrices,
+        model=config.model,
+        shards=shards,
+        held=grads.held,
+        sharded=grads.sharded,
+        tp=mesh.tp,
+        dp=mesh.dp,
+    )

@@ -31,7 +31,11 @@ def load(
             full, shard = f"{kind}.{name}", shards[name]
             entry = manifest["tensors"].get(full)
             if entry is None:
-                raise ValueError(f"{folder} has no tensor {full}; it is a checkpoint of another model")
+                why = "another model" if kind == "weight" else "another optimizer; take its weights alone by "
+                how = (
+                    "" if kind == "weight" else f"checkpoint.load={folder} checkpoint.load_optim=false in a new run_dir"
+                )
+                raise ValueError(f"{folder} has no tensor {full}; it is a checkpoint of {why}{how}")
             if tuple(entry["shape"]) != shard.whole_shape:
                 raise ValueError(
                     f"{folder}: tensor {full} is {entry['shape']}, this model needs {list(shard.whole_shape)}; "

@@ -114,7 +114,7 @@ def _check_ranges(config: Config) -> None:
         for name in names:
             value = getattr(getattr(config, section), name)
             _require(value > 0, f"{section}.{name}={value} must be greater than 0")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "muon_momentum"):
         value = getattr(config.optim, name)
         _require(0 <= value < 1, f"optim.{name}={value} must be at least 0 and less than 1, e.g. 0.9")
     for key, share, example in (

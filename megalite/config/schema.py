@@ -111,7 +111,7 @@ class DataConfig:
 class OptimConfig:
     """The optimizer, AdamW (Loshchilov & Hutter 2019) by default, and its learning-rate curve, counted in samples."""
 
-    name: str = _key("adamw", "optimizer; apex_adamw: NVIDIA apex's", choices=("adamw", "apex_adamw"))
+    name: str = _key("adamw", "optimizer; muon: for hidden matrices", choices=("adamw", "apex_adamw", "muon"))
     lr: float = _key(3e-4, "peak learning rate")
     min_lr: float = _key(3e-5, "learning rate at the end of the decay")
     lr_schedule: str = _key(
@@ -124,6 +124,12 @@ class OptimConfig:
     beta2: float = _key(0.95, "decay of the second moment")
     eps: float = _key(1e-8, "added to the root of the second moment")
     weight_decay: float = _key(0.1, "decoupled weight decay of matrices; norms and biases have none")
+    muon_momentum: float = _key(0.95, "muon: decay of the momentum")
+    muon_lr_rule: str = _key(
+        "match_rms_adamw",
+        "muon: how lr grows with a matrix; match_rms_adamw suits AdamW's lr",
+        choices=("match_rms_adamw", "original"),
+    )
     groups: str = _key("", "by parameter name: 'PATTERN lr_scale=0.1 weight_decay=0; PATTERN ...', first match counts")
     clip_grad: float = _key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
     label_smoothing: float = _key(0.0, "share of each label spread over the vocabulary (HF label_smoothing_factor)")

@@ -36,7 +36,8 @@ class AdamW:
     """Decoupled weight decay on matrices only, unless optim.groups says otherwise: norms and biases have none.
 
     `parameters` may be parts of parameters, as ranks hold them that share the update; `main_grad` are the gradients of
-    these. `matrices` names those that decay; default: those with two dims.
+    these. `matrices` names those that decay; default: those with two dims. `others` have masters only: a subclass
+    updates them.
     """
 
     def __init__(
@@ -45,8 +46,9 @@ class AdamW:
         parameters: Mapping[str, Tensor],
         main_grad: Mapping[str, Tensor],
         matrices: Collection[str] | None = None,
+        others: Collection[str] = (),
     ) -> None:
-        self.parameters = parameters
+        self.parameters, self.main_grad = parameters, main_grad
         self.masters: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
             own = parameter.dtype == main_grad[name].dtype
@@ -56,20 +58,24 @@ class AdamW:
         if matrices is None:
             matrices = {name for name, m in self.masters.items() if m.dim() >= 2}
         alike: dict[tuple[float, float], list[Tensor]] = {}
-        for name, master in self.masters.items():
+        self.updated = [name for name in self.masters if name not in others]
+        for name in self.updated:
+            master = self.masters[name]
             alike.setdefault(group_settings(c, name, name in matrices), []).append(master)
         groups = [
             {"params": masters, "lr_scale": lr_scale, "weight_decay": decay}
             for (lr_scale, decay), masters in alike.items()
         ]
         make: Any = partial(torch.optim.AdamW, fused=True) if c.name != "apex_adamw" else fused_adam()
-        self.torch = make(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps)
+        # a share may have nothing for Adam in it
+        self.torch: Any = make(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps) if groups else None
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        for group in self.torch.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        self.torch.step()
+        if self.torch is not None:
+            for group in self.torch.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            self.torch.step()
         self.publish()
 
     @torch.no_grad()
@@ -89,7 +95,8 @@ class AdamW:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """{kind: {parameter name: tensor}} of what a checkpoint stores beside the weights, made if not there yet."""
         kinds: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
-        for name, master in self.masters.items():
+        for name in self.updated:
+            master = self.masters[name]
             state = self.torch.state[master]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
@@ -102,7 +109,7 @@ class AdamW:
     def set_step(self, step: int) -> None:
         """Set the number of updates done (skipped steps are none), on which Adam's bias correction depends."""
         self.state()
-        for master in self.masters.values():
-            self.torch.state[master]["step"].fill_(float(step))
-        for group in self.torch.param_groups:
+        for name in self.updated:
+            self.torch.state[self.masters[name]]["step"].fill_(float(step))
+        for group in self.torch.param_groups if self.torch is not None else ():
             group["step"] = step  # where apex counts
