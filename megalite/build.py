@@ -17,8 +17,8 @@ from megalite.config import Config
 from megalite.config.groups import check_groups
 from megalite.model.cut_table import cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
-from megalite.model.hf import global_names
 from megalite.model.dropout import sample_keys
+from megalite.model.hf import global_names
 from megalite.model.init import draw, materialise
 from megalite.model.recompute import recompute
 from megalite.optim.adamw import AdamW
