@@ -62,17 +62,22 @@ def largest_error(config: Config, weights: Weights, isolated: bool, loss: float,
 
     def main(world: World) -> tuple:
         engine = build(config, world, lambda name, shape: weights[name])
-        return *engine.forward_backward(numbered(isolated)), engine.shards, engine.grads.main_grad
+        dp = engine.mesh.dp
+        summed, _ = engine.forward_backward(numbered(isolated)[dp.rank :: dp.size])
+        held = {name: engine.grads.held(name) for name in engine.parameters}
+        return summed, engine.shards, held, engine.grads.reduced
 
     p = config.parallel
-    ranks = run_threads(p.tp * p.pp, main)
+    assert p.dp is not None
+    ranks = run_threads(p.tp * p.pp * p.dp, main)
     errors = [abs(sum(rank[0] for rank in ranks) - loss) / loss]
     names = set()
-    for _, _, shards, found in ranks:
+    for _, shards, held, found in ranks:
         names |= found.keys()
         for name, grad in found.items():
             whole = grads[name]
-            errors.append(((grad - shards[name].cut(whole)).abs().max() / whole.abs().max()).item())
+            local = shards[name].cut(whole).flatten()[held[name].start : held[name].stop]
+            errors.append(max(((grad.flatten() - local).abs() / whole.abs().max()).tolist(), default=0.0))
     assert names == grads.keys()
     return max(errors)
 
@@ -218,6 +223,8 @@ LEVERS: dict[str, tuple] = {
     "tp": (1, 2, 4),
     "sp": (False, True),
     "pp": (1, 2),
+    "dp": (1, 2),
+    "zero": (0, 1),
     "schedule": ("1f1b", "gpipe"),
     "recompute": ("none", "selective", "full"),
     "isolated": (False, True),
@@ -235,13 +242,13 @@ LEVERS: dict[str, tuple] = {
     "rope_scaling": ("none", "linear", "llama3", "yarn"),
     "sliding_window": (None, 5),
 }
-PARALLEL = ("tp", "sp", "pp", "schedule", "recompute")
+PARALLEL = ("tp", "sp", "pp", "dp", "zero", "schedule", "recompute")
 Case = dict[str, Any]
 
 
 def valid(case: Case) -> bool:
     """Whether the levers named so far fit together; those not named yet can be chosen to fit."""
-    if case.get("sp") and case.get("tp") == 1:
+    if (case.get("sp") and case.get("tp") == 1) or (case.get("zero") and case.get("dp") == 1):
         return False
     rotary = case.get("rope_fraction", 1.0) != 1.0 or case.get("rope_scaling", "none") != "none"
     return not (rotary and case.get("position") == "learned")
