@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite.entry import pretrain
+from megalite.entry import leave, pretrain
 
 if __name__ == "__main__":
     corpus = Path(__file__).resolve().parent / "corpus"
-    sys.exit(pretrain(sys.argv[1:], default_preset="llama2-7b", corpus=corpus))
+    leave(pretrain(sys.argv[1:], default_preset="llama2-7b", corpus=corpus))

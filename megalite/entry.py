@@ -15,6 +15,7 @@ import time
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from megalite import plan
 from megalite.checkpoint.folder import check_model, find, latest, read_manifest
@@ -84,6 +85,19 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
     except (ConfigError, ValueError, OSError) as error:
         return fail(error)
     return run(config, data, resume)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`.
+
+    A rank does not wait for the interpreter to be taken down: threads of the communication library may still let go of
+    a tensor, need Python for it, and would abort the process at its very end.
+    """
+    if WORLD_SIZE > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def configure(request: Request) -> tuple[Config, str]:

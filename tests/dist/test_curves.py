@@ -89,6 +89,7 @@ def test_the_reference_learns(train: Train) -> None:
         (4, "parallel.tp=2 parallel.pp=2", TOLERANCE),
         (8, "parallel.tp=2 parallel.pp=2 parallel.dp=2", TOLERANCE),
         (2, "parallel.pp=2 model.tie_embeddings=true", 1e-6),
+        (8, "parallel.tp=2 parallel.pp=2 parallel.dp=2 model.dropout=0.1 model.attention_dropout=0.1", TOLERANCE),
     ],
 )
 def test_a_cut_model_follows_the_whole_one(train: Train, ranks: int, cuts: str, tolerance: float) -> None:
@@ -130,6 +131,15 @@ def test_zero_changes_no_bit(train: Train, ranks: int, cuts: str) -> None:
     assert shared.norms == whole.norms
     assert shared.heldout == whole.heldout
     assert different(shared.tensors, whole.tensors) == []
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_no_bit(train: Train, recompute: str) -> None:
+    cuts = ["parallel.tp=2", "parallel.pp=2", "model.dropout=0.1", "model.attention_dropout=0.1"]
+    kept, again = train(4, *cuts), train(4, *cuts, f"parallel.recompute={recompute}")
+    assert again.losses == kept.losses
+    assert again.norms == kept.norms
+    assert different(again.tensors, kept.tensors) == []
 
 
 def test_overlap_changes_no_bit(train: Train) -> None:

@@ -1,4 +1,4 @@
-"""fp16 with a dynamic loss scale: the same steps overflow however the model is cut, and a resumed run skips the same."""
+"""fp16 with a dynamic loss scale: however the model is cut, and resumed or not, the same steps overflow."""
 
 from pathlib import Path
 from typing import Any

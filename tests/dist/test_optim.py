@@ -1,6 +1,7 @@
 """Options of the optimizer on real ranks: they resume to the last bit and do not depend on the topology."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def train(settings: Any, run_dir: Path, ranks: int, more: Sequence[str]) -> list
 
 def test_ramp_groups_and_wsd_at_every_topology_and_after_a_stop(settings, tmp_path: Path) -> None:
     straight = train(settings, tmp_path / "straight", 1, RAMP)
-    batches = [b["samples"] - a["samples"] for a, b in zip(straight, straight[1:])]
+    batches = [b["samples"] - a["samples"] for a, b in pairwise(straight)]
     assert straight[0]["samples"] == 2
     assert batches == sorted(batches)
     assert batches[-1] == 8

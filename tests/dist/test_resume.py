@@ -16,6 +16,7 @@ CUT = {
     "dp2": (2, ["parallel.dp=2"]),
     "dp2zero": (2, ["parallel.dp=2", "parallel.zero=1"]),
     "tp2pp2": (4, ["parallel.tp=2", "parallel.pp=2", "train.micro_batch_size=4"]),
+    "dropout": (2, ["parallel.dp=2", "parallel.zero=1", "model.dropout=0.1", "model.attention_dropout=0.1"]),
 }
 # a learning rate that changes from step to step, so that a wrong step shows
 CURVE = ["optim.lr_schedule=cosine", "optim.decay_samples=160"]
@@ -61,7 +62,7 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("topology", ["single", "tp2pp2", "dp2zero"])
+@pytest.mark.parametrize("topology", ["single", "tp2pp2", "dp2zero", "dropout"])
 def test_resuming_changes_no_bit(train: Train, half: Callable[[str], Path], topology: str) -> None:
     straight, resumed = train(topology, 20), train(topology, 20, run_dir=half(topology))
     assert losses(resumed) == losses(straight)
@@ -73,7 +74,9 @@ def test_resuming_changes_no_bit(train: Train, half: Callable[[str], Path], topo
     assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 10, 20]
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [("tp2pp2", "single"), ("tp2pp2", "dp2zero"), ("dp2zero", "tp2pp2"), ("single", "dp2zero")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"), [("tp2pp2", "single"), ("tp2pp2", "dp2zero"), ("dp2zero", "tp2pp2"), ("single", "dp2zero")]
+)
 def test_a_checkpoint_loads_at_another_topology(
     settings, train: Train, tmp_path: Path, saved: str, loaded: str
 ) -> None:
