@@ -138,10 +138,13 @@ def memory(config: Config, device: str) -> Memory:
         last = stage == p.pp - 1
         # logits, and their softmax in fp32 with one temporary
         logits = t.micro_batch_size * t.seq_len * -(-m.vocab_size // p.tp) * (element + 2 * wide) if last else 0
+        # in half precision a gradient stands beside the fp32 one until it is added; the largest is the embedding's
+        uses = 2 if m.tie_embeddings and p.pp == 1 else 1
+        passing = uses * m.vocab_size * m.hidden_size * element // p.tp if masters and ends else 0
         candidates.append(
             Memory(
                 weights=local * element,
-                gradients=local * wide,
+                gradients=local * wide + passing,
                 optimizer=local * (2 * wide + masters) // (p.dp if p.zero else 1),
                 activations=stage_activation_bytes(config, len(layers), live),
                 logits=logits,
