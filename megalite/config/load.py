@@ -66,6 +66,7 @@ _TextLoader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
 
 def _read_yaml(text: str, where: str) -> Any:
     try:
+        # a SafeLoader that knows fewer types still: it builds text, lists and mappings, and no object
         return yaml.load(text, _TextLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

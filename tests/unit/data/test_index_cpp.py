@@ -1,8 +1,8 @@
 """The compiled reader against the numpy one, and the index builders against Megatron-LM's vectors."""
 
+import copy
 import gc
 import importlib
-import pickle
 import struct
 from itertools import pairwise
 from pathlib import Path
@@ -189,7 +189,7 @@ def test_sequences_out_of_order_have_no_flat_stream(prefix: Path):
 
 def test_choice_of_reader(prefix: Path, monkeypatch: pytest.MonkeyPatch):
     assert type(open_indexed(prefix)) is native.NativeDataset
-    assert pickle.loads(pickle.dumps(open_indexed(prefix))).tokens(0, 2).tolist() == [5, 6]
+    assert copy.copy(open_indexed(prefix)).tokens(0, 2).tolist() == [5, 6]
     monkeypatch.setattr(native, "compiled", lambda: None)
     native.preferred.cache_clear()
     assert type(open_indexed(prefix)) is IndexedDataset
