@@ -1,6 +1,7 @@
 # make install   .venv with pinned dependencies and the compiled extensions
 # make demo      train a small model on real text over tp 2 x pp 2 on a CPU, and sample from it
-# make test      all tests            make check    lint, types, formats
+# make test      all tests (fetches 110 MB of real tokenizers and weights once: make assets)
+# make check     lint, types, formats
 # make slurm     a preempted job on a two-node Slurm cluster within this machine (root, Debian; 1 to 2 minutes)
 # make format    mend formats         make clean    remove what the others made (not runs/)
 #
@@ -14,7 +15,7 @@ STAMP := $(VENV)/.installed
 SOURCES := setup.py pyproject.toml requirements.txt requirements-torch.txt $(shell find csrc -type f)
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: install demo test slurm check format clean
+.PHONY: install assets demo test soak slurm check format clean
 
 install: $(STAMP)
 
@@ -36,7 +37,11 @@ endif
 demo: install
 	@$(BIN)/python examples/demo.py
 
-test: install
+# real tokenizers, weights and instruction rows, fetched once into ~/.cache/megalite/assets
+assets: install
+	@$(BIN)/python tests/assets.py
+
+test: assets
 	@$(BIN)/python -m pytest tests
 
 slurm: install
