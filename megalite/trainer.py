@@ -161,18 +161,22 @@ def train_step(run: Run) -> str:
     norm, scale = clip_scale(c.optim, squares, tokens, state.loss_scale)
     loss = loss_sum / max(tokens, 1.0)
     # every rank has the same sum of squares, so all of them skip a step or none
-    finite = math.isfinite(norm)
-    if not math.isfinite(loss) or not (finite or c.train.dtype == "fp16"):
+    finite, loss_scale = math.isfinite(norm), state.loss_scale
+    try:
+        if not math.isfinite(loss) or not (finite or c.train.dtype == "fp16"):
+            raise TrainingError(
+                f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the "
+                f"last checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
+            )
+        state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
+    except TrainingError:
+        # all ranks end alike, so the save under way can be had
         with _save_may_fail(run):
             _saved(run, run.saver.finish())
-        raise TrainingError(
-            f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the last "
-            f"checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
-        )
+        raise
     if finite:
         engine.update(rate, scale)
-    loss_scale, state.skipped_steps = state.loss_scale, state.skipped_steps + (not finite)
-    state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
+    state.skipped_steps += not finite
     state.step += 1
     state.consumed_samples += batch
     seconds = time.monotonic() - began
