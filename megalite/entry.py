@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +27,7 @@ from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
     from megalite.data.sets import DataSets
+    from megalite.parallel.groups import World
 
 HERE = place()
 RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
@@ -210,16 +211,27 @@ def changed_keys(saved: Path, config: Config) -> list[str]:
 
 
 def run(config: Config, data: DataSets, resume: Path | None) -> int:
-    """Import torch, start the world, train; gives the exit status."""
+    """Train; gives the exit status."""
+
+    def main(world: World) -> None:
+        from megalite.trainer import train
+
+        train(config, data, world, resume)
+
+    return in_world(config, main)
+
+
+def in_world(config: Config, main: Callable[[World], None]) -> int:
+    """Import torch, start the world, call `main` in it; gives the exit status, every failure told in one line."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
+    from megalite.batches import TrainingError
     from megalite.parallel.launch import Echo, start_world
-    from megalite.trainer import TrainingError, train
 
     try:
         with start_world(config) as world:
-            train(config, data, world, resume)
+            main(world)
     except Echo:
         time.sleep(1.0)
         os._exit(1)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -140,19 +140,30 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return HuggingFaceTokenizer(file) if file.suffix == ".json" else SentencePieceTokenizer(file)
 
 
-def stream_decode(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+class StreamDecoder:
     """Text piece by piece as ids arrive; an unfinished UTF-8 character is held back until its bytes are there.
 
-    The pieces joined are `decode` of all ids.
+    The pieces joined are `decode` of all ids, as it reads after the ids of `before`.
     """
-    # The last finished group is decoded again with the new ids: alone, a piece may lose its leading space.
-    context: list[int] = []
-    pending: list[int] = []
-    for token in ids:
-        pending.append(token)
-        text = tokenizer.decode(context + pending)
-        if not text.endswith("\ufffd"):
-            yield text[len(tokenizer.decode(context)) :]
-            context, pending = pending, []
-    if pending:
-        yield tokenizer.decode(context + pending)[len(tokenizer.decode(context)) :]
+
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        # The last finished group is decoded again with the new ids: alone, a piece may lose its leading space.
+        self._context, self._pending = list(before), list[int]()
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, "" in the middle of a character."""
+        self._pending.append(token)
+        return "" if (text := self._text()).endswith("\ufffd") else self._take(text)
+
+    def finish(self) -> str:
+        """What was held back; bytes that no character came of are U+FFFD."""
+        return self._take(self._text()) if self._pending else ""
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._context + self._pending)
+
+    def _take(self, text: str) -> str:
+        new = text[len(self._tokenizer.decode(self._context)) :]
+        self._context, self._pending = self._pending, []
+        return new

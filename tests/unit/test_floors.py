@@ -28,7 +28,8 @@ NEVER = [
     ("megalite.pipeline", "megalite.model", ()),
     ("megalite", "megalite.trainer", ("megalite.entry",)),
     *(
-        (f"megalite.{name}", "torch", ()) for name in ("config", "place", "plan", "activations")
+        (f"megalite.{name}", "torch", ())
+        for name in ("config", "place", "plan", "activations", "generate.text", "generate.source")
     ),  # mistakes are told without torch
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
