@@ -20,7 +20,7 @@ from typing import NoReturn
 from megalite import plan
 from megalite.checkpoint.folder import check_model, find, latest, read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
-from megalite.config.batch import total_samples
+from megalite.config.batch import steps_for, total_samples
 from megalite.config.load import read_yaml_file
 from megalite.place import place
 from megalite.watch.metrics import require_tensorboard
@@ -48,13 +48,19 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
-    """Run `examples/pretrain_7b.py`; gives the exit status. `corpus`: what the preset tiny learns from by itself."""
+def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instructions: Path | None = None) -> int:
+    """Run `examples/pretrain_7b.py`; gives the exit status. `corpus`: what the preset tiny learns from by itself.
+
+    `instructions`: what it learns from where this is `examples/sft_7b.py`.
+    """
     # which kernel and which reader were chosen is said once, by one rank
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
     logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
     try:
         request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
+        request = one_length(request)
+        if instructions is not None:
+            request = for_instructions(request)
         config, why = configure(request)
         if request.print_config:
             say(to_yaml(config).rstrip())
@@ -71,10 +77,11 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
                 f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set: before srun, "
                 f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             )
-        config = with_corpus(config, corpus, request)
+        config = with_corpus(config, corpus, request, instructions)
         from megalite.data.sets import open_data
 
         data = open_data(config, scan=RANK == 0)
+        config = with_epochs(config, request, len(data.train))
         resume = resume_from(config)
         if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:
             say(
@@ -128,9 +135,50 @@ def describe(config: Config, need: plan.Memory) -> str:
     )
 
 
-def with_corpus(config: Config, corpus: Path, request: Request) -> Config:
-    """For the preset tiny without data.path: the committed corpus, prepared once and cached."""
-    if config.data.path is not None or request.preset != "tiny":
+def one_length(request: Request) -> Request:
+    """The request with train.steps or train.epochs, whichever the user set; the other is the preset's."""
+    config, both = request.config, {"train.steps", "train.epochs"} & request.explicit
+    if config.train.epochs is None or "train.steps" not in both:
+        return request
+    if len(both) == 2:
+        raise ConfigError(
+            f"train.steps={config.train.steps} and train.epochs={config.train.epochs:g} are both set; set one of them"
+        )
+    train = dataclasses.replace(config.train, epochs=None)
+    return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
+
+
+def for_instructions(request: Request) -> Request:
+    """A run folder of its own for a preset that also pretrains; ConfigError where there is nothing to learn from."""
+    config = request.config
+    if config.data.sft is None and request.preset != "tiny":
+        raise ConfigError(
+            "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
+            "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b checkpoint.load_optim=false"
+        )
+    if request.preset == "tiny" and "train.run_dir" not in request.explicit:
+        train = dataclasses.replace(config.train, run_dir="runs/sft-tiny")
+        config = dataclasses.replace(config, train=train)
+    return dataclasses.replace(request, config=config)
+
+
+def with_epochs(config: Config, request: Request, samples: int) -> Config:
+    """train.epochs as train.steps, now that one epoch is known to have so many samples."""
+    if config.train.epochs is None:
+        return config
+    steps = steps_for(config, config.train.epochs * samples)
+    say(f"train.epochs={config.train.epochs:g} of {samples} samples: {steps} steps")
+    train = dataclasses.replace(config.train, steps=steps, epochs=None)
+    optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
+    return resolve(dataclasses.replace(config, train=train, optim=optim), WORLD_SIZE)
+
+
+def with_corpus(config: Config, corpus: Path, request: Request, instructions: Path | None = None) -> Config:
+    """For the preset tiny without data: the committed corpus, prepared once and cached.
+
+    With `instructions` it gives the tokenizer, and they are the data.
+    """
+    if config.data.path is not None or config.data.sft is not None or request.preset != "tiny":
         return config
     from megalite.data.corpus import prepare
 
@@ -140,6 +188,12 @@ def with_corpus(config: Config, corpus: Path, request: Request) -> Config:
         # the first rank to come prepares, the others find it done
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = prepare(corpus, cache, config.model.vocab_size)
+    if instructions is not None:
+        template = config.data.template or "plain"
+        data = dataclasses.replace(
+            config.data, sft=str(instructions), tokenizer=str(found.tokenizer), template=template
+        )
+        return dataclasses.replace(config, data=data)
     data = dataclasses.replace(
         config.data,
         path=str(found.train),

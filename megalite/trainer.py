@@ -129,6 +129,8 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         if config.data.tokenizer is not None:
             tokenizer = Path(config.data.tokenizer)
             shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
+        if data.template is not None:
+            (run_dir / "chat_template.jinja").write_text(data.template, encoding="utf-8")
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     per_token = training_flops(config.model, config.train.seq_len)

@@ -295,6 +295,12 @@ def _check_optim(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
+    d, t = config.data, config.train
+    _require(
+        d.path is None or d.sft is None,
+        f"data.path={d.path} and data.sft={d.sft} are both set; a run learns from one of them",
+    )
+    _require(t.epochs is None or t.epochs > 0, f"train.epochs={t.epochs} must be greater than 0")
     for name in config.data.valid:
         _require(
             name.replace("_", "").replace("-", "").isalnum(),
