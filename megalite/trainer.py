@@ -129,6 +129,9 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         if config.data.tokenizer is not None:
             tokenizer = Path(config.data.tokenizer)
             shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
+            names = tokenizer.with_name("tokenizer_config.json")  # which tokens end a text
+            if names.is_file():
+                shutil.copyfile(names, run_dir / names.name)
         if data.template is not None:
             (run_dir / "chat_template.jinja").write_text(data.template, encoding="utf-8")
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)

@@ -2,13 +2,15 @@
 
     python tools/generate.py runs/tiny --prompt "In the beginning"
     torchrun --nproc_per_node 4 tools/generate.py runs/tiny --tp 2 --pp 2 --prompts prompts.txt
-    python tools/generate.py runs/chat --chat                    # a conversation; Ctrl-D ends it
+    python tools/generate.py runs/sft --chat                     # a conversation; Ctrl-D ends it
+    python tools/generate.py path/to/huggingface-model --chat "Who are you?" --temperature 0
 
 The KV cache takes 2 x layers x kv heads x head dim numbers of the model's dtype a
 token and prompt, divided by tp x pp.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite import entry
+from megalite.generate.chat import Chat
 from megalite.generate.source import Source, open_source
 from megalite.generate.text import Reply, Settings, in_order
 
@@ -33,11 +36,12 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("model", help="run folder, or one of its checkpoints/step-NNNNNNNN")
+    add("model", help="run folder, one of its checkpoints/step-NNNNNNNN, or a Hugging Face folder")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
     add("--prompts", metavar="FILE", help='more prompts: one a line, or *.jsonl with {"prompt": ...}')
     add("--chat", nargs="?", const="", metavar="TEXT", help="answer TEXT by the chat template; without TEXT: converse")
     add("--system", metavar="TEXT", help="system message of --chat")
+    add("--template", metavar="NAME", help="chat template: built-in name or .jinja file (default: the tokenizer's own)")
     add("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
     add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: %(default)s)")
     add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0: all")
@@ -78,7 +82,14 @@ def main() -> int:
             # the ranks that wait for a line to be typed must not run into a time limit
             timeout_s=600.0 if asked else WEEK_S,
         )
-        replies = [reply(source, prompt, settings) for prompt in prompts]
+        chat = None
+        if options.chat is not None:
+            chat = Chat(source.tokenizer, options.template, options.system)
+            source = dataclasses.replace(source, stops=source.stops | chat.stops)
+        if options.chat:
+            replies = [reply(source, chat, options.chat, settings)]
+        else:
+            replies = [reply(source, None, prompt, settings) for prompt in prompts]
     except (ValueError, OSError) as error:
         return entry.fail(error)
 
@@ -87,9 +98,9 @@ def main() -> int:
 
         stage = load_stage(source, world)
         if replies:
-            show(stage, prompts, replies, settings)
+            show(stage, prompts or [""], replies, settings)
         else:
-            interact(stage, source, settings)
+            interact(stage, source, chat, settings)
 
     return entry.in_world(source.config, run)
 
@@ -112,8 +123,9 @@ def read_prompts(path: Path) -> list[str]:
     return found
 
 
-def reply(source: Source, prompt: str, settings: Settings) -> Reply:
-    ids = [*source.start, *source.tokenizer.encode(prompt)]
+def reply(source: Source, chat: Chat | None, prompt: str, settings: Settings) -> Reply:
+    """What is to follow `prompt`: its continuation, or the answer of the chat."""
+    ids = [*source.start, *source.tokenizer.encode(prompt)] if chat is None else chat.ask(prompt)
     return Reply(source.tokenizer, ids, settings, source.stops, source.limit)
 
 
@@ -131,8 +143,8 @@ def show(stage: "Stage", prompts: Sequence[str], replies: Sequence[Reply], setti
     note(stage, replies)
 
 
-def interact(stage: "Stage", source: Source, settings: Settings) -> None:
-    """Continue each line that is typed, until the end of input."""
+def interact(stage: "Stage", source: Source, chat: Chat | None, settings: Settings) -> None:
+    """Continue or answer each line that is typed, until the end of input."""
     from megalite.generate.decode import share_text, stream
 
     for line in lines():
@@ -140,12 +152,16 @@ def interact(stage: "Stage", source: Source, settings: Settings) -> None:
         if line is None:
             return
         try:
-            answer = reply(source, line, settings)
+            answer = reply(source, chat, line, settings)
         except ValueError as error:
             write(f"error: {error}\n")
+            if chat is not None:
+                return  # it only grows
             continue
         for _, text in stream(stage, [answer], settings):
             write(text)
+        if chat is not None:
+            chat.answered(answer.text)
         write("\n")
         note(stage, [answer])
 

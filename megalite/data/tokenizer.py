@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -55,6 +55,11 @@ class Tokenizer(ABC):
         """The string that stands for a control token."""
         return next((text for text, found in self.controls.items() if found == token), None)
 
+    @property
+    @abstractmethod
+    def prefix(self) -> tuple[int, ...]:
+        """What a Hugging Face folder has its own library put before every text, as <s>; `encode` does not."""
+
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -79,6 +84,13 @@ class Tokenizer(ABC):
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    """The tokenizer_config.json beside a tokenizer file; {} where there is none."""
+    beside = path.with_name("tokenizer_config.json")
+    config: dict[str, Any] = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+    return config
+
+
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece `.model` file."""
 
@@ -101,6 +113,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        adds = _read_config(self.path).get("add_bos_token", True)
+        return (self.bos_id,) if adds and self.bos_id is not None else ()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return list(self._processor.encode(list(texts), num_threads=1))
@@ -147,15 +164,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         added = self._tokenizer.get_added_tokens_decoder().items()
         self.controls = {token.content: number for number, token in added if token.special}
-        config = self._config()
+        config = _read_config(path)
         self.eos_id = self._special(config.get("eos_token"), USUAL_EOS)
         self.bos_id = self._special(config.get("bos_token"), USUAL_BOS)
         self.pad_id = self._special(config.get("pad_token"), USUAL_PAD)
-
-    def _config(self) -> dict[str, Any]:
-        path = self.path.with_name("tokenizer_config.json")
-        config: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        return config
 
     def _special(self, token: Any, usual: Sequence[str]) -> int | None:
         # The token is written as a string or as a dict that describes an added token.
@@ -165,6 +177,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        whole = self._tokenizer.encode("a", add_special_tokens=True)
+        return tuple(whole.ids[: whole.special_tokens_mask.index(0)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]

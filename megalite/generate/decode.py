@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from megalite.checkpoint.load import load
 from megalite.generate.sampling import choose
 from megalite.generate.source import Source
 from megalite.generate.text import Reply, Settings
+from megalite.hf.load import read_local
 from megalite.model.attention import Attention
 from megalite.model.decoder import Decoder
 from megalite.parallel.groups import Group, World
@@ -83,9 +85,14 @@ def decoding(model: Decoder) -> Iterator[None]:
 
 
 def load_stage(source: Source, world: World) -> Stage:
-    """This rank's part of the model, with its weights; ValueError where the checkpoint is damaged or of another one."""
+    """This rank's part of the model, with its weights; ValueError where they are damaged or of another one."""
     stage = build_stage(source.config, world, lambda _, shape: torch.zeros(shape))
-    load(source.folder, read_manifest(source.folder), stage.shards, {"weight": dict(stage.parameters)})
+    if isinstance(source.weights, Path):
+        load(source.weights, read_manifest(source.weights), stage.shards, {"weight": dict(stage.parameters)})
+        return stage
+    for name, parameter in stage.parameters.items():
+        with torch.no_grad():
+            parameter.copy_(read_local(source.weights, name, stage.shards[name]))
     return stage
 
 

@@ -29,7 +29,16 @@ NEVER = [
     ("megalite", "megalite.trainer", ("megalite.entry",)),
     *(
         (f"megalite.{name}", "torch", ())
-        for name in ("config", "place", "plan", "activations", "generate.text", "generate.source")
+        for name in (
+            "config",
+            "place",
+            "plan",
+            "activations",
+            "generate.text",
+            "generate.source",
+            "generate.chat",
+            "evaluate.rows",
+        )
     ),  # mistakes are told without torch
     *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder")),
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
