@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Callable, Sequence
@@ -18,10 +19,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from megalite import plan
-from megalite.checkpoint.folder import check_model, find, latest, read_manifest
+from megalite.checkpoint.folder import check_model, complete, find, read_manifest
+from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import steps_for, total_samples
 from megalite.config.load import read_yaml_file
+from megalite.hf.config import TRAINING, write_model
+from megalite.hf.folder import find_tokenizer, open_config, open_folder, require_new
+from megalite.hf.tokenizer import write_tokenizer
 from megalite.place import place
 from megalite.watch.metrics import require_tensorboard
 
@@ -61,7 +66,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
         request = one_length(request)
         if instructions is not None:
             request = for_instructions(request)
-        config, why = configure(request)
+        config, why = configure(with_hf(request))
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
@@ -87,8 +92,10 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
             say(
                 f"{config.train.run_dir} is complete: step {read_manifest(resume)['step']} of {config.train.steps}; "
                 f"raise train.steps to go on, or choose another train.run_dir"
+                + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
             )
             return 0
+        check_hf(config, resume)
         make_run_folder(Path(config.train.run_dir))
     except (ConfigError, ValueError, OSError) as error:
         return fail(error)
@@ -106,6 +113,44 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def with_hf(request: Request) -> Request:
+    """With model.from_hf: the model of that folder, and its tokenizer. ConfigError where another key contradicts it."""
+    config, source = request.config, request.config.model.from_hf
+    if source is None:
+        return request
+    model, _ = open_config(source)
+    chosen: dict[str, typing.Any] = {"from_hf": source}
+    for key in sorted(request.explicit):
+        section, _, name = key.partition(".")
+        if section != "model" or name == "from_hf":
+            continue
+        asked, found = getattr(config.model, name), getattr(model, name)
+        if name in TRAINING:
+            chosen[name] = asked
+        elif asked != found and (asked is not None or name == "sliding_window"):
+            raise ConfigError(f"{key}={asked}, but {source}/config.json has {found}; leave {key} to model.from_hf")
+    tokenizer = config.data.tokenizer or find_tokenizer(Path(source))
+    data = dataclasses.replace(config.data, tokenizer=str(tokenizer) if tokenizer else None)
+    config = dataclasses.replace(config, model=dataclasses.replace(model, **chosen), data=data)
+    return dataclasses.replace(request, config=config)
+
+
+def check_hf(config: Config, resume: Path | None) -> None:
+    """ValueError where the folder to start from is damaged, or the one to write at the end could not be written."""
+    if config.model.from_hf is not None and resume is None:
+        open_folder(config.model.from_hf)
+    if config.train.export_hf is None:
+        return
+    target = Path(config.train.export_hf)
+    require_new(target, "train.export_hf")
+    if target.absolute() == Path(config.train.run_dir).absolute():
+        raise ConfigError(f"train.export_hf={target} is train.run_dir; name another folder, e.g. {target / 'export'}")
+    write_model(config.model, config.train.seq_len)
+    if config.model.from_hf is None and config.data.tokenizer is not None:
+        with tempfile.TemporaryDirectory() as trial:
+            write_tokenizer(Path(config.data.tokenizer), Path(trial))
 
 
 def configure(request: Request) -> tuple[Config, str]:
@@ -178,7 +223,8 @@ def with_corpus(config: Config, corpus: Path, request: Request, instructions: Pa
 
     With `instructions` it gives the tokenizer, and they are the data.
     """
-    if config.data.path is not None or config.data.sft is not None or request.preset != "tiny":
+    chosen = config.data.path is not None or config.data.sft is not None or config.model.from_hf is not None
+    if chosen or request.preset != "tiny":
         return config
     from megalite.data.corpus import prepare
 
@@ -208,7 +254,7 @@ def resume_from(config: Config) -> Path | None:
     run_dir, resume = Path(config.train.run_dir), config.checkpoint.resume
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"train.run_dir={run_dir} is a file; name a folder")
-    newest = latest(run_dir)
+    newest = newest_readable(run_dir)
     if resume == "never" and run_dir.is_dir() and any(run_dir.iterdir()):
         raise ConfigError(
             f"train.run_dir={run_dir} is not empty and checkpoint.resume=never; choose another folder, "
@@ -234,6 +280,26 @@ def resume_from(config: Config) -> Path | None:
     for line in changed_keys(saved, config) if saved.is_file() else []:
         say(f"changed since the last run: {line}")
     return newest
+
+
+def newest_readable(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose manifest can be read, telling of each that is passed over; None if there is none.
+
+    Damaged where there are some and none can be read.
+    """
+    damage: list[str] = []
+    for folder in reversed(complete(run_dir)):
+        try:
+            read_manifest(folder)
+        except Damaged as error:
+            damage.append(str(error))
+            continue
+        for line in damage:
+            say(f"note: {line}")
+        return folder
+    if damage:
+        raise Damaged("; ".join(damage))
+    return None
 
 
 def make_run_folder(run_dir: Path) -> None:
@@ -264,15 +330,32 @@ def changed_keys(saved: Path, config: Config) -> list[str]:
     ]
 
 
+def export(config: Config) -> None:
+    """Write the finished run as a Hugging Face folder. One rank does it, after the last collective."""
+    from megalite.hf.convert import to_hf_folder
+
+    assert config.train.export_hf is not None
+    if RANK == 0:
+        say(f"exported {to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))}")
+
+
 def run(config: Config, data: DataSets, resume: Path | None) -> int:
-    """Train; gives the exit status."""
+    """Train, and export what was learned if that is asked for; gives the exit status."""
+    done = False
 
     def main(world: World) -> None:
+        nonlocal done
         from megalite.trainer import train
 
-        train(config, data, world, resume)
+        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
-    return in_world(config, main)
+    status = in_world(config, main)
+    if status == 0 and done and config.train.export_hf is not None:
+        try:
+            export(config)
+        except (ValueError, OSError) as error:
+            return fail(error, speaks=True)
+    return status
 
 
 def in_world(config: Config, main: Callable[[World], None]) -> int:

@@ -100,7 +100,7 @@ def _check_ranges(config: Config) -> None:
             "time_limit_s",
             "seed",
         ),
-        "checkpoint": ("interval", "keep"),
+        "checkpoint": ("interval", "keep", "keep_every"),
         "log": ("trace_step",),
         "model": ("init_std", "norm_eps", "rope_mscale", "rope_mscale_all_dim"),
     }
@@ -301,6 +301,11 @@ def _check_data(config: Config) -> None:
         f"data.path={d.path} and data.sft={d.sft} are both set; a run learns from one of them",
     )
     _require(t.epochs is None or t.epochs > 0, f"train.epochs={t.epochs} must be greater than 0")
+    _require(
+        config.model.from_hf is None or config.checkpoint.load is None,
+        f"model.from_hf={config.model.from_hf} and checkpoint.load={config.checkpoint.load} both name the weights to "
+        f"start from; set one of them",
+    )
     for name in config.data.valid:
         _require(
             name.replace("_", "").replace("-", "").isalnum(),

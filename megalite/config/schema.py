@@ -64,6 +64,7 @@ class ModelConfig:
     dropout: float = _key(0.0, "of embeddings and residual branches (HF embd_pdrop and resid_pdrop, hidden_dropout)")
     attention_dropout: float = _key(0.0, "of attention probabilities (HF attention_dropout, attn_pdrop)")
     sliding_window: int | None = _key(None, "keys a query sees, its own among them (HF sliding_window); null: all")
+    from_hf: str | None = _key(None, "start from this Hugging Face folder: its config.json is the model")
 
     @property
     def gated(self) -> bool:
@@ -192,6 +193,7 @@ class TrainConfig:
     eval_only: bool = _key(False, "evaluate the loaded weights and end")
     patience: int = _key(0, "stop after so many evaluations without a better mean held-out loss; 0: never")
     time_limit_s: float = _key(0.0, "save and stop cleanly after so many seconds; 0: none")
+    export_hf: str | None = _key(None, "at the end write the model to this new folder, as a Hugging Face model")
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,14 @@ class CheckpointConfig:
 
     interval: int = _key(0, "steps between checkpoints; 0: only at the end")
     keep: int = _key(2, "newest checkpoints kept; 0: all")
+    keep_every: int = _key(0, "checkpoints whose step is a multiple of this are kept for good; 0: none")
+    async_save: bool = _key(True, "copy to host memory and write while training goes on; false: training waits")
+    on_failure: str = _key(
+        "stop",
+        "when a checkpoint cannot be written; continue: say so, try again later",
+        choices=("stop", "continue"),
+    )
+    verify: bool = _key(True, "hold every block that is loaded against its checksum")
     resume: str = _key("auto", "go on with what train.run_dir holds", choices=("auto", "never", "must"))
     load: str | None = _key(None, "start from this checkpoint or run folder instead of fresh weights")
     load_optim: bool = _key(True, "with load: take optimizer state and counters too, not the weights alone")

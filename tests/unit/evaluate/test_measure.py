@@ -118,7 +118,8 @@ def test_choices_and_answers_of_a_real_model() -> None:
         assert found.tokens == [len(continuation) for _, continuation in choices]
         assert found.characters == [len(choice) for choice in row.choices]
     settings = Settings(8, stop=("\n",))
-    ids = source.tokenizer.encode("Q: What is the capital of Spain?\nA: Madrid\n\nQ: What is the capital of France?\nA:")
+    shot = "Q: What is the capital of Spain?\nA: Madrid"
+    ids = source.tokenizer.encode(f"{shot}\n\nQ: What is the capital of France?\nA:")
     replies = [Reply(source.tokenizer, prompt, settings, source.stops) for prompt in (ids, ids[-12:])]
     answer(stage, replies, settings, batch=1)
     assert all(reply.ended for reply in replies)
