@@ -9,9 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[2]))
-sys.path.insert(0, str(HERE.parents[3]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[4]))
 
 from assets import asset
 
@@ -20,6 +19,7 @@ from megalite.data.conversations import normalise
 from megalite.data.masks import token_weights, weighted_spans
 from megalite.data.tokenizer import load_tokenizer
 
+HERE = Path(__file__).resolve().parent
 TOKENIZERS = {"smollm2": "smollm2", "deepseek": "deepseek/tokenizer.json", "mistral-v3": "mistral-v3/tokenizer.model"}
 
 
