@@ -181,7 +181,7 @@ def _tools(row: dict[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = _parse(tools, "'tools'") if tools.strip() else None
-    if tools is not None and not isinstance(tools, list):
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowError(f"'tools' is {_kind(tools)}, expected a list of JSON schemas")
     return tools or None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from assets import asset
 
 from megalite.config import Config, DataConfig, ModelConfig, TrainConfig
 from megalite.data.chat import BUILT_IN, ChatTemplate
@@ -179,7 +180,14 @@ def test_open_data(chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.L
     assert [path.stat().st_mtime_ns for path in made] == written
     # the same from a prefix
     prefix = str(next(path for path in made if "weights" not in path.name))[: -len(".bin")]
-    assert open_data(config(chats, corpus, tmp_path, sft=prefix, tokenizer=None)).fingerprint.startswith("sft-")
+    assert open_data(config(chats, corpus, tmp_path, sft=prefix)).fingerprint.startswith("sft-")
+    for change, message in (
+        ({"train_on": "last"}, "was made with train_on=assistant, data.train_on=last; make it again"),
+        ({"template": "chatml"}, "was made with template plain, data.template=chatml; make it again"),
+        ({"tokenizer": str(asset("mistral-v1/tokenizer.model"))}, "was made with another tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_data(config(chats, corpus, tmp_path, **{"sft": prefix, **change}))
 
 
 @pytest.mark.parametrize(
