@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from megalite.data.conversations import Conversation, Message, RowError
+from megalite.data.conversations import CLOSE, OPEN, Conversation, Message, RowError
 from megalite.data.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent / "templates"
-# Unicode's noncharacters, which no text has: they mark the spans in the rendered text and are taken out of it
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 
 class Span(NamedTuple):

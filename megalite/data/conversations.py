@@ -23,6 +23,8 @@ SPEAKERS = {
     "function_call": "assistant",
 }
 DEEPEST = 64
+# Unicode's noncharacters, which no text may have: chat templates mark the spans of the assistant with them
+OPEN, CLOSE = "\ufdd0", "\ufdd1"
 
 Message = dict[str, Any]
 
@@ -144,6 +146,8 @@ def _check_text(value: Any, name: str, depth: int) -> None:
     if isinstance(value, str):
         if "\0" in value:
             raise RowError(f"{name} holds a NUL character; remove it")
+        if OPEN in value or CLOSE in value:
+            raise RowError(f"{name} holds U+FDD0 or U+FDD1, which Unicode reserves for programs; remove it")
         try:
             value.encode()
         except UnicodeEncodeError:
@@ -177,7 +181,7 @@ def _tools(row: dict[str, Any]) -> list[Any] | None:
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = _parse(tools, "'tools'") if tools.strip() else None
-    if tools is not None and not isinstance(tools, list):
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise RowError(f"'tools' is {_kind(tools)}, expected a list of JSON schemas")
     return tools or None
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.config import Config
+from megalite.config import Config, DataConfig
 from megalite.data.chat import ChatTemplate, find_template
 from megalite.data.dataset import PretrainDataset, Samples, check_vocabulary, heldout_windows
 from megalite.data.indexed import IndexedDataset
@@ -213,9 +213,33 @@ def _conversations(path: str, key: str, config: Config) -> Conversations:
             f"{key}={path}: instruction data is .jsonl, .json or .parquet, or a prefix of tools/data.py sft"
         )
     try:
-        return Conversations(prefix)
+        found = Conversations(prefix)
     except ValueError as error:
         raise ValueError(f"{key}={path}: {error}") from None
+    if prefix is path:
+        _check_made_alike(f"{key}={path}", found.sidecar, config)
+    return found
+
+
+def _check_made_alike(which: str, sidecar: Mapping[str, Any], config: Config) -> None:
+    """ValueError where a prefix was made otherwise than the configuration asks for: it is not made again."""
+    asked = {key: getattr(config.data, key) for key in ("train_on", "control_tokens", "bad_rows")}
+    usual = DataConfig()
+    for key, value in asked.items():
+        if value not in (getattr(usual, key), sidecar[key]):
+            raise ValueError(f"{which} was made with {key}={sidecar[key]}, data.{key}={value}; make it again")
+    template = config.data.template
+    if template is not None and Path(template).name != sidecar["template_name"]:
+        raise ValueError(
+            f"{which} was made with template {sidecar['template_name']}, data.template={template}; make it again"
+        )
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.fingerprint != sidecar["tokenizer_sha256"]:
+            raise ValueError(
+                f"{which} was made with another tokenizer than data.tokenizer={tokenizer.path}; name that one, "
+                f"or make it again"
+            )
 
 
 def _open(prefix: str, key: str, reader: str) -> IndexedDataset:
