@@ -1,6 +1,7 @@
 """Generation from a checkpoint by real ranks, at other layouts than it was saved at."""
 
 import json
+import math
 import runpy
 import sys
 from collections.abc import Callable
@@ -63,3 +64,42 @@ def test_a_mistake_is_told_once(run_dir: Path) -> None:
         (line,) = "".join(ended.err).splitlines()
         assert line.startswith("error: ")
         assert message in line
+
+
+def test_every_layout_measures_the_same(run_dir: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i} and", "choices": ["God", "the man", "月"], "label": i % 3} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [{"prompt": row["prompt"], "answer": "x"} for row in rows]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (tmp_path / "text.txt").write_text("In the beginning\n\nGod created the heaven\n\n床前明月光\n")
+    shots = ["--shots", "2", "--seed", "3"]
+    for verb, data, more in (
+        ("loss", "text.txt", ["--seq-len", "8"]),
+        ("choices", "rows.jsonl", shots),
+        ("answers", "questions.jsonl", [*shots, "--max-new-tokens", "6", "--batch-size", "3"]),
+    ):
+        figures = []
+        for ranks in (1, 4):
+            target = tmp_path / f"{verb}-{ranks}.json"
+            argv = [verb, str(run_dir), str(tmp_path / data), *more, "--device", "cpu", "--json", str(target)]
+            ended = run_ranks(ranks, tool, "evaluate.py", argv + ["--tp", "2", "--pp", "2"] * (ranks > 1))
+            assert ended.out[1:] == [""] * (ranks - 1)
+            figures.append(json.loads(target.read_text()))
+        one, four = figures
+        assert one.keys() == four.keys()
+        for key in one.keys() - {"rows"}:
+            assert four[key] == (pytest.approx(one[key], rel=1e-5) if isinstance(one[key], float) else one[key]), key
+        if verb == "loss":
+            nats = one["loss"] * one["tokens"]
+            assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
+            text_bytes = sum(
+                len(text.encode()) for text in ("In the beginning", "God created the heaven", "床前明月光")
+            )
+            assert one["bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes)
+        else:
+            assert (one["shots"], one["tested"], len(one["rows"])) == (2, 4, 4)
+        if verb == "answers":
+            assert [row["said"] for row in four["rows"]] == [row["said"] for row in one["rows"]]
+        if verb == "choices":
+            for mine, theirs in zip(four["rows"], one["rows"], strict=True):
+                assert mine["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], rel=1e-4)
