@@ -38,20 +38,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 @dataclass
-class Engine:
-    """One rank's part of the run. `parameters`, `shards` and gradients go by global parameter names.
-
-    `buffers`: where parameters are gathered from the replicas that update them; None: each replica updates all.
-    """
+class Stage:
+    """One rank's part of the model, for forwards alone. `parameters` and `shards` go by global parameter names."""
 
     config: Config
     mesh: Mesh
     model: Decoder
     parameters: dict[str, nn.Parameter]
     shards: dict[str, Shard]
-    grads: GradBuffers
-    optimizer: AdamW
-    buffers: ParamBuffers | None
 
     def __post_init__(self) -> None:
         self._plans = cache(self._lowered)
@@ -65,12 +59,16 @@ class Engine:
         )
         return lower(plan, stage_costs(c))[self.mesh.pp.rank]
 
-    def _run(self, microbatches: Sequence[Microbatch], training: bool, loss_scale: float = 1.0) -> list[Tensor]:
+    def _run(
+        self,
+        microbatches: Sequence[Microbatch],
+        training: bool,
+        loss_scale: float = 1.0,
+        reduce: Callable[[], None] | None = None,
+    ) -> list[Tensor]:
         c, last = self.config, self.mesh.is_last_stage
         self.model.train(training)
         drops = training and (c.model.dropout > 0 or c.model.attention_dropout > 0)
-        b, s = microbatches[0].tokens.shape
-        shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
 
         def forward(m: int, x: Tensor | None) -> Tensor:
             mb = microbatches[m]
@@ -89,11 +87,58 @@ class Engine:
             forward,
             link=self.mesh.link,
             ranks=self.mesh.pp.ranks,
-            hidden=torch.empty(shape, dtype=DTYPES[c.train.dtype], device=self.mesh.device),
+            hidden=self._hidden(*microbatches[0].tokens.shape),
             training=training,
             loss_scale=loss_scale,
-            reduce=self.reduce_gradients if training else None,
+            reduce=reduce,
         )
+
+    def _hidden(self, b: int, s: int) -> Tensor:
+        """What travels between stages."""
+        c = self.config
+        shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
+        return torch.empty(shape, dtype=DTYPES[c.train.dtype], device=self.mesh.device)
+
+    def logits(self, tokens: Tensor, positions: Tensor, bounds: Tensor | None) -> Tensor | None:
+        """Logits [b, s, vocab] of tokens [b, s], on every tp rank of the last stage; None on the others."""
+        self.model.eval()
+        outputs = execute(
+            self._plans(False, 1),
+            lambda _, x: self.model(tokens if x is None else x, positions, bounds),
+            link=self.mesh.link,
+            ranks=self.mesh.pp.ranks,
+            hidden=self._hidden(*tokens.shape),
+            training=False,
+        )
+        return outputs[0] if self.mesh.is_last_stage else None
+
+    def losses(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """Σ mask · ce of each microbatch, on every tp rank of the last stage; [] on the others. No gradients."""
+        outputs = self._run(microbatches, training=False)
+        return outputs if self.mesh.is_last_stage else []
+
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
+        """(Σ loss, valid tokens) of this replica on one rank of it, the last stage's tp rank 0, else zeros."""
+        return self._totals(self.losses(microbatches), microbatches)
+
+    def _totals(self, losses: list[Tensor], microbatches: Sequence[Microbatch]) -> tuple[float, float]:
+        if not self.mesh.is_last_stage or self.mesh.tp.rank != 0:
+            return 0.0, 0.0
+        total = torch.stack(losses).double().sum()
+        tokens = torch.stack([mb.loss_mask.sum() for mb in microbatches]).double().sum()
+        return float(total), float(tokens)
+
+
+@dataclass
+class Engine(Stage):
+    """A stage that learns. Gradients go by global parameter names too.
+
+    `buffers`: where parameters are gathered from the replicas that update them; None: each replica updates all.
+    """
+
+    grads: GradBuffers
+    optimizer: AdamW
+    buffers: ParamBuffers | None
 
     def forward_backward(self, microbatches: Sequence[Microbatch], loss_scale: float = 1.0) -> tuple[float, float]:
         """Gradients of loss_scale · Σ mask · ce over this replica's microbatches.
@@ -102,18 +147,7 @@ class Engine:
         Gives (Σ loss, valid tokens) of this replica on one rank of it, the last stage's tp rank 0, else zeros.
         """
         self.grads.begin(len(microbatches))
-        return self._totals(self._run(microbatches, training=True, loss_scale=loss_scale), microbatches)
-
-    def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
-        """The same sums without gradients."""
-        return self._totals(self._run(microbatches, training=False), microbatches)
-
-    def _totals(self, losses: list[Tensor], microbatches: Sequence[Microbatch]) -> tuple[float, float]:
-        if not self.mesh.is_last_stage or self.mesh.tp.rank != 0:
-            return 0.0, 0.0
-        total = torch.stack(losses).double().sum()
-        tokens = torch.stack([mb.loss_mask.sum() for mb in microbatches]).double().sum()
-        return float(total), float(tokens)
+        return self._totals(self._run(microbatches, True, loss_scale, self.reduce_gradients), microbatches)
 
     def reduce_gradients(self) -> None:
         """Finish all sums that a gradient is owed: replicas, partial tp gradients, kv replicas, tied ends."""
@@ -174,8 +208,8 @@ def stage_costs(config: Config) -> Costs:
     return Costs(stage_factors=tuple(n * len(layers) / sum(layers) for n in layers))
 
 
-def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Engine:
-    """This rank's engine for a resolved, checked `config`.
+def build_stage(config: Config, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Stage:
+    """This rank's part of the model of a resolved, checked `config`.
 
     `value(global name, whole shape)` gives the initial whole parameter; default: drawn from train.seed.
     """
@@ -185,7 +219,6 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
     assert p.pp is not None
     assert p.dp is not None
     assert m.num_kv_heads is not None
-    check_groups(config.optim, global_names(m))
     mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
     with torch.device("meta"):
         model = Decoder(
@@ -208,8 +241,17 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
     )
     parameters = {global_name(name, m.tie_embeddings): parameter for name, parameter in model.named_parameters()}
     shards = {global_name(name, m.tie_embeddings): shard for name, shard in shards.items()}
+    return Stage(config, mesh, model, parameters, shards)
+
+
+def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Engine:
+    """This rank's engine for a resolved, checked `config`; `value` as in `build_stage`."""
+    m, p = config.model, config.parallel
+    check_groups(config.optim, global_names(m))
+    stage = build_stage(config, world, value)
+    mesh, model, parameters, shards = stage.mesh, stage.model, stage.parameters, stage.shards
     # in a bucket of its own a tied matrix has the same shares on both of its stages
-    alone = ("embed.weight",) if m.tie_embeddings and p.pp > 1 else ()
+    alone = ("embed.weight",) if m.tie_embeddings and mesh.pp.size > 1 else ()
     grads = GradBuffers(parameters, mesh.dp, p.bucket_mb * 2**20, p.overlap, p.zero > 0, alone)
     buffers = None
     if p.zero:

@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,13 +22,17 @@ from megalite import plan
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
-from megalite.config.batch import total_samples
+from megalite.config.batch import steps_for, total_samples
 from megalite.config.load import read_yaml_file
+from megalite.hf.config import TRAINING, write_model
+from megalite.hf.folder import find_tokenizer, open_config, open_folder, require_new
+from megalite.hf.tokenizer import write_tokenizer
 from megalite.place import place
 from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
     from megalite.data.sets import DataSets
+    from megalite.parallel.groups import World
 
 HERE = place()
 RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
@@ -48,14 +53,20 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
-    """Run `examples/pretrain_7b.py`; gives the exit status. `corpus`: what the preset tiny learns from by itself."""
+def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instructions: Path | None = None) -> int:
+    """Run `examples/pretrain_7b.py`; gives the exit status. `corpus`: what the preset tiny learns from by itself.
+
+    `instructions`: what it learns from where this is `examples/sft_7b.py`.
+    """
     # which kernel and which reader were chosen is said once, by one rank
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
     logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
     try:
         request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
-        config, why = configure(request)
+        request = one_length(request)
+        if instructions is not None:
+            request = for_instructions(request)
+        config, why = configure(with_hf(request))
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
@@ -71,17 +82,20 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
                 f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set: before srun, "
                 f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             )
-        config = with_corpus(config, corpus, request)
+        config = with_corpus(config, corpus, request, instructions)
         from megalite.data.sets import open_data
 
         data = open_data(config, scan=RANK == 0)
+        config = with_epochs(config, request, len(data.train))
         resume = resume_from(config)
         if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:
             say(
                 f"{config.train.run_dir} is complete: step {read_manifest(resume)['step']} of {config.train.steps}; "
                 f"raise train.steps to go on, or choose another train.run_dir"
+                + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
             )
             return 0
+        check_hf(config, resume)
         make_run_folder(Path(config.train.run_dir))
     except (ConfigError, ValueError, OSError) as error:
         return fail(error)
@@ -99,6 +113,44 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def with_hf(request: Request) -> Request:
+    """With model.from_hf: the model of that folder, and its tokenizer. ConfigError where another key contradicts it."""
+    config, source = request.config, request.config.model.from_hf
+    if source is None:
+        return request
+    model, _ = open_config(source)
+    chosen: dict[str, typing.Any] = {"from_hf": source}
+    for key in sorted(request.explicit):
+        section, _, name = key.partition(".")
+        if section != "model" or name == "from_hf":
+            continue
+        asked, found = getattr(config.model, name), getattr(model, name)
+        if name in TRAINING:
+            chosen[name] = asked
+        elif asked != found and (asked is not None or name == "sliding_window"):
+            raise ConfigError(f"{key}={asked}, but {source}/config.json has {found}; leave {key} to model.from_hf")
+    tokenizer = config.data.tokenizer or find_tokenizer(Path(source))
+    data = dataclasses.replace(config.data, tokenizer=str(tokenizer) if tokenizer else None)
+    config = dataclasses.replace(config, model=dataclasses.replace(model, **chosen), data=data)
+    return dataclasses.replace(request, config=config)
+
+
+def check_hf(config: Config, resume: Path | None) -> None:
+    """ValueError where the folder to start from is damaged, or the one to write at the end could not be written."""
+    if config.model.from_hf is not None and resume is None:
+        open_folder(config.model.from_hf)
+    if config.train.export_hf is None:
+        return
+    target = Path(config.train.export_hf)
+    require_new(target, "train.export_hf")
+    if target.absolute() == Path(config.train.run_dir).absolute():
+        raise ConfigError(f"train.export_hf={target} is train.run_dir; name another folder, e.g. {target / 'export'}")
+    write_model(config.model, config.train.seq_len)
+    if config.model.from_hf is None and config.data.tokenizer is not None:
+        with tempfile.TemporaryDirectory() as trial:
+            write_tokenizer(Path(config.data.tokenizer), Path(trial))
 
 
 def configure(request: Request) -> tuple[Config, str]:
@@ -128,9 +180,51 @@ def describe(config: Config, need: plan.Memory) -> str:
     )
 
 
-def with_corpus(config: Config, corpus: Path, request: Request) -> Config:
-    """For the preset tiny without data.path: the committed corpus, prepared once and cached."""
-    if config.data.path is not None or request.preset != "tiny":
+def one_length(request: Request) -> Request:
+    """The request with train.steps or train.epochs, whichever the user set; the other is the preset's."""
+    config, both = request.config, {"train.steps", "train.epochs"} & request.explicit
+    if config.train.epochs is None or "train.steps" not in both:
+        return request
+    if len(both) == 2:
+        raise ConfigError(
+            f"train.steps={config.train.steps} and train.epochs={config.train.epochs:g} are both set; set one of them"
+        )
+    train = dataclasses.replace(config.train, epochs=None)
+    return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
+
+
+def for_instructions(request: Request) -> Request:
+    """A run folder of its own for a preset that also pretrains; ConfigError where there is nothing to learn from."""
+    config = request.config
+    if config.data.sft is None and request.preset != "tiny":
+        raise ConfigError(
+            "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
+            "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b checkpoint.load_optim=false"
+        )
+    if request.preset == "tiny" and "train.run_dir" not in request.explicit:
+        train = dataclasses.replace(config.train, run_dir="runs/sft-tiny")
+        config = dataclasses.replace(config, train=train)
+    return dataclasses.replace(request, config=config)
+
+
+def with_epochs(config: Config, request: Request, samples: int) -> Config:
+    """train.epochs as train.steps, now that one epoch is known to have so many samples."""
+    if config.train.epochs is None:
+        return config
+    steps = steps_for(config, config.train.epochs * samples)
+    say(f"train.epochs={config.train.epochs:g} of {samples} samples: {steps} steps")
+    train = dataclasses.replace(config.train, steps=steps, epochs=None)
+    optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
+    return resolve(dataclasses.replace(config, train=train, optim=optim), WORLD_SIZE)
+
+
+def with_corpus(config: Config, corpus: Path, request: Request, instructions: Path | None = None) -> Config:
+    """For the preset tiny without data: the committed corpus, prepared once and cached.
+
+    With `instructions` it gives the tokenizer, and they are the data.
+    """
+    chosen = config.data.path is not None or config.data.sft is not None or config.model.from_hf is not None
+    if chosen or request.preset != "tiny":
         return config
     from megalite.data.corpus import prepare
 
@@ -140,6 +234,12 @@ def with_corpus(config: Config, corpus: Path, request: Request) -> Config:
         # the first rank to come prepares, the others find it done
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = prepare(corpus, cache, config.model.vocab_size)
+    if instructions is not None:
+        template = config.data.template or "plain"
+        data = dataclasses.replace(
+            config.data, sft=str(instructions), tokenizer=str(found.tokenizer), template=template
+        )
+        return dataclasses.replace(config, data=data)
     data = dataclasses.replace(
         config.data,
         path=str(found.train),
@@ -230,17 +330,45 @@ def changed_keys(saved: Path, config: Config) -> list[str]:
     ]
 
 
+def export(config: Config) -> None:
+    """Write the finished run as a Hugging Face folder. One rank does it, after the last collective."""
+    from megalite.hf.convert import to_hf_folder
+
+    assert config.train.export_hf is not None
+    if RANK == 0:
+        say(f"exported {to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))}")
+
+
 def run(config: Config, data: DataSets, resume: Path | None) -> int:
-    """Import torch, start the world, train; gives the exit status."""
+    """Train, and export what was learned if that is asked for; gives the exit status."""
+    done = False
+
+    def main(world: World) -> None:
+        nonlocal done
+        from megalite.trainer import train
+
+        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
+
+    status = in_world(config, main)
+    if status == 0 and done and config.train.export_hf is not None:
+        try:
+            export(config)
+        except (ValueError, OSError) as error:
+            return fail(error, speaks=True)
+    return status
+
+
+def in_world(config: Config, main: Callable[[World], None]) -> int:
+    """Import torch, start the world, call `main` in it; gives the exit status, every failure told in one line."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
+    from megalite.batches import TrainingError
     from megalite.parallel.launch import Echo, start_world
-    from megalite.trainer import TrainingError, train
 
     try:
         with start_world(config) as world:
-            train(config, data, world, resume)
+            main(world)
     except Echo:
         time.sleep(1.0)
         os._exit(1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megalite.config.schema import Config
 
 
@@ -17,6 +19,14 @@ def batch_size(config: Config, samples: int) -> int:
     unit = t.micro_batch_size * dp
     grown = t.ramp_start + (t.global_batch_size - t.ramp_start) * samples // t.ramp_samples
     return max(unit, grown // unit * unit)
+
+
+def steps_for(config: Config, samples: float) -> int:
+    """The least number of steps that use at least `samples` samples."""
+    used = steps = 0
+    while used < min(samples, config.train.ramp_samples):
+        used, steps = used + batch_size(config, used), steps + 1
+    return max(1, steps + math.ceil(max(0, samples - used) / config.train.global_batch_size))
 
 
 def total_samples(config: Config) -> int:

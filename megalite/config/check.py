@@ -295,6 +295,17 @@ def _check_optim(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
+    d, t = config.data, config.train
+    _require(
+        d.path is None or d.sft is None,
+        f"data.path={d.path} and data.sft={d.sft} are both set; a run learns from one of them",
+    )
+    _require(t.epochs is None or t.epochs > 0, f"train.epochs={t.epochs} must be greater than 0")
+    _require(
+        config.model.from_hf is None or config.checkpoint.load is None,
+        f"model.from_hf={config.model.from_hf} and checkpoint.load={config.checkpoint.load} both name the weights to "
+        f"start from; set one of them",
+    )
     for name in config.data.valid:
         _require(
             name.replace("_", "").replace("-", "").isalnum(),

@@ -64,6 +64,7 @@ class ModelConfig:
     dropout: float = _key(0.0, "of embeddings and residual branches (HF embd_pdrop and resid_pdrop, hidden_dropout)")
     attention_dropout: float = _key(0.0, "of attention probabilities (HF attention_dropout, attn_pdrop)")
     sliding_window: int | None = _key(None, "keys a query sees, its own among them (HF sliding_window); null: all")
+    from_hf: str | None = _key(None, "start from this Hugging Face folder: its config.json is the model")
 
     @property
     def gated(self) -> bool:
@@ -96,13 +97,39 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Indexed token files made by tools/preprocess_data.py. A path is the prefix of PREFIX.bin and PREFIX.idx."""
+    """Indexed token files made by tools/preprocess_data.py. A path is the prefix of PREFIX.bin and PREFIX.idx.
+
+    With `sft` the data is conversations; `valid` then names files of them, and `valid_fraction` counts conversations.
+    """
 
     path: str | None = _key(None, "training data: the prefix printed by tools/preprocess_data.py")
     valid: Mapping[str, str] = _key({}, "held-out sets, NAME: PREFIX; each is evaluated and reported by name")
     valid_fraction: float = _key(0.02, "share of data.path held out, from its end, if data.valid is empty")
     tokenizer: str | None = _key(None, "sentencepiece .model or tokenizer.json, kept with the run for generation")
     isolate_documents: bool = _key(False, "attention and positions restart at each document")
+    sft: str | None = _key(
+        None, "instruction data in place of path: .jsonl, .json, .parquet, or a prefix made by tools/data.py sft"
+    )
+    template: str | None = _key(
+        None, "sft: chat template: built-in name (chatml, llama3, ...) or .jinja file; null: the tokenizer's own"
+    )
+    train_on: str = _key(
+        "assistant",
+        "sft: what counts in the loss: the assistant's messages, the last of them, all text",
+        choices=("assistant", "last", "all"),
+    )
+    packing: bool = _key(True, "sft: several conversations in a row, none of which sees another; false: one a row")
+    overlong: str = _key(
+        "truncate_right",
+        "sft: of a conversation longer than train.seq_len keep the beginning, the end, or nothing",
+        choices=("truncate_right", "truncate_left", "drop"),
+    )
+    control_tokens: str = _key(
+        "escape",
+        "sft: control strings as <|im_end|> inside a message: made ordinary text, or left, with or without a word",
+        choices=("escape", "warn", "allow"),
+    )
+    bad_rows: str = _key("stop", "sft: what a row that is no conversation does", choices=("stop", "skip"))
     reader: str = _key("auto", "reader of indexed data", choices=("auto", "numpy", "cpp"))
     cache_dir: str = _key(".cache/megalite", "where prepared data is kept")
 
@@ -144,6 +171,7 @@ class TrainConfig:
 
     run_dir: str = _key("runs/default", "folder of the run: config, metrics, checkpoints, plot; never overwritten")
     steps: int = _key(100, "optimizer steps of the whole run")
+    epochs: float | None = _key(None, "passes over the training data, in place of steps")
     seq_len: int = _key(256, "tokens of one sample")
     micro_batch_size: int = _key(4, "samples of one forward")
     global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas")
@@ -165,6 +193,7 @@ class TrainConfig:
     eval_only: bool = _key(False, "evaluate the loaded weights and end")
     patience: int = _key(0, "stop after so many evaluations without a better mean held-out loss; 0: never")
     time_limit_s: float = _key(0.0, "save and stop cleanly after so many seconds; 0: none")
+    export_hf: str | None = _key(None, "at the end write the model to this new folder, as a Hugging Face model")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Fixed-length training and evaluation windows over one indexed token stream."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,18 @@ class Batch(NamedTuple):
     loss_mask: NDArray[np.float32]
     positions: NDArray[np.int64]
     bounds: NDArray[np.int64] | None
+
+
+class Samples(Protocol):
+    """What training and evaluation read; indices past `len` are another epoch, or wholly masked."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples of `indices`, stacked [b, s]."""
+
+    def layout(self, indices: Sequence[int]) -> Layout:
+        """Positions and bounds of `indices` without reading a token."""
 
 
 class WindowDataset:

@@ -1,35 +1,22 @@
-"""Which window the i-th consumed sample is: a pure function of (seed, i), so that resuming needs only i."""
+"""Which sample the i-th consumed one is: a pure function of (seed, i), so that resuming needs only i."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-class SampleOrder:
-    """Window k covers tokens [k * seq_len, (k + 1) * seq_len], both ends included.
+class EpochOrder:
+    """Each epoch visits samples 0 to num_samples - 1 once, in an order of its own drawn from (seed, epoch)."""
 
-    The last label of window k is the first input of window k + 1, so the stream holds
-    `num_samples = (num_tokens - 1) // seq_len` windows. Each epoch visits all of them once, in an order of
-    its own drawn from (seed, epoch).
-    """
-
-    def __init__(self, num_tokens: int, seq_len: int, seed: int, shuffle: bool = True) -> None:
-        if seq_len < 1:
-            raise ValueError(f"seq_len={seq_len} must be at least 1")
+    def __init__(self, num_samples: int, seed: int, shuffle: bool = True) -> None:
         if seed < 0:
             raise ValueError(f"seed={seed} must be 0 or more")
-        if num_tokens <= seq_len:
-            raise ValueError(
-                f"the data has {num_tokens} tokens, but one sample of seq_len={seq_len} needs {seq_len + 1}; "
-                f"use more data or a smaller seq_len"
-            )
-        self.num_samples = (num_tokens - 1) // seq_len
-        self.seq_len = seq_len
+        self.num_samples = num_samples
         self.seed = seed
         self.shuffle = shuffle
         self._permutations: dict[int, NDArray[np.integer]] = {}
 
     def __getitem__(self, consumed: int) -> tuple[int, int]:
-        """(epoch, window) of global sample number `consumed`, which counts on over the epochs without end."""
+        """(epoch, sample) of global sample number `consumed`, which counts on over the epochs without end."""
         if consumed < 0:
             raise IndexError(f"sample {consumed} of an order that starts at 0")
         epoch, i = divmod(consumed, self.num_samples)
@@ -40,7 +27,26 @@ class SampleOrder:
             # Two are kept: a global batch can straddle the end of an epoch.
             for old in list(self._permutations)[:-1]:
                 del self._permutations[old]
-            windows = np.arange(self.num_samples, dtype=np.min_scalar_type(self.num_samples))
-            np.random.Generator(np.random.Philox(key=[self.seed, epoch])).shuffle(windows)
-            self._permutations[epoch] = windows
+            samples = np.arange(self.num_samples, dtype=np.min_scalar_type(self.num_samples))
+            np.random.Generator(np.random.Philox(key=[self.seed, epoch])).shuffle(samples)
+            self._permutations[epoch] = samples
         return self._permutations[epoch]
+
+
+class SampleOrder(EpochOrder):
+    """Window k covers tokens [k * seq_len, (k + 1) * seq_len], both ends included.
+
+    The last label of window k is the first input of window k + 1, so the stream holds
+    `num_samples = (num_tokens - 1) // seq_len` windows.
+    """
+
+    def __init__(self, num_tokens: int, seq_len: int, seed: int, shuffle: bool = True) -> None:
+        if seq_len < 1:
+            raise ValueError(f"seq_len={seq_len} must be at least 1")
+        if num_tokens <= seq_len:
+            raise ValueError(
+                f"the data has {num_tokens} tokens, but one sample of seq_len={seq_len} needs {seq_len + 1}; "
+                f"use more data or a smaller seq_len"
+            )
+        super().__init__((num_tokens - 1) // seq_len, seed, shuffle)
+        self.seq_len = seq_len

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.config import Config
-from megalite.data.dataset import PretrainDataset, WindowDataset, check_vocabulary, heldout_windows
+from megalite.config import Config, DataConfig
+from megalite.data.chat import ChatTemplate, find_template
+from megalite.data.dataset import PretrainDataset, Samples, check_vocabulary, heldout_windows
 from megalite.data.indexed import IndexedDataset
+from megalite.data.instructions import Options, prepare
 from megalite.data.native import open_indexed
+from megalite.data.packing import Conversations, SftDataset
+from megalite.data.tokenizer import load_tokenizer
+
+_log = logging.getLogger(__name__)
 
 # Reading a whole stream to look for a wrong token id is worth it up to this size; every batch is checked anyway.
 SCAN_TOKENS = 200_000_000
@@ -50,12 +57,17 @@ class Section(IndexedDataset):
 
 @dataclass(frozen=True)
 class DataSets:
-    """`bytes_per_token` of a held-out set (None if its text is not known) turns nats per token into bits per byte."""
+    """`len(train)` is one epoch.
 
-    train: PretrainDataset
-    heldout: Mapping[str, WindowDataset]
+    `bytes_per_token` of a held-out set (None if its text is not known) turns nats per token into bits per byte.
+    """
+
+    train: Samples
+    heldout: Mapping[str, Samples]
     bytes_per_token: Mapping[str, float | None]
     fingerprint: str
+    # the chat template of instruction data, which belongs to the run
+    template: str | None = None
 
 
 def open_data(config: Config, scan: bool = True) -> DataSets:
@@ -64,6 +76,10 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
     `scan`: read small streams through for token ids the model does not have (one rank is enough).
     """
     d, t = config.data, config.train
+    if d.tokenizer is not None and not (Path(d.tokenizer).is_file() and d.tokenizer.endswith((".model", ".json"))):
+        raise ValueError(f"data.tokenizer={d.tokenizer}: no such file; name a sentencepiece .model or a tokenizer.json")
+    if d.sft is not None:
+        return _open_conversations(config, scan)
     if d.path is None:
         raise ValueError(
             "data.path is not set: what should the model learn from? Make data of a text, then name it:\n"
@@ -71,8 +87,6 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
             "--output-prefix data/corpus\n"
             "  torchrun --nproc_per_node 8 examples/pretrain_7b.py data.path=data/corpus_text_document"
         )
-    if d.tokenizer is not None and not (Path(d.tokenizer).is_file() and d.tokenizer.endswith((".model", ".json"))):
-        raise ValueError(f"data.tokenizer={d.tokenizer}: no such file; name a sentencepiece .model or a tokenizer.json")
     whole = _open(d.path, "data.path", d.reader)
     if whole.num_tokens <= t.seq_len:
         raise ValueError(
@@ -94,14 +108,138 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
                 f"set data.valid_fraction=0, or hold out your own set with data.valid.NAME=PREFIX"
             )
     for data in {id(x): x for x in (whole, *heldout.values())}.values() if scan else ():
-        if data.num_tokens <= SCAN_TOKENS and data.sidecar.get("vocab_size", np.inf) > config.model.vocab_size:
-            check_vocabulary(data, config.model.vocab_size)
+        _check_vocabulary(data, config)
     return DataSets(
         PretrainDataset(train, t.seq_len, t.seed, isolate_documents=d.isolate_documents),
         {n: heldout_windows(x, t.seq_len, isolate_documents=d.isolate_documents) for n, x in heldout.items()},
         {n: _bytes_per_token(x) for n, x in heldout.items()},
         f"{Path(d.path).name}: {train.num_tokens} tokens in {train.num_documents} documents",
     )
+
+
+def _check_vocabulary(data: IndexedDataset, config: Config) -> None:
+    if data.num_tokens <= SCAN_TOKENS and data.sidecar.get("vocab_size", np.inf) > config.model.vocab_size:
+        check_vocabulary(data, config.model.vocab_size)
+
+
+def _open_conversations(config: Config, scan: bool) -> DataSets:
+    """Instruction data: files are made ready in data.cache_dir, a prefix is taken as it is."""
+    d, t = config.data, config.train
+    assert d.sft is not None
+    opened = {name: _conversations(path, key, config) for name, key, path in _sources(config)}
+    whole = opened[""]
+    chosen = {name: np.arange(len(data.lengths)) for name, data in opened.items()}
+    if not d.valid and d.valid_fraction > 0:
+        count = len(whole.lengths)
+        held = max(1, round(count * d.valid_fraction))
+        if held >= count:
+            raise ValueError(
+                f"data.sft={d.sft}: data.valid_fraction={d.valid_fraction} of {count} conversations leaves none to "
+                f"train on; set data.valid_fraction=0, or hold out your own file with data.valid.NAME=FILE"
+            )
+        # a file is often sorted by topic: its end would be one of them
+        shuffled = np.random.Generator(np.random.Philox(key=[t.seed, 0])).permutation(count)
+        opened["valid"] = whole
+        chosen |= {"": np.sort(shuffled[held:]), "valid": np.sort(shuffled[:held])}
+    if scan:
+        for data in {id(x): x for x in opened.values()}.values():
+            _check_vocabulary(data.tokens, config)
+    sets = {
+        name: SftDataset(
+            data,
+            chosen[name],
+            t.seq_len,
+            seed=None if name else t.seed,
+            packing=d.packing,
+            overlong=d.overlong,
+        )
+        for name, data in opened.items()
+    }
+    train = sets.pop("")
+    for line in whole.sidecar["notes"]:
+        _log.info("%s", line)
+    side = whole.sidecar
+    told = ", ".join(f"{count} {name}" for name, count in side["formats"].items())
+    _log.info(
+        "%s: %s rows, template %s, %.1f %% of %d tokens trained; %d rows of %d, %.1f %% full",
+        Path(d.sft).name,
+        told,
+        side["template_name"],
+        100 * side["trained_tokens"] / side["tokens"],
+        side["tokens"],
+        len(train),
+        t.seq_len,
+        100 * train.filled,
+    )
+    if train.longer:
+        what = {"drop": "left out", "truncate_right": "cut at their end", "truncate_left": "cut at their beginning"}
+        _log.info(
+            "%d conversations are longer than train.seq_len=%d and %s (data.overlong=%s)",
+            train.longer,
+            t.seq_len,
+            what[d.overlong],
+            d.overlong,
+        )
+    return DataSets(
+        train,
+        sets,
+        dict.fromkeys(sets),
+        f"{Path(d.sft).name}: {len(train.pieces)} conversations in {len(train)} rows of {t.seq_len}",
+        side["template"],
+    )
+
+
+def _sources(config: Config) -> Iterator[tuple[str, str, str]]:
+    """(name, key, path) of the training file, whose name is empty, and of each held-out one."""
+    assert config.data.sft is not None
+    yield "", "data.sft", config.data.sft
+    for name, path in config.data.valid.items():
+        yield name, f"data.valid.{name}", path
+
+
+def _conversations(path: str, key: str, config: Config) -> Conversations:
+    d = config.data
+    prefix: str | Path = path
+    if path.endswith((".jsonl", ".json", ".parquet")):
+        if d.tokenizer is None:
+            raise ValueError(f"{key}={path}: text needs data.tokenizer, a sentencepiece .model or a tokenizer.json")
+        tokenizer = load_tokenizer(d.tokenizer)
+        template = ChatTemplate(*find_template(d.template, tokenizer), tokenizer)
+        if not Path(path).is_file():
+            raise ValueError(f"{key}={path}: no such file")
+        prefix = prepare(path, d.cache_dir, tokenizer, template, Options(d.train_on, d.control_tokens, d.bad_rows))
+    elif Path(path).is_file():
+        raise ValueError(
+            f"{key}={path}: instruction data is .jsonl, .json or .parquet, or a prefix of tools/data.py sft"
+        )
+    try:
+        found = Conversations(prefix)
+    except ValueError as error:
+        raise ValueError(f"{key}={path}: {error}") from None
+    if prefix is path:
+        _check_made_alike(f"{key}={path}", found.sidecar, config)
+    return found
+
+
+def _check_made_alike(which: str, sidecar: Mapping[str, Any], config: Config) -> None:
+    """ValueError where a prefix was made otherwise than the configuration asks for: it is not made again."""
+    asked = {key: getattr(config.data, key) for key in ("train_on", "control_tokens", "bad_rows")}
+    usual = DataConfig()
+    for key, value in asked.items():
+        if value not in (getattr(usual, key), sidecar[key]):
+            raise ValueError(f"{which} was made with {key}={sidecar[key]}, data.{key}={value}; make it again")
+    template = config.data.template
+    if template is not None and Path(template).name != sidecar["template_name"]:
+        raise ValueError(
+            f"{which} was made with template {sidecar['template_name']}, data.template={template}; make it again"
+        )
+    if config.data.tokenizer is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        if tokenizer.fingerprint != sidecar["tokenizer_sha256"]:
+            raise ValueError(
+                f"{which} was made with another tokenizer than data.tokenizer={tokenizer.path}; name that one, "
+                f"or make it again"
+            )
 
 
 def _open(prefix: str, key: str, reader: str) -> IndexedDataset:

@@ -156,6 +156,16 @@ def pretrain(argv: Sequence[str]) -> int:
     return entry.pretrain(argv, default_preset="tiny", corpus=REPOSITORY / "examples" / "corpus")
 
 
+def finetune(argv: Sequence[str]) -> int:
+    """What `examples/sft_7b.py --preset tiny` does in each process."""
+    from megalite import entry
+
+    corpus = REPOSITORY / "examples" / "corpus"
+    return entry.pretrain(
+        ["--preset", "tiny", *argv], default_preset="sft-7b", corpus=corpus, instructions=corpus / "instructions.jsonl"
+    )
+
+
 def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Signals) -> int:
     """`pretrain`, in which one rank's process gets these signals at the beginning of a step."""
     from megalite import trainer

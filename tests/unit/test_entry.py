@@ -28,7 +28,7 @@ def data(tmp_path: Path) -> Path:
     return prefix
 
 
-def refusal(tmp_path: Path, *argv: str, seconds: float = 3.0) -> str:
+def refusal(tmp_path: Path, *argv: str, seconds: float = 3.0, script: Path = SCRIPT) -> str:
     """Start the script as one plain process; the one line that it must end with, after `error: `."""
     # a torch that cannot be imported: whoever tries before the mistake is told fails the test
     (tmp_path / "fake" / "torch").mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def refusal(tmp_path: Path, *argv: str, seconds: float = 3.0) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
     began = time.monotonic()
     result = subprocess.run(
-        [sys.executable, SCRIPT, "--preset", "tiny", "train.device=cpu", f"train.run_dir={tmp_path / 'run'}", *argv],
+        [sys.executable, script, "--preset", "tiny", "train.device=cpu", f"train.run_dir={tmp_path / 'run'}", *argv],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -15,7 +15,7 @@ FLOORS = {
     6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
     5: ("trainer", "generate", "evaluate"),
     4: ("build",),  # the only place where the tables meet
-    3: ("pipeline", "model", "optim", "checkpoint", "tune"),
+    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf"),
     2: ("parallel", "data", "watch", "plan", "activations", "batches"),
     1: ("config", "log", "ops", "place"),
     0: ("megalite",),  # the version alone
@@ -28,8 +28,19 @@ NEVER = [
     ("megalite.pipeline", "megalite.model", ()),
     ("megalite", "megalite.trainer", ("megalite.entry",)),
     *(
-        (f"megalite.{name}", "torch", ()) for name in ("config", "place", "plan", "activations")
+        (f"megalite.{name}", "torch", ())
+        for name in (
+            "config",
+            "place",
+            "plan",
+            "activations",
+            "generate.text",
+            "generate.source",
+            "generate.chat",
+            "evaluate.rows",
+        )
     ),  # mistakes are told without torch
+    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder")),
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 

@@ -1,7 +1,7 @@
 """The ramp of the global batch: a pure function of consumed samples, so a resumed run takes the same steps."""
 
 from megalite.config import Config, ParallelConfig, TrainConfig, resolve
-from megalite.config.batch import batch_size, total_samples
+from megalite.config.batch import batch_size, steps_for, total_samples
 
 
 def config(steps: int = 12, dp: int = 1, **train: int) -> Config:
@@ -44,3 +44,11 @@ def test_a_resumed_run_takes_the_same_steps() -> None:
 def test_a_run_may_end_within_its_ramp() -> None:
     c = config(steps=3, ramp_start=4, ramp_samples=48)
     assert total_samples(c) == sum(sizes(c)) == 14
+
+
+def test_the_fewest_steps_for_so_many_samples() -> None:
+    for ramp in ({}, {"ramp_start": 4, "ramp_samples": 48}):
+        for samples in (1, 15, 16, 17, 47, 48, 49, 100.5, 1000):
+            steps = steps_for(config(**ramp), samples)
+            assert total_samples(config(steps=steps, **ramp)) >= samples
+            assert steps == 1 or total_samples(config(steps=steps - 1, **ramp)) < samples

@@ -2,12 +2,13 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from megalite.data.corpus import train_tokenizer
-from megalite.data.tokenizer import Tokenizer, load_tokenizer, stream_decode
+from megalite.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 
 TEXTS = ["In the beginning", "", "  two  spaces\n\n a new line\t", "床前明月光，疑是地上霜。\n", "naïve 😀 mix 山"]
 
@@ -79,9 +80,14 @@ def test_half_a_character_does_not_crash(either: Tokenizer):
         either.decode(ids[stop:])
 
 
+def streamed(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    decoder = StreamDecoder(tokenizer)
+    return [text for text in (*map(decoder.push, ids), decoder.finish()) if text]
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_stream_decode_joins_to_decode_and_never_shows_half_a_character(either: Tokenizer, text: str):
-    pieces = list(stream_decode(either, either.encode(text)))
+    pieces = streamed(either, either.encode(text))
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -90,13 +96,13 @@ def test_stream_decode_gives_each_character_when_its_bytes_are_there(tokenizer: 
     text = "绝代有佳人"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)
-    assert list(stream_decode(tokenizer, iter(ids))) == list(text)
+    assert streamed(tokenizer, ids) == list(text)
 
 
 def test_stream_decode_of_broken_bytes(tokenizer: Tokenizer):
     broken = tokenizer.encode("绝")[:2]
     for ids in (broken, [*broken, *tokenizer.encode("In the")], broken * 3):
-        assert "".join(stream_decode(tokenizer, ids)) == tokenizer.decode(ids)
+        assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
 
 
 def test_stream_decode_keeps_spaces_of_models_that_strip_the_first(tmp_path: Path):
@@ -110,7 +116,7 @@ def test_stream_decode_keeps_spaces_of_models_that_strip_the_first(tmp_path: Pat
     (tmp_path / "strip.model").write_bytes(model.getvalue())
     strip = load_tokenizer(tmp_path)
     ids = strip.encode("in the beginning was the word")
-    assert "".join(stream_decode(strip, ids)) == strip.decode(ids) == "in the beginning was the word"
+    assert "".join(streamed(strip, ids)) == strip.decode(ids) == "in the beginning was the word"
 
 
 def test_fingerprint_is_of_the_file(tokenizer: Tokenizer):

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalite.config import ModelConfig
-from megalite.generate import generate
 from megalite.model.decoder import Decoder
 from megalite.model.hf import global_names
 
@@ -171,21 +170,6 @@ def test_a_window_hides_what_lies_before_it(bounded: bool, tokens: Tensor, posit
 def test_a_window_as_long_as_the_sequence_hides_nothing(tokens: Tensor, positions: Tensor) -> None:
     model, wide = make(MODEL), make(dataclasses.replace(MODEL, sliding_window=S))
     assert torch.equal(model(tokens, positions), wide(tokens, positions))
-
-
-@pytest.mark.parametrize("options", [{"sliding_window": 4}, {"position": "learned", "max_positions": S}], ids=str)
-def test_generation_with_a_cache_is_generation_without(options: dict, tokens: Tensor, positions: Tensor) -> None:
-    model = make(dataclasses.replace(MODEL, **options)).eval()
-    prompt, expected = tokens[0, :2].tolist(), tokens[0, :2].tolist()
-    for n in range(2, S):
-        expected.append(int(model(torch.tensor([expected]), positions[:1, :n])[0, -1].argmax()))
-    assert prompt + list(generate(model, prompt, S - 2, temperature=0)) == expected
-
-
-def test_generation_stops_before_learned_positions_end() -> None:
-    model = make(dataclasses.replace(MODEL, position="learned", max_positions=8))
-    with pytest.raises(ValueError, match=r"5 prompt tokens and 4 new ones are more than the model's 8 positions"):
-        next(generate(model, [1, 2, 3, 4, 5], 4))
 
 
 def test_label_smoothing_is_of_training_alone(tokens: Tensor, positions: Tensor) -> None:

@@ -1,0 +1,13 @@
+"""Instruction tuning: `torchrun --nproc_per_node 8 examples/sft_7b.py data.sft=FILE [--preset NAME] [key=value]`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megalite.entry import leave, pretrain
+
+if __name__ == "__main__":
+    corpus = Path(__file__).resolve().parent / "corpus"
+    instructions = corpus / "instructions.jsonl"
+    leave(pretrain(sys.argv[1:], default_preset="sft-7b", corpus=corpus, instructions=instructions))

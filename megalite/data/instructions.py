@@ -1,0 +1,162 @@
+"""Conversations as training data: rendered, tokenised and weighted, once, into indexed files."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalite.data.chat import ChatTemplate, control_pattern, escape_controls
+from megalite.data.conversations import Conversation, RowError, normalise, read_rows
+from megalite.data.indexed import IndexedWriter, paths
+from megalite.data.masks import require_trained, token_weights, weighted_spans
+from megalite.data.tokenizer import Encoding, Tokenizer
+
+# Raised whenever the same rows would give other files, so that old caches are not taken for new ones.
+RECIPE = 1
+SHOWN_ROWS = 5
+
+
+class Options(NamedTuple):
+    """How rows become tokens; the keys of the same names in section data."""
+
+    train_on: str = "assistant"
+    control_tokens: str = "escape"
+    bad_rows: str = "stop"
+
+
+class Example(NamedTuple):
+    """One conversation made ready: `weights` [tokens] of each token as a label."""
+
+    where: str
+    conversation: Conversation
+    text: str
+    encoding: Encoding
+    weights: NDArray[np.float64]
+
+
+@dataclass
+class Report:
+    """What was met on the way."""
+
+    formats: Counter[str] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)
+    controls: int = 0
+    rows_with_controls: int = 0
+
+    def lines(self, control_tokens: str) -> Iterator[str]:
+        """One line for the user about each thing that is worth one."""
+        if self.bad:
+            shown = "; ".join(self.bad[:SHOWN_ROWS])
+            yield f"skipped {len(self.bad)} bad rows (data.bad_rows=skip): {shown}"
+        if self.controls:
+            what = "made ordinary text" if control_tokens == "escape" else "left as control tokens"
+            yield f"{self.rows_with_controls} rows hold {self.controls} control strings in their contents: {what}"
+
+
+def examples(
+    path: str | Path, tokenizer: Tokenizer, template: ChatTemplate, options: Options, report: Report
+) -> Iterator[Example]:
+    """Every good row of a file, ready; a bad one is a ValueError with its place, or with bad_rows=skip counted."""
+    controls = control_pattern(tokenizer) if options.control_tokens != "allow" else None
+    for row in read_rows(path):
+        try:
+            yield _example(row.where, row.value, tokenizer, template, options, report, controls)
+        except RowError as error:
+            if options.bad_rows == "stop":
+                raise ValueError(f"{row.where}: {error} (data.bad_rows=skip leaves such rows out)") from None
+            report.bad.append(f"{row.where}: {error}")
+
+
+def _example(
+    where: str,
+    value: Any,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    options: Options,
+    report: Report,
+    controls: Any,
+) -> Example:
+    conversation = normalise(value)
+    (messages, tools), found = escape_controls((conversation.messages, conversation.tools), controls)
+    if options.control_tokens == "escape":
+        conversation = Conversation(conversation.format, messages, conversation.weights, tools)
+    rendered = template.render(conversation)
+    encoding = tokenizer.encode_chat(rendered.text)
+    spans = weighted_spans(conversation, rendered, options.train_on)
+    weights = token_weights(rendered.text, encoding, spans)
+    require_trained(weights)
+    report.formats[conversation.format] += 1
+    report.controls += found
+    report.rows_with_controls += found > 0
+    return Example(where, conversation, rendered.text, encoding, weights)
+
+
+def weights_prefix(prefix: str | Path) -> Path:
+    """Where the weights of the tokens of `prefix` are: as many numbers, each a place in the list of the sidecar."""
+    return Path(f"{prefix}_weights")
+
+
+def write_indexed(
+    path: str | Path, prefix: Path, tokenizer: Tokenizer, template: ChatTemplate, options: Options
+) -> Report:
+    """Tokens and weights of every conversation of a file, as `prefix` and `prefix_weights`; all of it or nothing."""
+    report, table = Report(), {0.0: 0}
+    with ExitStack() as stack:
+        # the tokens are closed last: where their index is, all is
+        tokens = stack.enter_context(IndexedWriter(prefix, tokenizer.vocab_size))
+        weights = stack.enter_context(IndexedWriter(weights_prefix(prefix), dtype="uint8"))
+        trained = 0
+        for example in examples(path, tokenizer, template, options, report):
+            for weight in np.unique(example.weights).tolist():
+                if len(table) == 256 and weight not in table:
+                    raise ValueError(f"{example.where}: more than 255 different weights in {path}; round them")
+                table.setdefault(weight, len(table))
+            tokens.add_document(example.encoding.ids)
+            weights.add_document(np.array([table[w] for w in example.weights.tolist()], dtype=np.uint8))
+            trained += int(np.count_nonzero(example.weights))
+        if not report.formats:
+            first = f", the first: {report.bad[0]}" if report.bad else ""
+            raise ValueError(f"{path}: no conversation in it{first}")
+        tokens.sidecar = {
+            "documents": sum(report.formats.values()),
+            "tokens": tokens.num_tokens,
+            "trained_tokens": trained,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "weights": list(table),
+            "template_name": template.name,
+            "template": template.source,
+            **options._asdict(),
+            "formats": dict(report.formats),
+            "notes": list(report.lines(options.control_tokens)),
+            "sources": [Path(path).name],
+        }
+    return report
+
+
+def prepare(path: str, cache_dir: str | Path, tokenizer: Tokenizer, template: ChatTemplate, options: Options) -> Path:
+    """The prefix of the indexed files of a file of conversations, kept in `cache_dir`; the second call finds them.
+
+    Safe to call from several processes at once: one makes them, the others wait.
+    """
+    digest = hashlib.sha256(repr((RECIPE, tokenizer.fingerprint, template.source, template.tokens, options)).encode())
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    folder = Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = folder / f"sft-{digest.hexdigest()[:16]}"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not paths(prefix)[1].is_file():
+            write_indexed(path, prefix, tokenizer, template, options)
+    return prefix

@@ -1,0 +1,57 @@
+"""How much each token of a rendered conversation counts in the loss, from the characters it stands for."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalite.data.chat import Rendered
+from megalite.data.conversations import Conversation, RowError
+from megalite.data.tokenizer import Encoding
+
+Weighted = tuple[int, int, float]
+
+
+def weighted_spans(conversation: Conversation, rendered: Rendered, train_on: str) -> list[Weighted]:
+    """Spans of characters and what each of their tokens counts.
+
+    train_on: `assistant`, all its messages, each by its own weight where the row gives one; `last`, of these the last
+    message alone; `all`, the whole text evenly.
+    """
+    if train_on == "all":
+        return [(0, len(rendered.text), 1.0)]
+    spans = rendered.spans if train_on == "assistant" else rendered.spans[-1:]
+    return [(span.start, span.stop, _or_one(conversation.weights[span.message])) for span in spans]
+
+
+def _or_one(weight: float | None) -> float:
+    return 1.0 if weight is None else weight
+
+
+def token_weights(text: str, encoding: Encoding, spans: Sequence[Weighted]) -> NDArray[np.float64]:
+    """The weight of each token, [tokens]: that of the span in which all its characters lie, else 0.
+
+    Whitespace at the beginning of a token does not count: tokenizers put the space before a word into the word's
+    token, and the space may stand before the span.
+    """
+    weights = np.zeros(len(encoding.ids))
+    current = 0
+    for i, (start, stop) in enumerate(encoding.spans):
+        while current < len(spans) and spans[current][1] < stop:
+            current += 1
+        if current == len(spans):
+            break
+        first, last, weight = spans[current]
+        inner = start
+        while inner < stop and text[inner].isspace():
+            inner += 1
+        begins = inner if inner < stop else start
+        if first <= begins < stop <= last:
+            weights[i] = weight
+    return weights
+
+
+def require_trained(weights: NDArray[np.float64]) -> None:
+    """RowError where no token but the first, which nothing predicts, counts."""
+    if not weights[1:].any():
+        raise RowError("no token of it is trained: its answers are empty or have weight 0")

@@ -1,0 +1,149 @@
+"""Conversations as rows of tokens: which share a row is known from their lengths alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megalite.data.dataset import Batch, Layout
+from megalite.data.indexed import IndexedDataset
+from megalite.data.instructions import weights_prefix
+from megalite.data.order import EpochOrder
+
+
+class Piece(NamedTuple):
+    """`length` positions of a row, which predict tokens [start + 1, start + length] of the stream."""
+
+    start: int
+    length: int
+
+
+def pack(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
+    """Rows of indices into `lengths`, none of which adds up to more than `capacity`; every index is in one row.
+
+    Best fit decreasing (Johnson 1973): the longest first, each goes into the fullest row that still has room for it,
+    equal ones in order. Every length must be in 1..capacity.
+    """
+    rows: list[list[int]] = []
+    # rows by the room they have left; bit r of `rooms` says that there are some with room r
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[index])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = by_room[room].pop()
+            if not by_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        by_room[room - length].append(row)
+        rooms |= 1 << (room - length)
+    return rows
+
+
+def pieces(starts: Sequence[int], lengths: Sequence[int], seq_len: int, overlong: str) -> tuple[list[Piece], int]:
+    """The positions each conversation takes, and how many conversations are longer than a row.
+
+    A conversation of n tokens predicts n - 1 of them, so one of seq_len + 1 tokens fills a row. overlong:
+    `truncate_right` keeps the beginning of a longer one, `truncate_left` its end, `drop` nothing.
+    """
+    found, longer = [], 0
+    for start, tokens in zip(starts, lengths):
+        over = tokens - 1 - seq_len
+        longer += over > 0
+        if over <= 0:
+            found.append(Piece(start, tokens - 1))
+        elif overlong != "drop":
+            found.append(Piece(start + (over if overlong == "truncate_left" else 0), seq_len))
+    return found, longer
+
+
+class Conversations:
+    """Tokens and weights of conversations, by number: an indexed file of each."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.tokens, self.weights = IndexedDataset(prefix), IndexedDataset(weights_prefix(prefix))
+        self.sidecar = self.tokens.sidecar
+        if "weights" not in self.sidecar or not np.array_equal(self.tokens.lengths, self.weights.lengths):
+            raise ValueError(
+                f"{prefix}: is not instruction data with its weights; make it with tools/data.py sft, or set data.path"
+            )
+        self.table = np.array(self.sidecar["weights"], dtype=np.float32)
+        self.starts: NDArray[np.int64] = np.asarray(self.tokens.offsets, dtype=np.int64) // self.tokens.dtype.itemsize
+        self.lengths: NDArray[np.int64] = np.asarray(self.tokens.lengths, dtype=np.int64)
+
+
+class SftDataset:
+    """Rows of conversations, several in a row or with packing=False one; none sees or predicts another.
+
+    With `seed` the rows are shuffled anew each epoch, without end, and `len` is one epoch; without, they come in order
+    and rows past the end are wholly masked. Padding is a document of its own with mask 0.
+
+    Raises ValueError where no conversation is left.
+    """
+
+    def __init__(
+        self,
+        data: Conversations,
+        chosen: NDArray[np.int64],
+        seq_len: int,
+        *,
+        seed: int | None = None,
+        packing: bool = True,
+        overlong: str = "truncate_right",
+    ) -> None:
+        self.data, self.seq_len, self.packing = data, seq_len, packing
+        starts, lengths = data.starts[chosen].tolist(), data.lengths[chosen].tolist()
+        self.pieces, self.longer = pieces(starts, lengths, seq_len, overlong)
+        if not self.pieces:
+            raise ValueError(
+                f"{data.tokens.prefix}: each of its {len(chosen)} conversations is longer than train.seq_len="
+                f"{seq_len}; raise it, or set data.overlong=truncate_right"
+            )
+        each = np.array([piece.length for piece in self.pieces], dtype=np.int64)
+        self.rows = pack(each, seq_len) if packing else [[i] for i in range(len(each))]
+        self.filled = float(each.sum() / (len(self.rows) * seq_len))
+        self.order = EpochOrder(len(self.rows), seed) if seed is not None else None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> list[int]:
+        """The pieces in the row that sample `index` shows."""
+        if self.order is not None:
+            return self.rows[self.order[index][1]]
+        return self.rows[index] if index < len(self.rows) else []
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The samples of `indices`, stacked [b, s]; loss_mask [b, s] is the weight of each label."""
+        shape = (len(indices), self.seq_len)
+        tokens, labels = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        loss_mask = np.zeros(shape, dtype=np.float32)
+        for b, index in enumerate(indices):
+            at = 0
+            for start, length in (self.pieces[i] for i in self.row(index)):
+                stream = self.data.tokens.tokens(start, start + length + 1)
+                here = slice(at, at + length)
+                tokens[b, here], labels[b, here] = stream[:-1], stream[1:]
+                loss_mask[b, here] = self.data.table[self.data.weights.tokens(start + 1, start + length + 1)]
+                at += length
+        return Batch(tokens, labels, loss_mask, *self.layout(indices))
+
+    def layout(self, indices: Sequence[int]) -> Layout:
+        """Positions and bounds of `indices` without reading a token."""
+        query = np.arange(self.seq_len)
+        if not self.packing:  # padding comes after the conversation, which therefore cannot see it
+            return Layout(np.tile(query, (len(indices), 1)), None)
+        first = np.zeros((len(indices), self.seq_len), dtype=np.int64)
+        for b, index in enumerate(indices):
+            ends = np.cumsum([self.pieces[i].length for i in self.row(index)], dtype=np.int64)
+            starts = ends[ends < self.seq_len]
+            first[b, starts] = starts
+        first = np.maximum.accumulate(first, axis=1)
+        return Layout(query - first, np.stack([first, np.broadcast_to(query + 1, first.shape)], axis=-1))

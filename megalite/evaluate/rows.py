@@ -1,0 +1,194 @@
+"""Rows of questions, the shots shown before them, and the score of an answer. No torch: mistakes are told first."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from megalite.data.tokenizer import Tokenizer
+from megalite.generate.source import Source
+
+R = TypeVar("R", "Question", "Cloze")
+HAN = "\u3400-\u4dbf\u4e00-\u9fff"
+
+
+@dataclass(frozen=True)
+class Question:
+    """`answers`: any of them is right."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+    @property
+    def right(self) -> str:
+        return self.answers[0]
+
+
+@dataclass(frozen=True)
+class Cloze:
+    """`label`: number of the right one of `choices`."""
+
+    prompt: str
+    choices: tuple[str, ...]
+    label: int
+
+    @property
+    def right(self) -> str:
+        return self.choices[self.label]
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Rows {"prompt": text, "answer": text or list of texts} of a JSONL file; ValueError names file and line."""
+    found = []
+    for where, row in _json_rows(Path(path)):
+        answer = row.get("answer")
+        answers: list[Any] = answer if isinstance(answer, list) else [answer]
+        if not isinstance(row.get("prompt"), str) or not answers or not all(isinstance(a, str) for a in answers):
+            raise ValueError(f'{where}: expected {{"prompt": text, "answer": text or list of texts}}')
+        found.append(Question(row["prompt"], tuple(answers)))
+    return found
+
+
+def read_clozes(path: str | Path) -> list[Cloze]:
+    """Rows {"prompt": text, "choices": [text, ...], "label": number from 0} of a JSONL file; ValueError as above."""
+    found = []
+    for where, row in _json_rows(Path(path)):
+        choices, label = row.get("choices"), row.get("label")
+        fine = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+        if not isinstance(row.get("prompt"), str) or not fine:
+            raise ValueError(f'{where}: expected {{"prompt": text, "choices": [text, text, ...], "label": number}}')
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(row["choices"]):
+            raise ValueError(f"{where}: label {label!r} is not in 0..{len(row['choices']) - 1}, the number of a choice")
+        found.append(Cloze(row["prompt"], tuple(row["choices"]), label))
+    return found
+
+
+def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: holds a {type(row).__name__}, expected a JSON object")
+            found.append((f"{path}:{number}", row))
+    if not found:
+        raise ValueError(f"{path}: holds no row")
+    return found
+
+
+def choose_shots(rows: Sequence[R], pool: Sequence[R] | None, count: int, seed: int) -> tuple[list[R], list[R]]:
+    """(`count` rows to show before each question, rows to test), with no prompt in both.
+
+    Shots come from `pool`, less what is tested; None: from `rows`, which are then tested without them. The same seed
+    takes the same ones. ValueError where there are too few.
+    """
+    if count < 0:
+        raise ValueError(f"shots={count} must not be negative")
+    tested = {row.prompt for row in rows} if pool is not None else set()
+    candidates = list(
+        {row.prompt: row for row in (rows if pool is None else pool) if row.prompt not in tested}.values()
+    )
+    if count > len(candidates) - (pool is None):
+        raise ValueError(f"shots={count}, but only {len(candidates)} rows can be shown and not tested; use fewer shots")
+    shots = random.Random(seed).sample(candidates, count)
+    shown = {row.prompt for row in shots}
+    return shots, [row for row in rows if row.prompt not in shown]
+
+
+def with_shots(shots: Sequence[Question | Cloze], prompt: str, delimiter: str = " ") -> str:
+    """The shots with their right answers, then the prompt, a blank line between each."""
+    return "\n\n".join([*(join(shot.prompt, shot.right, delimiter) for shot in shots), prompt])
+
+
+def join(prompt: str, answer: str, delimiter: str = " ") -> str:
+    """Prompt and answer with the delimiter between, if no space stands there already."""
+    spaced = not prompt or prompt[-1].isspace() or answer[:1].isspace()
+    return prompt + ("" if spaced else delimiter) + answer
+
+
+def split(tokenizer: Tokenizer, prompt: str, answer: str, delimiter: str = " ") -> tuple[list[int], list[int]]:
+    """(tokens of the prompt, tokens of the answer behind it), cut out of their joint tokens.
+
+    Space at the end of a prompt belongs to the answer, as most tokenizers have it (and lm-evaluation-harness).
+    """
+    whole, context = tokenizer.encode(join(prompt, answer, delimiter)), tokenizer.encode(prompt.rstrip())
+    return whole[: len(context)], whole[len(context) :]
+
+
+def cloze_sequences(
+    source: Source, rows: Sequence[Cloze], shots: Sequence[Cloze], delimiter: str = " "
+) -> list[list[tuple[list[int], list[int]]]]:
+    """(context, continuation) of every choice of every row; ValueError for one that cannot be scored."""
+    found: list[list[tuple[list[int], list[int]]]] = []
+    for number, row in enumerate(rows):
+        prompt = with_shots(shots, row.prompt, delimiter)
+        found.append([])
+        for choice in row.choices:
+            context, continuation = split(source.tokenizer, prompt, choice, delimiter)
+            context = [*source.start, *context]
+            length = len(context) + len(continuation)
+            if not context or not continuation:
+                raise ValueError(f"row {number + 1}: prompt and choice {choice!r} need a token each; write more")
+            if source.limit is not None and length > source.limit:
+                raise ValueError(
+                    f"row {number + 1}: {length} tokens with choice {choice!r}, but the model has {source.limit} "
+                    f"positions; use fewer shots or a shorter prompt"
+                )
+            found[-1].append((context, continuation))
+    return found
+
+
+class Scores(NamedTuple):
+    """Log-likelihood of each choice in nats, and its length in tokens and in characters."""
+
+    sums: list[float]
+    tokens: list[int]
+    characters: list[int]
+
+    def best(self, lengths: Sequence[int] | None = None) -> int:
+        """The likeliest choice, by its sum or by its sum over `lengths`; of equals the first."""
+        values = self.sums if lengths is None else [s / n for s, n in zip(self.sums, lengths, strict=True)]
+        return values.index(max(values))
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation, articles and more than single spaces (Rajpurkar et al. 2016, "SQuAD",
+    section 6); punctuation of all scripts."""
+    kept = (c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", "".join(kept)).split())
+
+
+def exact_match(said: str, answers: Sequence[str]) -> float:
+    """1 if `said` is one of the answers after `normalise`, else 0."""
+    return float(any(normalise(said) == normalise(answer) for answer in answers))
+
+
+def token_f1(said: str, answers: Sequence[str]) -> float:
+    """The best F1 of words shared with an answer, SQuAD's; a Chinese character is a word."""
+    return max(_f1(_words(said), _words(answer)) for answer in answers)
+
+
+def _words(text: str) -> list[str]:
+    return re.sub(f"([{HAN}])", r" \1 ", normalise(text)).split()
+
+
+def _f1(said: Sequence[str], right: Sequence[str]) -> float:
+    if not said or not right:
+        return float(said == right)
+    shared = (Counter(said) & Counter(right)).total()
+    return 2 * shared / (len(said) + len(right))

@@ -1,0 +1,1 @@
+"""Text from a model at any tensor and pipeline parallel layout."""

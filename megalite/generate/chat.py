@@ -1,0 +1,43 @@
+"""Conversations as prompts: the chat template's text, and the token that ends the assistant's turn. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megalite.data.chat import ChatTemplate, find_template
+from megalite.data.conversations import Message
+from megalite.data.tokenizer import Tokenizer
+
+
+class Chat:
+    """A conversation with one model. `template`: as data.template, None: the tokenizer's own.
+
+    `stops`: the control token that the template writes behind what the assistant says. ValueError where there is no
+    template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None, system: str | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(*find_template(template, tokenizer), tokenizer)
+        self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self.stops = self._turn_end()
+
+    def ask(self, content: str) -> list[int]:
+        """Say `content` as the user; gives the tokens after which the assistant speaks."""
+        self.messages.append({"role": "user", "content": content})
+        return self.prompt(self.messages)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        return self.tokenizer.encode_chat(self.template.prompt(messages)).ids
+
+    def answered(self, content: str) -> None:
+        """Keep what the assistant has said."""
+        self.messages.append({"role": "assistant", "content": content})
+
+    def _turn_end(self) -> frozenset[int]:
+        said = "Assistant said this"
+        roles = ("user", "assistant", "user")
+        text = self.template.prompt([{"role": r, "content": said if r == "assistant" else "Go on"} for r in roles])
+        after = self.tokenizer.encode_chat(text[text.rindex(said) + len(said) :]).ids
+        controls = set(self.tokenizer.controls.values())
+        return frozenset(next(([token] for token in after if token in controls), []))

@@ -1,0 +1,97 @@
+"""Instruction data made ready or looked at.
+
+python tools/data.py inspect-sft chats.jsonl --tokenizer tokenizer.json
+python tools/data.py sft chats.jsonl --tokenizer tokenizer.json --output-prefix data/chats
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megalite.data.chat import ChatTemplate, find_template, template_names
+from megalite.data.indexed import paths
+from megalite.data.instructions import Example, Options, Report, examples, write_indexed
+from megalite.data.survey import efficiency, histogram, marked, survey, warnings
+from megalite.data.tokenizer import load_tokenizer
+
+TRAINED, PLAIN = "\033[32m", "\033[0m"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    make = commands.add_parser("sft", help="render, tokenise and mask a file once, for data.sft=PREFIX")
+    look = commands.add_parser("inspect-sft", help="show what is trained, lengths, packing, and what looks wrong")
+    for command in (make, look):
+        add = command.add_argument
+        add("file", help=".jsonl, .json or .parquet with messages, ShareGPT, Alpaca or prompt/completion rows")
+        add("--tokenizer", required=True, metavar="PATH", help="sentencepiece .model, tokenizer.json, or their folder")
+        add("--template", metavar="NAME", help=f"{', '.join(template_names())} or a .jinja file; default: tokenizer's")
+        add("--train-on", choices=["assistant", "last", "all"], default="assistant", help="as data.train_on")
+        add("--control-tokens", choices=["escape", "warn", "allow"], default="escape", help="as data.control_tokens")
+    make.add_argument("--bad-rows", choices=["stop", "skip"], default="stop", help="as data.bad_rows")
+    make.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX and PREFIX_weights")
+    make.add_argument("--overwrite", action="store_true", help="replace existing output")
+    look.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print in full (default: 3)")
+    look.add_argument("--seq-len", type=int, default=4096, metavar="N", help="as train.seq_len (default: 4096)")
+    return parser.parse_args()
+
+
+def make(args: argparse.Namespace) -> None:
+    prefix = Path(args.output_prefix)
+    existing = [path for path in paths(prefix) if path.exists()]
+    if existing and not args.overwrite:
+        raise ValueError(f"{existing[0]} exists; pass --overwrite to replace it or choose another --output-prefix")
+    tokenizer = load_tokenizer(args.tokenizer)
+    template = ChatTemplate(*find_template(args.template, tokenizer), tokenizer)
+    options = Options(args.train_on, args.control_tokens, args.bad_rows)
+    report = write_indexed(args.file, prefix, tokenizer, template, options)
+    for line in report.lines(args.control_tokens):
+        print(line, file=sys.stderr)
+    side = json.loads(paths(prefix)[2].read_text("utf-8"))
+    print(f"{prefix}: {side['documents']} conversations, {side['tokens']} tokens, {side['trained_tokens']} trained")
+    print(f"train on it with data.sft={prefix}")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    if args.seq_len < 1:
+        raise ValueError(f"--seq-len {args.seq_len} must be at least 1")
+    tokenizer = load_tokenizer(args.tokenizer)
+    template = ChatTemplate(*find_template(args.template, tokenizer), tokenizer)
+    options, report = Options(args.train_on, args.control_tokens, bad_rows="skip"), Report()
+    colours = (TRAINED, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
+    found: list[Example] = []
+    for example in examples(args.file, tokenizer, template, options, report):
+        if len(found) < args.rows:
+            print(
+                f"--- {example.where}, {len(example.encoding.ids)} tokens, what is trained: {colours[0]}so{colours[1]}"
+            )
+            print(marked(example, *colours).rstrip("\n"))
+        found.append(example)
+    if not found:
+        raise ValueError(f"{args.file}: no conversation in it" + "".join(f"; {line}" for line in report.bad[:1]))
+    counts = survey(found, tokenizer, template, args.seq_len)
+    told = ", ".join(f"{count} {name}" for name, count in report.formats.items())
+    rows, filled = efficiency(counts.lengths, args.seq_len)
+    total = sum(counts.lengths)
+    print(f"\n{told} rows by template {template.name}: {total} tokens, {counts.trained / total:.1%} trained")
+    print(
+        f"packed into {rows} rows of {args.seq_len}: {filled:.1%} full; {total / len(found):.0f} tokens a conversation"
+    )
+    print("rows by tokens:", *histogram(counts.lengths), sep="\n")
+    for line in warnings(counts, report, tokenizer, args.seq_len, args.control_tokens):
+        print(f"warning: {line}")
+
+
+if __name__ == "__main__":
+    try:
+        arguments = parse()
+        make(arguments) if arguments.command == "sft" else inspect(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,197 @@
+"""Measures a model: a run folder, a checkpoint or a Hugging Face folder, on one process or on tp x pp of them.
+
+python tools/evaluate.py loss MODEL held-out.txt                  # nats a token, perplexity, bits a byte
+python tools/evaluate.py choices MODEL rows.jsonl --shots 5       # {"prompt", "choices": [...], "label": 0}
+torchrun --nproc_per_node 4 tools/evaluate.py answers MODEL rows.jsonl --tp 2 --pp 2      # {"prompt", "answer"}
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megalite import entry
+from megalite.config import check
+from megalite.data.dataset import check_vocabulary, heldout_windows
+from megalite.data.native import open_indexed
+from megalite.data.preprocess import preprocess
+from megalite.evaluate.rows import (
+    choose_shots,
+    cloze_sequences,
+    exact_match,
+    read_clozes,
+    read_questions,
+    token_f1,
+    with_shots,
+)
+from megalite.generate.chat import Chat
+from megalite.generate.source import Source, open_source
+from megalite.generate.text import Reply, Settings
+
+if TYPE_CHECKING:
+    from megalite.build import Stage
+    from megalite.parallel.groups import World
+
+SEQ_LEN = 2048
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("model", help="run folder, one of its checkpoints/step-NNNNNNNN, or a Hugging Face folder")
+    common.add_argument("data", help="what to measure it on")
+    common.add_argument("--tp", type=int, help="tensor-parallel ranks (default: as many as there are, if they fit)")
+    common.add_argument("--pp", type=int, help="pipeline stages")
+    common.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    common.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="(default: the model's)")
+    common.add_argument("--json", metavar="FILE", help="write the figures, and what was said of each row, to FILE")
+    rows = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    rows.add_argument("--shots", type=int, default=0, metavar="K", help="solved rows shown before each (default: 0)")
+    rows.add_argument("--shots-from", metavar="FILE", help="rows to show (default: some of those to test, left out)")
+    rows.add_argument("--seed", type=int, default=0, help="which rows are shown")
+    rows.add_argument("--delimiter", default=" ", metavar="TEXT", help="between prompt and answer (default: a space)")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="loss|answers|choices")
+    loss = verbs.add_parser("loss", parents=[common], help="held-out loss of indexed data, *.jsonl or *.txt")
+    loss.add_argument("--seq-len", type=int, metavar="N", help=f"window (default: the model's, at most {SEQ_LEN})")
+    loss.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows of one forward (default: 1)")
+    answers = verbs.add_parser("answers", parents=[common, rows], help="exact match and F1 of greedy answers")
+    answers.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
+    answers.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer (default: a new line)")
+    answers.add_argument("--chat", action="store_true", help="ask by the chat template")
+    answers.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers at a time (default: 8)")
+    verbs.add_parser("choices", parents=[common, rows], help="accuracy of the likeliest choice")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = parse()
+    results: dict[str, Any] = {"verb": options.verb, "model": options.model, "data": options.data}
+    try:
+        layout = {"tp": options.tp, "pp": options.pp, "world_size": entry.WORLD_SIZE}
+        source = open_source(options.model, **layout, device=options.device, dtype=options.dtype)
+        if getattr(options, "batch_size", 1) < 1:
+            raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
+        if options.json and entry.RANK == 0:
+            Path(options.json).touch()  # rather now than after hours
+        with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
+            prepared = {"loss": loss, "answers": answers, "choices": choices}[options.verb](options, source, scratch)
+            status = entry.in_world(prepared[0].config, lambda world: results.update(measure(world, *prepared)))
+    except (ValueError, OSError) as error:
+        return entry.fail(error)
+    if status == 0 and entry.RANK == 0:
+        if options.json:
+            Path(options.json).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        for name, value in results.items():
+            if name != "rows":
+                print(f"{name:<22} {value:.4f}" if isinstance(value, float) else f"{name:<22} {value}")
+    return status
+
+
+def measure(world: "World", source: Source, run: Any) -> dict[str, Any]:
+    from megalite.generate.decode import load_stage
+
+    figures: dict[str, Any] = run(load_stage(source, world))
+    return figures
+
+
+def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Source, Any]:
+    """Windows of the data; a text file is tokenized first, its documents joined as preprocessing --append-eod does."""
+    text = options.data.removesuffix(".gz").endswith((".jsonl", ".json", ".txt"))
+    prefix = options.data
+    if text:
+        eod = source.tokenizer.eos_id is not None
+        report = preprocess(
+            [options.data], f"{scratch}/rank-{entry.RANK}", source.tokenizer, append_eod=eod, log_interval=0
+        )
+        prefix = str(report.written[0].prefix)
+    indexed = open_indexed(prefix)
+    check_vocabulary(indexed, source.config.model.vocab_size)
+    seq_len = options.seq_len or min(source.config.train.seq_len, SEQ_LEN)
+    if source.limit is not None and seq_len > source.limit:
+        raise ValueError(f"--seq-len {seq_len} is more than the {source.limit} positions of the model; use fewer")
+    train = dataclasses.replace(source.config.train, seq_len=seq_len, micro_batch_size=options.batch_size)
+    config = dataclasses.replace(source.config, train=dataclasses.replace(train, global_batch_size=options.batch_size))
+    check(config, entry.WORLD_SIZE)
+    windows = heldout_windows(indexed, seq_len)
+    text_bytes = indexed.sidecar.get("text_bytes")
+
+    def run(stage: "Stage") -> dict[str, Any]:
+        from megalite.evaluate.measure import held_out
+
+        nats, tokens = held_out(stage, windows)
+        found = {"seq_len": seq_len, "tokens": tokens, "loss": nats / tokens, "perplexity": math.exp(nats / tokens)}
+        # the first token of all is never predicted
+        return found | ({"bits_per_byte": nats / math.log(2) / text_bytes} if text_bytes else {})
+
+    return dataclasses.replace(source, config=config), run
+
+
+def answers(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Source, Any]:
+    """Greedy answers, and how they match the right ones."""
+    pool = None if options.shots_from is None else read_questions(options.shots_from)
+    shots, rows = choose_shots(read_questions(options.data), pool, options.shots, options.seed)
+    settings = Settings(options.max_new_tokens, stop=tuple(["\n"] if options.stop is None else options.stop))
+    replies = []
+    for number, row in enumerate(rows, start=1):
+        prompt = with_shots(shots, row.prompt, options.delimiter)
+        try:
+            if options.chat:
+                chat = Chat(source.tokenizer, None)
+                reply = Reply(source.tokenizer, chat.ask(prompt), settings, source.stops | chat.stops, source.limit)
+            else:
+                ids = [*source.start, *source.tokenizer.encode(prompt)]
+                reply = Reply(source.tokenizer, ids, settings, source.stops, source.limit)
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+        replies.append(reply)
+
+    def run(stage: "Stage") -> dict[str, Any]:
+        from megalite.evaluate.measure import answer
+
+        answer(stage, replies, settings, options.batch_size)
+        said: list[dict[str, Any]] = [
+            {"prompt": row.prompt, "answers": row.answers, "said": reply.text.strip(), "ended": reply.ended}
+            | {"exact_match": exact_match(reply.text, row.answers), "f1": token_f1(reply.text, row.answers)}
+            for row, reply in zip(rows, replies, strict=True)
+        ]
+        means = {name: sum(each[name] for each in said) / len(said) for name in ("exact_match", "f1")}
+        return {"shots": len(shots), "tested": len(rows), **means, "rows": said}
+
+    return source, run
+
+
+def choices(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Source, Any]:
+    """The likeliest choice of each row: by sum, by sum over tokens, by sum over characters."""
+    pool = None if options.shots_from is None else read_clozes(options.shots_from)
+    shots, rows = choose_shots(read_clozes(options.data), pool, options.shots, options.seed)
+    sequences = cloze_sequences(source, rows, shots, options.delimiter)
+
+    def run(stage: "Stage") -> dict[str, Any]:
+        from megalite.evaluate.measure import score
+
+        scores = score(stage, rows, sequences)
+        said: list[dict[str, Any]] = [
+            {"prompt": row.prompt, "choices": row.choices, "label": row.label, "log_likelihoods": each.sums}
+            | {"best": each.best(), "best_per_token": each.best(each.tokens)}
+            | {"best_per_character": each.best(each.characters)}
+            for row, each in zip(rows, scores, strict=True)
+        ]
+        accuracy = {
+            "accuracy" + kind: sum(each["best" + kind] == each["label"] for each in said) / len(said)
+            for kind in ("", "_per_token", "_per_character")
+        }
+        return {"shots": len(shots), "tested": len(rows), **accuracy, "rows": said}
+
+    return source, run
+
+
+if __name__ == "__main__":
+    entry.leave(main())
