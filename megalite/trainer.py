@@ -25,6 +25,8 @@ from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
 from megalite.data.sets import DataSets
+from megalite.hf.folder import HFFolder, carry, open_folder
+from megalite.hf.load import read_local
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import first_scale, next_scale
 from megalite.optim.lr import learning_rate
@@ -109,7 +111,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     run_dir, first = Path(config.train.run_dir), world.rank == 0
     same = "configurations, or chose different topologies by their memory; set parallel.tp and parallel.pp"
     _require_same(world, zlib.crc32(to_yaml(config).encode()), same)
-    engine = build(config, world)
+    engine = build(config, world, _nothing if config.model.from_hf else None)
     state = State(data=data.fingerprint, loss_scale=first_scale(config))
     progress = Progress(first, config.train.steps, config.log.interval)
     source = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
@@ -124,10 +126,14 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         if whole and state.data != data.fingerprint:
             progress.say(f"note: the data was {state.data} and is now {data.fingerprint}; the order of samples changes")
             state.data = data.fingerprint
+    elif config.model.from_hf is not None:
+        load_hf(engine, open_folder(config.model.from_hf))
+        progress.say(f"loaded {config.model.from_hf}")
     if first:
         run_dir.mkdir(parents=True, exist_ok=True)
         for damaged in folders.after(source) if resume is not None and source is not None else []:
             progress.say(f"set aside {folders.set_aside(damaged)}")
+        _keep_hf(config, source, run_dir)
         keep = run_dir / "config.yaml"
         if keep.exists() and keep.read_text() != to_yaml(config):
             keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")
@@ -138,6 +144,9 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         if config.data.tokenizer is not None:
             tokenizer = Path(config.data.tokenizer)
             shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
+            names = tokenizer.with_name("tokenizer_config.json")
+            if tokenizer.suffix == ".json" and names.is_file():
+                shutil.copyfile(names, run_dir / names.name)
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     per_token = training_flops(config.model, config.train.seq_len)
@@ -300,6 +309,25 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans, verify)
     engine.optimizer.set_step(manifest["step"] - manifest["skipped_steps"])
     return State(**{f.name: manifest[f.name] for f in dataclasses.fields(State)})
+
+
+def load_hf(engine: Engine, folder: HFFolder) -> None:
+    """Fill the engine's weights from a Hugging Face folder; of each tensor a rank reads what it holds."""
+    for name, parameter in engine.parameters.items():
+        parameter.data.copy_(read_local(folder, name, engine.shards[name]))
+    engine.optimizer.adopt()
+
+
+def _nothing(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A whole parameter that takes no memory and no time to draw, where weights are read after."""
+    return torch.zeros(()).expand(shape)
+
+
+def _keep_hf(config: Config, source: Path | None, run_dir: Path) -> None:
+    """Keep what came with the model beside its weights, for the day when it is exported."""
+    beside = Path(config.model.from_hf) if config.model.from_hf else source.parent.parent / "hf" if source else None
+    if beside is not None and beside.is_dir() and beside.resolve() != (run_dir / "hf").resolve():
+        carry(beside, run_dir / "hf")
 
 
 def _sum(engine: Engine, *values: float) -> Sequence[float]:

@@ -1,8 +1,8 @@
 """What can be done with a checkpoint.
 
 PATH is a run folder, meaning its newest checkpoint, or one of its checkpoints/step-NNNNNNNN. A checkpoint of any
-topology will do: each holds whole tensors, in blocks. Exit status: 0; 1 where something is damaged or different; 2 for
-a mistake in the command.
+topology will do: each holds whole tensors, in blocks. Exit status: 0; 1 where something is damaged or different; 2 where
+a command cannot be carried out.
 """
 
 import argparse
@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   python tools/checkpoint.py info runs/tiny --tensors 'layers.0.*'
   python tools/checkpoint.py verify runs/tiny
   python tools/checkpoint.py diff runs/a runs/b --kinds weight
+  python tools/checkpoint.py convert --from hf SmolLM2-135M --to megalite runs/smol
   python tools/checkpoint.py consolidate runs/tiny released --weights-only
   python tools/checkpoint.py prune runs/tiny --keep 2 --keep-every 1000 --dry-run
 """
@@ -45,14 +46,11 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (add_info, add_verify, add_diff, add_consolidate, add_prune):
+    for add in (add_info, add_verify, add_diff, add_convert, add_consolidate, add_prune):
         add(verbs)
     options = parser.parse_args()
     try:
         status: int = options.run(options)
-    except Damaged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -212,6 +210,57 @@ def prune(options: argparse.Namespace) -> int:
         print(f"{'would remove' if options.dry_run else 'removed'} {folder}: {size(taken)}", flush=True)
     verb = "would go" if options.dry_run else "went"
     print(f"{len(going)} of {len(folders)} checkpoints {verb}, {size(total)}; {len(folders) - len(going)} stay")
+    return 0
+
+
+def add_convert(verbs: Verbs) -> None:
+    parser = verbs.add_parser("convert", help="from or to a Hugging Face folder; from Megatron-LM's old layout")
+    parser.add_argument("--from", dest="source", nargs=2, required=True, metavar=("KIND", "DIR"),
+                        help="hf DIR; megalite RUN or RUN/checkpoints/step-NNNNNNNN; megatron DIR")  # fmt: skip
+    parser.add_argument("--to", dest="target", nargs=2, required=True, metavar=("KIND", "DIR"),
+                        help="megalite DIR or hf DIR: a new folder")  # fmt: skip
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of all weights; else as stored")
+    parser.add_argument("--shard-gb", type=float, default=2.0, metavar="N", help="to hf: largest file, at most 5")
+    parser.add_argument("--verify", action="store_true", help="then run both sides in fp32 and compare their logits")
+    parser.add_argument("--allow-pickle", action="store_true", help="megatron: open its .pt files, as tensors only")
+    parser.set_defaults(run=convert)
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Write the new folder; exit status 1 where --verify finds that the two sides compute differently."""
+    (there, source), (here, target) = options.source, options.target
+    ways = ("hf to megalite", "megalite to hf", "megatron to megalite")
+    way = f"{there} to {here}"
+    if way not in ways:
+        raise ValueError(f"convert from {way}: there is {', '.join(ways)}")
+    if not 0 < options.shard_gb <= 5:
+        raise ValueError(f"--shard-gb {options.shard_gb} must be greater than 0 and at most 5")
+    if options.verify:
+        if there == "megatron":
+            raise ValueError("--verify needs a Hugging Face folder on one side; convert to hf and verify that")
+        from megalite.hf.verify import require_transformers
+
+        require_transformers()
+    if there == "hf":
+        from megalite.hf.convert import from_hf_folder
+
+        written = from_hf_folder(Path(source), Path(target), options.dtype)
+    elif there == "megatron":
+        from megalite.hf.megatron import from_megatron
+
+        written = from_megatron(Path(source), Path(target), options.allow_pickle, options.dtype)
+    else:
+        from megalite.hf.convert import to_hf_folder
+
+        written = to_hf_folder(Path(source), Path(target), options.dtype, int(options.shard_gb * 10**9))
+    print(f"wrote {written}")
+    if options.verify:
+        from megalite.hf.verify import verify
+
+        hf, megalite = (source, target) if there == "hf" else (target, source)
+        found = verify(Path(hf), Path(megalite))
+        print(found)
+        return 0 if found.equal else 1
     return 0
 
 

@@ -295,6 +295,11 @@ def _check_optim(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
+    _require(
+        config.model.from_hf is None or config.checkpoint.load is None,
+        f"model.from_hf={config.model.from_hf} and checkpoint.load={config.checkpoint.load} both name the weights to "
+        f"start from; set one of them",
+    )
     for name in config.data.valid:
         _require(
             name.replace("_", "").replace("-", "").isalnum(),

@@ -61,7 +61,7 @@ def global_shapes(model: ModelConfig) -> dict[str, Shape]:
         GATE_UP if model.gated else "mlp.up": (((1 + model.gated) * ffn, hidden), model.linear_bias),
         "mlp.down": ((hidden, ffn), model.linear_bias),
     }
-    modules = {"embed": ((model.vocab_size, hidden), False)}
+    modules: dict[str, tuple[Shape, bool]] = {"embed": ((model.vocab_size, hidden), False)}
     if model.position == "learned":
         assert model.max_positions is not None
         modules["pos_embed"] = ((model.max_positions, hidden), False)
