@@ -1,8 +1,8 @@
 """What can be done with a checkpoint.
 
 PATH is a run folder, meaning its newest checkpoint, or one of its checkpoints/step-NNNNNNNN. A checkpoint of any
-topology will do: each holds whole tensors, in blocks. Exit status: 0; 1 where something is damaged or different; 2 where
-a command cannot be carried out.
+topology will do: each holds whole tensors, in blocks. Exit status: 0; 1 where something is damaged or different; 2
+where a command cannot be carried out.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite.checkpoint.describe import describe, describe_lines, size
+from megalite.checkpoint.describe import describe, describe_lines, many, size
 from megalite.checkpoint.folder import complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
 
@@ -84,9 +84,9 @@ def info(options: argparse.Namespace) -> int:
     print("\n".join(describe_lines(what)))
     if "checkpoints" in what:
         names = [Path(path).name for path in what["checkpoints"]]
-        print(f"  {'run':<10} {len(names)} checkpoints: {', '.join(names)}")
+        print(f"  {'run':<10} {many(len(names), 'checkpoint')}: {', '.join(names)}")
     for name, tensor in what.get("tensors", {}).items():
-        print(f"  {name}  {tensor['shape']}  {tensor['dtype']}  {tensor['blocks']} blocks")
+        print(f"  {name}  {tensor['shape']}  {tensor['dtype']}  {many(tensor['blocks'], 'block')}")
     return 0
 
 
@@ -114,9 +114,9 @@ def verify(options: argparse.Namespace) -> int:
         seconds = time.monotonic() - began
         for line in found.damages:
             print(f"damaged  {line}")
-        outcome = f"{len(found.damages)} damages" if found.damages else "good"
+        outcome = many(len(found.damages), "damage") if found.damages else "good"
         tensors, speed = len(manifest["tensors"]), found.bytes / max(seconds, 1e-9) / 1e9
-        amount = f"{tensors} tensors in {found.blocks} blocks, {size(found.bytes)} read"
+        amount = f"{many(tensors, 'tensor')} in {many(found.blocks, 'block')}, {size(found.bytes)} read"
         print(f"{outcome}  {folder}: {amount} in {seconds:.2f} s, {speed:.2f} GB/s", flush=True)
         status = 1 if found.damages else status
     return status
@@ -174,7 +174,7 @@ def consolidate(options: argparse.Namespace) -> int:
 
     new = write(source, manifest, options.target, options.weights_only)
     what = describe(new, read_manifest(new))
-    print(f"wrote {new}: {size(what['bytes'])} in {len(what['files'])} files")
+    print(f"wrote {new}: {size(what['bytes'])} in {many(len(what['files']), 'file')}")
     return 0
 
 

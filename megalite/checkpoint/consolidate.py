@@ -27,7 +27,8 @@ def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_on
     """
     if target.exists():
         raise ValueError(f"{target} exists; name a new folder")
-    config = from_mapping(manifest["config"], f"{source}/manifest.json")
+    texts = {section: {k: _text(v) for k, v in keys.items()} for section, keys in manifest["config"].items()}
+    config = from_mapping(texts, f"{source}/manifest.json")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(target)))
     tensors = {
         name: (getattr(torch, entry["dtype"]), tuple(entry["shape"]))
@@ -53,3 +54,14 @@ def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_on
         shutil.rmtree(building, ignore_errors=True)
         raise
     return step_folder(target, manifest["step"])
+
+
+def _text(value: Any) -> Any:
+    """A value of a manifest's config as YAML would have given it: every scalar is text."""
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    if isinstance(value, dict):
+        return value
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)

@@ -58,13 +58,13 @@ def describe_lines(what: dict[str, Any]) -> list[str]:
     row("step", f"{state.pop('step'):,}, {state.pop('consumed_samples'):,} samples consumed")
     weights = what["kinds"].get("weight", {}).get("elements", 0)
     row("model", f"{model_line(model)}; {weights:,} parameters stored")
-    sizes = [f"{axis} {parallel[axis]}" for axis in ("tp", "pp", "dp", "cp") if parallel.get(axis) is not None]
-    row("saved at", " x ".join(sizes) + (", ZeRO-1" if parallel.get("zero") else "") + "; loads at any topology")
+    sizes = [f"{axis} {parallel[axis]}" for axis in ("tp", "pp", "dp") if parallel.get(axis) is not None]
+    row("topology", " x ".join(sizes) + (", ZeRO-1" if parallel.get("zero") else "") + " when saved; loads at any")
     row("data", state.pop("data", "") or "not recorded")
     for kind, counted in what["kinds"].items():
-        types = ", ".join(counted["dtypes"])
-        row(kind, f"{counted['tensors']} tensors, {counted['elements']:,} elements, {size(counted['bytes'])}, {types}")
-    row("files", f"{len(what['files'])}, {what['blocks']} blocks, {size(what['bytes'])}")
+        amount = f"{many(counted['tensors'], 'tensor')}, {counted['elements']:,} elements"
+        row(kind, f"{amount}, {size(counted['bytes'])}, {', '.join(counted['dtypes'])}")
+    row("files", f"{len(what['files'])}, {many(what['blocks'], 'block')}, {size(what['bytes'])}")
     row("versions", ", ".join(f"{name} {version}" for name, version in what["versions"].items()))
     row("state", ", ".join(f"{name} {value}" for name, value in state.items()) or "no more than that")
     return lines
@@ -84,3 +84,7 @@ def size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count} bytes"
+
+
+def many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from megalite.checkpoint.folder import BUILDING, STEP
+from megalite.checkpoint.folder import BUILDING, step_of
 
 
 def surplus(folders: Sequence[Path], keep: int, keep_every: int = 0) -> list[Path]:
@@ -15,17 +15,15 @@ def surplus(folders: Sequence[Path], keep: int, keep_every: int = 0) -> list[Pat
     Those whose step is a multiple of `keep_every` (0: none) stay too, and links, whose checkpoint lies elsewhere.
     """
     older = list(folders[:-keep]) if keep else []
-    return [old for old in older if not old.is_symlink() and (not keep_every or _step(old) % keep_every)]
+    return [old for old in older if not old.is_symlink() and (not keep_every or step_of(old) % keep_every)]
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint; its name goes first, for what has lost some of its files must not look like one."""
+def remove(folder: Path, between: Callable[[], None] = lambda: None) -> None:
+    """Remove a checkpoint; its name goes first, for what has lost some of its files must not look like one.
+
+    `between` is called when the name is gone and the files are not.
+    """
     hidden = folder.with_name(f"{BUILDING}pruned-{folder.name}")
     folder.rename(hidden)
+    between()
     shutil.rmtree(hidden)
-
-
-def _step(folder: Path) -> int:
-    match = STEP.fullmatch(folder.name)
-    assert match, folder
-    return int(match[1])
