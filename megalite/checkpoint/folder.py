@@ -82,10 +82,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         with open_plain(path) as file:
-            text = file.read(MANIFEST_BYTES + 1)
-        if len(text) > MANIFEST_BYTES:
-            raise ValueError(f"it is longer than {MANIFEST_BYTES} bytes")
-        manifest = json.loads(text.decode())
+            size = os.fstat(file.fileno()).st_size
+            if size > MANIFEST_BYTES:
+                raise ValueError(f"it has {size} bytes, more than the {MANIFEST_BYTES} of any manifest")
+            manifest = json.loads(file.read().decode())
         if not isinstance(manifest, dict):
             raise ValueError("it is not a JSON object")
         other = manifest.get("format")
