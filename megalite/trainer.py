@@ -131,9 +131,9 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         progress.say(f"loaded {config.model.from_hf}")
     if first:
         run_dir.mkdir(parents=True, exist_ok=True)
+        _keep_hf(config, source, run_dir)
         for damaged in folders.after(source) if resume is not None and source is not None else []:
             progress.say(f"set aside {folders.set_aside(damaged)}")
-        _keep_hf(config, source, run_dir)
         keep = run_dir / "config.yaml"
         if keep.exists() and keep.read_text() != to_yaml(config):
             keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")

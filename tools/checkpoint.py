@@ -11,6 +11,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,15 +41,13 @@ class Parser(argparse.ArgumentParser):
 Verbs = Any
 
 
-def main() -> int:
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us without a traceback
+def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (add_info, add_verify, add_diff, add_convert, add_consolidate, add_prune):
         add(verbs)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         status: int = options.run(options)
     except (ValueError, OSError) as error:
@@ -265,4 +264,6 @@ def convert(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us without a traceback
     sys.exit(main())
