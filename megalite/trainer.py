@@ -19,7 +19,7 @@ from megalite.batches import TrainingError, load_microbatches
 from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.load import load as load_tensors
-from megalite.checkpoint.manifest import Damaged
+from megalite.checkpoint.manifest import Damaged, one_line
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.config import Config, to_yaml
@@ -300,6 +300,7 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
     manifest = folders.read_manifest(folder)
     folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
+    state = _state_of(manifest, folder) if whole else state
     verify = engine.config.checkpoint.verify
     load_tensors(folder, manifest, engine.shards, {"weight": dict(engine.parameters)}, verify=verify)
     engine.optimizer.adopt()
@@ -309,8 +310,19 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     if "master" in kinds and not any(name.startswith("master.") for name in manifest["tensors"]):
         kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
     load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans, verify)
-    engine.optimizer.set_step(manifest["step"] - manifest["skipped_steps"])
-    return State(**{f.name: manifest[f.name] for f in dataclasses.fields(State)})
+    engine.optimizer.set_step(state.step - state.skipped_steps)
+    return state
+
+
+def _state_of(manifest: dict[str, Any], folder: Path) -> State:
+    """The counters of a manifest; Damaged where one is missing or of another type."""
+    types: dict[str, Any] = {"int": int, "float": (int, float), "float | None": (int, float, type(None)), "str": str}
+    for field in dataclasses.fields(State):
+        value = manifest.get(field.name, field)
+        if not isinstance(value, types[str(field.type)]) or isinstance(value, bool):
+            what = "missing" if value is field else one_line(repr(value))
+            raise Damaged(f"{folder}/manifest.json: {field.name} is {what}; the checkpoint is damaged")
+    return State(**{field.name: manifest[field.name] for field in dataclasses.fields(State)})
 
 
 def load_hf(engine: Engine, folder: HFFolder) -> None:

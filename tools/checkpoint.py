@@ -1,17 +1,53 @@
-"""What can be done with a checkpoint: python tools/checkpoint.py convert --from hf DIR --to megalite NEW_DIR."""
+"""What can be done with a checkpoint.
+
+PATH is a run folder, meaning its newest checkpoint, or one of its checkpoints/step-NNNNNNNN. A checkpoint of any
+topology will do: each holds whole tensors, in blocks. Exit status: 0; 1 where something is damaged or different; 2
+where a command cannot be carried out.
+"""
 
 import argparse
+import fnmatch
+import json
+import signal
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megalite.checkpoint.describe import describe, describe_lines, many, size
+from megalite.checkpoint.folder import complete, find, read_manifest
+from megalite.checkpoint.manifest import Damaged
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+EXAMPLES = """examples:
+  python tools/checkpoint.py info runs/tiny
+  python tools/checkpoint.py info runs/tiny --tensors 'layers.0.*'
+  python tools/checkpoint.py verify runs/tiny
+  python tools/checkpoint.py diff runs/a runs/b --kinds weight
+  python tools/checkpoint.py convert --from hf SmolLM2-135M --to megalite runs/smol
+  python tools/checkpoint.py consolidate runs/tiny released --weights-only
+  python tools/checkpoint.py prune runs/tiny --keep 2 --keep-every 1000 --dry-run
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+# argparse makes the class generic for type checkers alone
+Verbs = Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    add_convert(verbs)
-    options = parser.parse_args()
+    for add in (add_info, add_verify, add_diff, add_convert, add_consolidate, add_prune):
+        add(verbs)
+    options = parser.parse_args(argv)
     try:
         status: int = options.run(options)
     except (ValueError, OSError) as error:
@@ -20,7 +56,163 @@ def main() -> int:
     return status
 
 
-def add_convert(verbs: argparse._SubParsersAction) -> None:  # type: ignore[type-arg]
+def add_info(verbs: Verbs) -> None:
+    parser = verbs.add_parser("info", help="what a checkpoint holds; of a run folder, which checkpoints there are")
+    parser.add_argument("path", type=Path, metavar="PATH")
+    names = "list tensors with shape, dtype and blocks; PATTERN, as 'layers.0.*', is sought in their full names"
+    parser.add_argument("--tensors", nargs="?", const="*", metavar="PATTERN", help=names)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=info)
+
+
+def info(options: argparse.Namespace) -> int:
+    """Print what the manifest says; no tensor is read."""
+    folder = find(options.path)
+    manifest = read_manifest(folder)
+    what = describe(folder, manifest)
+    if folder != options.path:
+        what["checkpoints"] = [str(path) for path in complete(options.path)]
+    if options.tensors is not None:
+        listed = {n: t for n, t in manifest["tensors"].items() if fnmatch.fnmatchcase(n, f"*{options.tensors}*")}
+        if not listed:
+            raise ValueError(f"{folder} has no tensor like {options.tensors}; --tensors alone lists all")
+        what["tensors"] = {n: {**t, "blocks": len(t["blocks"])} for n, t in listed.items()}
+    if options.json:
+        print(json.dumps(what, indent=1, ensure_ascii=False))
+        return 0
+    print("\n".join(describe_lines(what)))
+    if "checkpoints" in what:
+        names = [Path(path).name for path in what["checkpoints"]]
+        print(f"  {'run':<10} {many(len(names), 'checkpoint')}: {', '.join(names)}")
+    for name, tensor in what.get("tensors", {}).items():
+        print(f"  {name}  {tensor['shape']}  {tensor['dtype']}  {many(tensor['blocks'], 'block')}")
+    return 0
+
+
+def add_verify(verbs: Verbs) -> None:
+    parser = verbs.add_parser("verify", help="read all of it and hold every block against its checksum")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="of a run folder every checkpoint is read")
+    parser.set_defaults(run=verify)
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Print a line for each damaged block; exit status 1 if there is one."""
+    from megalite.checkpoint.verify import verify as verify_blocks
+
+    folders = [f for path in options.paths for f in (complete(path) if find(path) != path else [path])]
+    status = 0
+    for folder in folders:
+        began = time.monotonic()
+        try:
+            manifest = read_manifest(folder)
+        except Damaged as error:
+            print(f"damaged  {error}")
+            status = 1
+            continue
+        found = verify_blocks(folder, manifest)
+        seconds = time.monotonic() - began
+        for line in found.damages:
+            print(f"damaged  {line}")
+        outcome = many(len(found.damages), "damage") if found.damages else "good"
+        tensors, speed = len(manifest["tensors"]), found.bytes / max(seconds, 1e-9) / 1e9
+        amount = f"{many(tensors, 'tensor')} in {many(found.blocks, 'block')}, {size(found.bytes)} read"
+        print(f"{outcome}  {folder}: {amount} in {seconds:.2f} s, {speed:.2f} GB/s", flush=True)
+        status = 1 if found.damages else status
+    return status
+
+
+def add_diff(verbs: Verbs) -> None:
+    parser = verbs.add_parser("diff", help="which tensors of two checkpoints differ, and by how much")
+    parser.add_argument("a", type=Path, metavar="A")
+    parser.add_argument("b", type=Path, metavar="B")
+    parser.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help="only these: weight, exp_avg, ...")
+    parser.set_defaults(run=diff)
+
+
+def diff(options: argparse.Namespace) -> int:
+    """Print differences of state, configuration and tensors; exit status 1 where tensors differ."""
+    a, b = ((folder, read_manifest(folder)) for folder in (find(options.a), find(options.b)))
+    from megalite.checkpoint.compare import compare, differing_values
+    from megalite.checkpoint.describe import state_of
+
+    there = {name.partition(".")[0] for _, manifest in (a, b) for name in manifest["tensors"]}
+    if unknown := sorted(set(options.kinds) - there):
+        raise ValueError(f"--kinds {' '.join(unknown)}: neither has such tensors; there are {', '.join(sorted(there))}")
+    print(f"a  {a[0]}\nb  {b[0]}")
+    for what, x, y in (
+        ("state", state_of(a[1]), state_of(b[1])),
+        ("config", a[1]["config"], b[1]["config"]),
+    ):
+        for key, left, right in differing_values(x, y):
+            print(f"{what:<8} {key}: {left} in a, {right} in b")
+    count = unlike = 0
+    for _name, difference in compare(a, b, options.kinds):
+        count += 1
+        if difference:
+            unlike += 1
+            print(f"tensor   {difference}", flush=True)
+    print(f"{unlike} of {count} tensors differ" if unlike else f"equal: all {count} tensors, bit for bit")
+    return 1 if unlike else 0
+
+
+def add_consolidate(verbs: Verbs) -> None:
+    parser = verbs.add_parser("consolidate", help="write it again, each tensor whole, as a new run folder")
+    parser.add_argument("source", type=Path, metavar="SRC")
+    parser.add_argument("target", type=Path, metavar="DST", help="a new folder, to generate or go on from")
+    parser.add_argument("--weights-only", action="store_true", help="leave the optimizer's tensors out")
+    parser.set_defaults(run=consolidate)
+
+
+def consolidate(options: argparse.Namespace) -> int:
+    """Write the new run folder."""
+    source = find(options.source)
+    manifest = read_manifest(source)
+    if options.target.exists():
+        raise ValueError(f"{options.target} exists; name a new folder")
+    from megalite.checkpoint.consolidate import consolidate as write
+
+    new = write(source, manifest, options.target, options.weights_only)
+    what = describe(new, read_manifest(new))
+    print(f"wrote {new}: {size(what['bytes'])} in {many(len(what['files']), 'file')}")
+    return 0
+
+
+def add_prune(verbs: Verbs) -> None:
+    parser = verbs.add_parser("prune", help="remove old checkpoints of a run")
+    parser.add_argument("run_dir", type=Path, metavar="RUN")
+    parser.add_argument("--keep", type=int, required=True, metavar="N", help="newest checkpoints that stay, at least 1")
+    parser.add_argument("--keep-every", type=int, default=0, metavar="M", help="multiples of M steps stay too")
+    parser.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
+    parser.set_defaults(run=prune)
+
+
+def prune(options: argparse.Namespace) -> int:
+    """Remove old checkpoints once every block of the newest is verified; where that is damaged none goes."""
+    from megalite.checkpoint.retain import remove, surplus
+    from megalite.checkpoint.verify import require_good
+
+    if options.keep < 1 or options.keep_every < 0:
+        raise ValueError(f"--keep {options.keep} --keep-every {options.keep_every}: at least 1 stays; 0 of M is none")
+    folders = complete(options.run_dir)
+    if not folders:
+        raise ValueError(f"{options.run_dir} is not a run folder with checkpoints")
+    going = surplus(folders, options.keep, options.keep_every)
+    if going:
+        require_good(folders[-1], read_manifest(folders[-1]))
+        print(f"verified {folders[-1]}")
+    total = 0
+    for folder in going:
+        taken = sum(path.lstat().st_size for path in folder.rglob("*"))
+        total += taken
+        if not options.dry_run:
+            remove(folder)
+        print(f"{'would remove' if options.dry_run else 'removed'} {folder}: {size(taken)}", flush=True)
+    verb = "would go" if options.dry_run else "went"
+    print(f"{len(going)} of {len(folders)} checkpoints {verb}, {size(total)}; {len(folders) - len(going)} stay")
+    return 0
+
+
+def add_convert(verbs: Verbs) -> None:
     parser = verbs.add_parser("convert", help="from or to a Hugging Face folder; from Megatron-LM's old layout")
     parser.add_argument("--from", dest="source", nargs=2, required=True, metavar=("KIND", "DIR"),
                         help="hf DIR; megalite RUN or RUN/checkpoints/step-NNNNNNNN; megatron DIR")  # fmt: skip
@@ -72,4 +264,6 @@ def convert(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us without a traceback
     sys.exit(main())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.faults import Faults
-from megalite.checkpoint.manifest import DTYPES, damaged, find_block, open_file
+from megalite.checkpoint.manifest import DTYPES, block_key, damaged, find_block, open_file
 from megalite.parallel.cuts import Block, split
 
 BLOCK_BYTES = 64 * 2**20
@@ -39,8 +39,7 @@ class Part:
 
     @property
     def key(self) -> str:
-        ends = ",".join(f"{a}:{a + n}" for a, n in zip(self.block.start, self.block.size))
-        return f"{self.full}[{ends}]"
+        return block_key(self.full, self.block.start, self.block.size)
 
     @property
     def bytes(self) -> int:
@@ -152,13 +151,9 @@ class BlockReader:
 
     def read(self, full: str, block: dict[str, Any]) -> Tensor:
         """The values of one block of tensor `full`. Damaged names file and tensor."""
-        name, dtype = block["file"], self.manifest["tensors"][full]["dtype"]
+        file, begin, length = self.find(full, block)
+        values = torch.empty(block["size"], dtype=getattr(torch, self.manifest["tensors"][full]["dtype"]))
         try:
-            if name not in self._open:
-                self._open[name] = open_file(self.folder / name, self.manifest["files"][name])
-            file, header = self._open[name]
-            begin, length = find_block(header, block, dtype)
-            values = torch.empty(block["size"], dtype=getattr(torch, dtype))
             file.seek(begin)
             count = file.readinto(_bytes(values))
             if count != length:
@@ -166,5 +161,16 @@ class BlockReader:
             if self.verify and hashlib.sha256(_bytes(values)).hexdigest() != block["sha256"]:
                 raise ValueError(f"the elements from {block['start']} have another checksum than when they were saved")
         except (OSError, ValueError) as error:
-            raise damaged(self.folder / name, full, error) from None
+            raise damaged(self.folder / block["file"], full, error) from None
         return values
+
+    def find(self, full: str, block: dict[str, Any]) -> tuple[BufferedReader, int, int]:
+        """(file, first byte, bytes) of a block that is there by its file's header. Damaged names file and tensor."""
+        name = block["file"]
+        try:
+            if name not in self._open:
+                self._open[name] = open_file(self.folder / name, self.manifest["files"][name])
+            file, header = self._open[name]
+            return file, *find_block(header, block, self.manifest["tensors"][full]["dtype"])
+        except (OSError, ValueError) as error:
+            raise damaged(self.folder / name, full, error) from None

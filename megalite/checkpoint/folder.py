@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.manifest import FORMAT, Damaged, check_manifest
+from megalite.checkpoint.manifest import FORMAT, MANIFEST_BYTES, Damaged, check_manifest, one_line, open_plain, reason
 
 STEP = re.compile(r"step-(\d{8,})")
 BUILDING = ".building-"
@@ -81,14 +81,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint, checked. Damaged names the file; ValueError where it is of another format."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        with open_plain(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MANIFEST_BYTES:
+                raise ValueError(f"it has {size} bytes, more than the {MANIFEST_BYTES} of any manifest")
+            manifest = json.loads(file.read().decode())
         if not isinstance(manifest, dict):
             raise ValueError("it is not a JSON object")
         other = manifest.get("format")
+        if not isinstance(other, int):
+            raise ValueError("it has no format number")
         if other == FORMAT:
             check_manifest(manifest)
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{path}: not a manifest ({error}); the checkpoint is damaged") from None
+            if STEP.fullmatch(folder.name) and manifest["step"] != step_of(folder):
+                raise ValueError(f"it is of step {manifest['step']}, its folder of step {step_of(folder)}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: not a manifest ({reason(error)}); the checkpoint is damaged") from None
     if other != FORMAT:
         raise ValueError(f"{path} is of format {other}, this megalite reads format {FORMAT}; use the one that wrote it")
     return manifest
@@ -101,6 +109,6 @@ def check_model(manifest: dict[str, Any], model: dict[str, Any], folder: Path) -
     for key, value in model.items():
         if key not in ignored and saved.get(key, value) != value:
             raise ValueError(
-                f"{folder} is of another model: model.{key} is {saved[key]} there and {value} here; "
+                f"{folder} is of another model: model.{key} is {one_line(str(saved[key]))} there and {value} here; "
                 f"use the same model or another train.run_dir"
             )

@@ -45,8 +45,10 @@ def read_tensor(folder: Path, manifest: dict[str, Any], full: str, verify: bool 
     entry = manifest["tensors"].get(full)
     if entry is None:
         raise ValueError(f"{folder} has no tensor {full}")
-    whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
     with BlockReader(folder, manifest, verify) as reader:
+        for block in entry["blocks"]:
+            reader.find(full, block)  # before memory is taken for what a manifest only claims
+        whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
         for block in entry["blocks"]:
             _fill(reader, full, block, [((0,) * whole.dim(), whole)])
     return whole

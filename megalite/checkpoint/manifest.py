@@ -11,15 +11,18 @@ import json
 import math
 import os
 import re
+import stat
 import struct
+from collections.abc import Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 FORMAT = 3
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 # a safetensors header, of which the library allows this much
 HEADER_BYTES = 100 * 10**6
+MANIFEST_BYTES = 2**30
 # torch's names, safetensors' names and bytes
 DTYPES = {"float64": ("F64", 8), "float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 
@@ -34,12 +37,18 @@ def digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def block_key(full: str, start: Sequence[int], size: Sequence[int]) -> str:
+    """What a block is called in its file: `weight.embed.weight[0:64,0:128]`."""
+    return f"{full}[{','.join(f'{a}:{a + n}' for a, n in zip(start, size))}]"
+
+
 def check_manifest(manifest: dict[str, Any]) -> None:
     """ValueError unless the manifest is whole: its digest, its file names, and each tensor covered exactly once."""
     _require(manifest.get("digest") == digest(manifest), "it was changed after it was written: its digest is another")
     for key in ("step", "consumed_samples"):
         _require(_is_size(manifest.get(key)), f"{key} is {manifest.get(key)!r}, not a count")
-    _require(isinstance(manifest.get("config"), dict), "config is missing")
+    config = manifest.get("config")
+    _require(isinstance(config, dict) and isinstance(config.get("model"), dict), "config or its model is missing")
     files, tensors = manifest.get("files"), manifest.get("tensors")
     _require(isinstance(files, dict) and isinstance(tensors, dict), "files or tensors are missing")
     assert isinstance(files, dict)
@@ -50,6 +59,13 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         _require(bool(NAME.fullmatch(name)), f"{name!r} is not the name of a tensor")
         _check_tensor(name, tensor, files)
+    room = dict(files)  # so that a shape cannot ask for more memory than there are bytes on the disk
+    for name, tensor in tensors.items():
+        for block in tensor["blocks"]:
+            named = block_key(name, block["start"], block["size"])
+            _require(block["key"] == named, f"tensor {name}: {named} is called {block['key']}")
+            room[block["file"]] -= DTYPES[tensor["dtype"]][1] * math.prod(block["size"])
+            _require(room[block["file"]] >= 0, f"tensor {name}: its blocks are more than file {block['file']} can hold")
 
 
 def _check_tensor(name: str, tensor: Any, files: dict[str, int]) -> None:
@@ -85,23 +101,34 @@ def _require_cover(where: str, shape: list[int], spans: list[tuple[list[int], li
     _require(stored == math.prod(shape), f"{where}: {stored} of {math.prod(shape)} elements are stored")
 
 
+def open_plain(path: Path) -> BufferedReader:
+    """A file to read from; OSError where it is missing or a link, ValueError where it is a pipe or anything else."""
+    # a pipe that nobody writes would otherwise be waited for
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is not a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
 def open_file(path: Path, expected: int) -> tuple[BufferedReader, dict[str, Any]]:
     """A safetensors file of `expected` bytes and its header; each entry's `data_offsets` are places in the file.
 
     OSError where the file is missing or a link, ValueError where its size is another or its header cannot be read.
     """
-    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    file = open_plain(path)
     try:
         size = os.fstat(file.fileno()).st_size
         _require(size == expected, f"the file has {size} bytes of {expected}")
         (length,) = struct.unpack("<Q", file.read(8))
         _require(length <= min(HEADER_BYTES, size - 8), f"the file's header claims {length} bytes")
         header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
         for key, entry in header.items():
-            if key != "__metadata__":
-                begin, end = entry["data_offsets"]
-                _require(_is_size(begin) and begin <= end <= size - 8 - length, f"{key} is not in the file")
-                entry["data_offsets"] = (8 + length + begin, 8 + length + end)
+            begin, end = entry["data_offsets"]
+            inside = _is_size(begin) and _is_size(end) and begin <= end <= size - 8 - length
+            _require(inside, f"{key} is not in the file")
+            entry["data_offsets"] = (8 + length + begin, 8 + length + end)
     except (KeyError, TypeError, AttributeError, RecursionError, struct.error, UnicodeDecodeError) as error:
         file.close()
         raise ValueError(f"the file's header is garbled: {type(error).__name__} {error}") from None
@@ -139,8 +166,17 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def damaged(path: Path, full: str, error: Exception) -> Damaged:
-    reason = error.strerror if isinstance(error, OSError) else str(error)
-    return Damaged(f"{path}: tensor {full} cannot be read ({reason}); the checkpoint is damaged")
+    return Damaged(f"{path}: tensor {full} cannot be read ({reason(error)}); the checkpoint is damaged")
+
+
+def reason(error: Exception) -> str:
+    return one_line(error.strerror if isinstance(error, OSError) and error.strerror else str(error))
+
+
+def one_line(text: str) -> str:
+    """Text in one printable line of some length, whatever was read from the disk into it."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return line if len(line) <= 300 else f"{line[:200]}...{line[-80:]}"
 
 
 def _require(condition: bool, message: str) -> None:

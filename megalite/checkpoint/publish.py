@@ -22,6 +22,7 @@ from megalite.checkpoint.blocks import Part, write_parts
 from megalite.checkpoint.faults import Faults
 from megalite.checkpoint.folder import BUILDING, complete, read_manifest, step_of
 from megalite.checkpoint.manifest import FORMAT, check_files, digest
+from megalite.checkpoint.retain import remove, surplus
 from megalite.config import Config
 
 
@@ -95,13 +96,8 @@ def prune(final: Path, keep: int, keep_every: int, faults: Faults) -> None:
     """
     faults.at("prune.before")
     here = [folder for folder in complete(final.parent.parent) if step_of(folder) <= step_of(final)]
-    for old in here[:-keep] if keep else []:
-        if not keep_every or step_of(old) % keep_every:
-            # a folder that has lost some of its files must not look like a checkpoint
-            hidden = old.with_name(f"{BUILDING}pruned-{old.name}")
-            old.rename(hidden)
-            faults.at("prune.in")
-            shutil.rmtree(hidden)
+    for old in surplus(here, keep, keep_every):
+        remove(old, lambda: faults.at("prune.in"))
     faults.at("prune.after")
 
 

@@ -1,0 +1,67 @@
+"""A checkpoint written again by one process, each tensor whole: a run folder that needs nothing of the old one."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megalite.checkpoint.describe import state_of
+from megalite.checkpoint.folder import BUILDING, step_folder
+from megalite.checkpoint.load import read_tensor
+from megalite.checkpoint.save import write_whole
+from megalite.config import from_mapping, to_yaml
+
+# what a run folder has beside its checkpoints that generating and exporting read
+BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "hf")
+
+
+def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_only: bool = False) -> Path:
+    """Write checkpoint `source` as the only one of the new run folder `target`; gives the new checkpoint's folder.
+
+    `weights_only`: without the optimizer's tensors. Every block read is verified. Memory: the largest tensor and one
+    block. ValueError where `target` is there, Damaged as in `read_tensor`; nothing is left then.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists; name a new folder")
+    texts = {section: {k: _text(v) for k, v in keys.items()} for section, keys in manifest["config"].items()}
+    config = from_mapping(texts, f"{source}/manifest.json")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(target)))
+    tensors = {
+        name: (getattr(torch, entry["dtype"]), tuple(entry["shape"]))
+        for name, entry in manifest["tensors"].items()
+        if name.startswith("weight.") or not weights_only
+    }
+    if not tensors:
+        raise ValueError(f"{source} has no weights; leave out --weights-only")
+    building = target.with_name(f"{BUILDING}{target.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    try:
+        new = step_folder(building, manifest["step"])
+        write_whole(new, config, tensors, lambda name: read_tensor(source, manifest, name), state_of(manifest))
+        (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        for name in BESIDE:
+            kept = source.parent.parent / name
+            if kept.is_dir():
+                shutil.copytree(kept, building / name)
+            elif kept.is_file():
+                shutil.copyfile(kept, building / name)
+        building.rename(target)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return step_folder(target, manifest["step"])
+
+
+def _text(value: Any) -> Any:
+    """A value of a manifest's config as YAML would have given it: every scalar is text."""
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    if isinstance(value, dict):
+        return value
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
