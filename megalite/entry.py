@@ -22,6 +22,7 @@ from megalite.checkpoint.folder import check_model, find, latest, read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
 from megalite.config.load import read_yaml_file
+from megalite.config.tune import check_adapter, is_adapter
 from megalite.place import place
 from megalite.watch.metrics import require_tensorboard
 
@@ -59,6 +60,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
             say(to_yaml(config).rstrip())
             return 0
         say(f"{request.preset or 'model'}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
+        if config.tune.mode != "full" or config.tune.freeze:
+            say(plan.describe_trained(config))
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
@@ -168,13 +171,16 @@ def resume_from(config: Config) -> Path | None:
             source = find(config.checkpoint.load)
             manifest = read_manifest(source)
             check_model(manifest, dataclasses.asdict(config.model), source)
-            if manifest["step"] >= config.train.steps and config.checkpoint.load_optim and not config.train.eval_only:
+            check_adapter(manifest, config, source, resume=False)
+            goes_on = config.checkpoint.load_optim and (config.tune.mode != "lora" or is_adapter(manifest))
+            if manifest["step"] >= config.train.steps and goes_on and not config.train.eval_only:
                 raise ConfigError(
                     f"{source} is at step {manifest['step']}, of train.steps={config.train.steps} none is left; raise "
                     f"train.steps, or take the weights alone with checkpoint.load_optim=false"
                 )
         return None
     check_model(read_manifest(newest), dataclasses.asdict(config.model), newest)
+    check_adapter(read_manifest(newest), config, newest, resume=True)
     saved = run_dir / "config.yaml"
     for line in changed_keys(saved, config) if saved.is_file() else []:
         say(f"changed since the last run: {line}")

@@ -21,12 +21,14 @@ from megalite.checkpoint.load import load as load_tensors
 from megalite.checkpoint.save import save as save_tensors
 from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
+from megalite.config.tune import is_adapter
 from megalite.data.sets import DataSets
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import first_scale, next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World
 from megalite.plan import training_flops
+from megalite.tune.base import find_base, fingerprint
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
@@ -42,7 +44,8 @@ EVAL_MICROBATCHES = 32
 class State:
     """What a checkpoint keeps beside tensors.
 
-    `consumed_samples` is the data cursor: samples used, not fetched. `skipped_steps` used theirs without an update;
+    `consumed_samples` is the data cursor: samples used, not fetched. `base`: fingerprint and place of the weights that
+    LoRA's factors belong to. `skipped_steps` used theirs without an update;
     `scale_steps` is the number of steps since the loss scale changed.
     """
 
@@ -54,6 +57,7 @@ class State:
     best_loss: float | None = None
     evals_without_gain: int = 0
     data: str = ""
+    base: str = ""
 
 
 @dataclass
@@ -108,6 +112,13 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     state = State(data=data.fingerprint, loss_scale=first_scale(config))
     progress = Progress(first, config.train.steps, config.log.interval)
     source = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
+    if config.tune.mode == "lora":
+        assert source is not None
+        base = find_base(config, source)
+        load_tensors(base, folders.read_manifest(base), engine.shards, {"weight": engine.base()})
+        state.base = f"{fingerprint(base)} {base.resolve()}"
+        progress.say(f"adapters beside the weights of {base}")
+        source = source if is_adapter(folders.read_manifest(source)) else None
     if source is not None:
         whole = resume is not None or config.checkpoint.load_optim
         state = load(engine, source, state, whole)
@@ -221,7 +232,7 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
     manifest = folders.read_manifest(folder)
     folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
-    load_tensors(folder, manifest, engine.shards, {"weight": dict(engine.parameters)})
+    load_tensors(folder, manifest, engine.shards, {"weight": engine.stored()})
     engine.optimizer.adopt()
     if not whole:
         return state
@@ -230,7 +241,8 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
         kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
     load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans)
     engine.optimizer.set_step(manifest["step"] - manifest["skipped_steps"])
-    return State(**{f.name: manifest[f.name] for f in dataclasses.fields(State)})
+    kept = {f.name: manifest[f.name] for f in dataclasses.fields(State) if f.name in manifest}
+    return State(**{**kept, "base": state.base})
 
 
 def _sum(engine: Engine, *values: float) -> Sequence[float]:

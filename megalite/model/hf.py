@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import ModelConfig
+from megalite.config.tune import shapes
 
 # module -> the modules there whose rows it holds, joined; of a layer, within its layer
 _QKV, _GATE_UP = "attn.qkv", "mlp.gate_up"
@@ -52,25 +53,7 @@ _GPT2 = {
 
 def global_names(model: ModelConfig) -> list[str]:
     """megalite's name of every parameter of the whole model; a tied head has none of its own."""
-    qk_norm = ["attn.q_norm", "attn.k_norm"] if model.qk_norm else []
-    norm_bias = model.norm == "layernorm"
-    biased = {"attn_norm": norm_bias, "mlp_norm": norm_bias, _QKV: model.qkv_bias or model.linear_bias}
-    layer = []
-    for module in (
-        "attn_norm",
-        _QKV,
-        *qk_norm,
-        "attn.out",
-        "mlp_norm",
-        _GATE_UP if model.gated else "mlp.up",
-        "mlp.down",
-    ):
-        has_bias = biased.get(module, model.linear_bias and module not in qk_norm)
-        layer += [f"{module}.weight"] + [f"{module}.bias"] * has_bias
-    first = ["embed.weight"] + ["pos_embed.weight"] * (model.position == "learned")
-    last = ["loss_head.norm.weight"] + ["loss_head.norm.bias"] * norm_bias
-    last += ["loss_head.head.weight"] * (not model.tie_embeddings)
-    return [*first, *(f"layers.{i}.{name}" for i in range(model.num_layers) for name in layer), *last]
+    return list(shapes(model))
 
 
 def hf_names(model: ModelConfig) -> list[str]:
