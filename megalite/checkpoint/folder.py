@@ -1,8 +1,9 @@
-"""Where checkpoints lie and what their manifest says. No torch here, so that a wrong folder is told at once.
+"""Where checkpoints lie: which of them are finished, which is meant, and what its manifest says. No torch here.
 
-RUN/checkpoints/step-00000100/manifest.json      step, samples, config, and for every tensor its blocks
-RUN/checkpoints/step-00000100/rank-00000.safetensors   the blocks that rank 0 owns
-RUN/checkpoints/latest                           the name of the newest, a hint: folders are what counts
+RUN/checkpoints/step-00000100/manifest.json   step, samples, config, files, and for every tensor its blocks
+RUN/checkpoints/step-00000100/rank-00000-000.safetensors   the blocks that rank 0 owns, a GiB to a file
+RUN/checkpoints/latest                        the name of the newest, a hint: folders are what counts
+RUN/checkpoints/.building-step-00000200/      one that is being written, or that a run died of
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2
-NAME = re.compile(r"[A-Za-z0-9._-]+")
+from megalite.checkpoint.manifest import FORMAT, Damaged, check_manifest
+
 STEP = re.compile(r"step-(\d{8,})")
+BUILDING = ".building-"
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def building_folder(final: Path) -> Path:
+    """Where a checkpoint stands until it is whole."""
+    return final.with_name(BUILDING + final.name)
 
 
 def complete(run_dir: Path) -> list[Path]:
@@ -49,24 +56,19 @@ def find(path: str | Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; ValueError naming the file where it is damaged."""
+    """The manifest of a checkpoint, checked. Damaged names the file; ValueError where it is of another format."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        assert manifest["format"] == FORMAT
-        tensors = manifest["tensors"]
-        for name, tensor in tensors.items():
-            assert NAME.fullmatch(name)
-            for block in tensor["blocks"]:
-                assert re.fullmatch(r"rank-\d{5}\.safetensors", block["file"])
-        assert isinstance(manifest["step"], int)
-        assert isinstance(manifest["consumed_samples"], int)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"{path}: not a manifest of format {FORMAT} ({type(error).__name__} {error}); the checkpoint is damaged, "
-            f"resume from an older one with checkpoint.load=RUN/checkpoints/step-NNNNNNNN"
-        ) from None
-    assert isinstance(manifest, dict)
+        if not isinstance(manifest, dict):
+            raise ValueError("it is not a JSON object")
+        other = manifest.get("format")
+        if other == FORMAT:
+            check_manifest(manifest)
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{path}: not a manifest ({error}); the checkpoint is damaged") from None
+    if other != FORMAT:
+        raise ValueError(f"{path} is of format {other}, this megalite reads format {FORMAT}; use the one that wrote it")
     return manifest
 
 

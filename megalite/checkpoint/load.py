@@ -1,15 +1,15 @@
-"""Reading: each rank takes, of the rectangles on disk, the parts that it holds."""
+"""Reading: each rank takes, of the blocks on disk, the parts that it holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalite.checkpoint.blocks import BlockReader
 from megalite.parallel.cuts import Shard
 
 
@@ -19,69 +19,66 @@ def load(
     shards: dict[str, Shard],
     kinds: dict[str, dict[str, Tensor]],
     spans: Mapping[str, range] | None = None,
+    verify: bool = True,
 ) -> None:
     """Fill the tensors of `kinds` from a checkpoint saved at any topology, reading only what is needed.
 
     `kinds` and `spans` as in `save`; without spans all tensors are whole local ones. Padding is left as it is.
-    ValueError names the file and tensor that is missing, of another shape, or damaged.
+    `verify`: hold each block that is read against its checksum. ValueError where a tensor is missing or of another
+    shape; Damaged, naming file and tensor, where a block is not what was written.
     """
-    files: dict[str, Any] = {}
-    for kind, tensors in kinds.items():
-        for name, local in tensors.items():
-            full, shard = f"{kind}.{name}", shards[name]
-            entry = manifest["tensors"].get(full)
-            if entry is None:
-                why = "another model" if kind == "weight" else "another optimizer; take its weights alone by "
-                how = (
-                    "" if kind == "weight" else f"checkpoint.load={folder} checkpoint.load_optim=false in a new run_dir"
-                )
-                raise ValueError(f"{folder} has no tensor {full}; it is a checkpoint of {why}{how}")
-            if tuple(entry["shape"]) != shard.whole_shape:
-                raise ValueError(
-                    f"{folder}: tensor {full} is {entry['shape']}, this model needs {list(shard.whole_shape)}; "
-                    f"it is a checkpoint of another model"
-                )
-            held = shard.held(local, spans[name] if spans else range(shard.numel))
-            for block in shard.blocks(held):
-                target = shard.view(local.detach(), block, held.start)
-                _fill(folder, full, entry["blocks"], block.start, target, files)
+    with BlockReader(folder, manifest, verify) as reader:
+        for kind, tensors in kinds.items():
+            for name, local in tensors.items():
+                full, shard = f"{kind}.{name}", shards[name]
+                stored = _find(folder, manifest, kind, full, shard.whole_shape)
+                held = shard.held(local, spans[name] if spans else range(shard.numel))
+                rectangles = [
+                    (block.start, shard.view(local.detach(), block, held.start)) for block in shard.blocks(held)
+                ]
+                for block in stored:
+                    _fill(reader, full, block, rectangles)
+
+
+def read_tensor(folder: Path, manifest: dict[str, Any], full: str, verify: bool = True) -> Tensor:
+    """One whole tensor on the CPU, by its full name as `weight.embed.weight`; verified as in `load`."""
+    entry = manifest["tensors"].get(full)
+    if entry is None:
+        raise ValueError(f"{folder} has no tensor {full}")
+    whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+    with BlockReader(folder, manifest, verify) as reader:
+        for block in entry["blocks"]:
+            _fill(reader, full, block, [((0,) * whole.dim(), whole)])
+    return whole
+
+
+def _find(folder: Path, manifest: dict[str, Any], kind: str, full: str, shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The stored blocks of a tensor of `shape`."""
+    entry = manifest["tensors"].get(full)
+    if entry is None:
+        why = "another model" if kind == "weight" else "another optimizer; take its weights alone by "
+        how = "" if kind == "weight" else f"checkpoint.load={folder} checkpoint.load_optim=false in a new run_dir"
+        raise ValueError(f"{folder} has no tensor {full}; it is a checkpoint of {why}{how}")
+    if tuple(entry["shape"]) != shape:
+        raise ValueError(
+            f"{folder}: tensor {full} is {entry['shape']}, this model needs {list(shape)}; "
+            f"it is a checkpoint of another model"
+        )
+    blocks: list[dict[str, Any]] = entry["blocks"]
+    return blocks
 
 
 def _fill(
-    folder: Path,
-    full: str,
-    stored: Iterable[dict[str, Any]],
-    start: tuple[int, ...],
-    target: Tensor,
-    files: dict[str, Any],
+    reader: BlockReader, full: str, block: dict[str, Any], rectangles: list[tuple[tuple[int, ...], Tensor]]
 ) -> None:
-    """Fill `target`, the rectangle of the whole tensor that begins at `start`, from the stored ones that meet it."""
-    found = 0
-    for block in stored:
+    """Copy a stored block into each of `rectangles` (where it begins in the whole tensor, a view) that it meets."""
+    values = None
+    for start, target in rectangles:
         low = [max(a, b) for a, b in zip(start, block["start"])]
         high = [min(a + m, b + n) for a, m, b, n in zip(start, target.shape, block["start"], block["size"])]
         if any(a >= b for a, b in zip(low, high)):
             continue
-        values = _read(folder, full, block, low, high, files)
-        found += values.numel()
+        values = reader.read(full, block) if values is None else values
+        source = values[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, block["start"]))]
         with torch.no_grad():
-            target[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start))].copy_(values)
-    if found != target.numel():
-        raise ValueError(
-            f"{folder}: tensor {full} has {found} of the {target.numel()} elements from {list(start)}, "
-            f"{list(target.shape)} by dim; the checkpoint is damaged"
-        )
-
-
-def _read(
-    folder: Path, full: str, block: dict[str, Any], low: Sequence[int], high: Sequence[int], files: dict[str, Any]
-) -> Tensor:
-    path = folder / block["file"]
-    try:
-        if path not in files:
-            files[path] = safe_open(path, framework="pt", device="cpu")
-        view = files[path].get_slice(block["key"])
-        values: Tensor = view[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, block["start"]))]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{path}: tensor {full} cannot be read ({error}); the checkpoint is damaged") from None
-    return values
+            target[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start))].copy_(source)

@@ -178,6 +178,25 @@ def _rectangles(shape: tuple[int, ...], span: range) -> Iterator[tuple[tuple[int
         position += size[0] * size[1]
 
 
+def split(block: Block, most: int) -> Iterator[Block]:
+    """`block` in blocks of at most `most` elements: by rows, and where one row is more by columns."""
+
+    def along(part: Block, dim: int) -> Iterator[Block]:
+        below = math.prod(part.size[dim + 1 :])
+        step = max(1, most // below)
+        for at in range(0, part.size[dim], step):
+            start, offset, size = list(part.start), list(part.offset), list(part.size)
+            start[dim], offset[dim], size[dim] = start[dim] + at, offset[dim] + at, min(step, size[dim] - at)
+            small = Block(tuple(start), tuple(offset), tuple(size), part.owned)
+            if below > most:
+                yield from along(small, dim + 1)
+            else:
+                yield small
+
+    assert most > 0
+    return along(block, 0)
+
+
 def sum_of_squares(shard: Shard, local: Tensor, span: range | None = None) -> Tensor:
     """Σ x² over what is owned of `span` of the flattened local tensor, in float64 (a scalar tensor)."""
     total = torch.zeros((), dtype=torch.float64, device=local.device)

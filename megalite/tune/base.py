@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from megalite.checkpoint.folder import find, read_manifest
@@ -11,8 +10,9 @@ from megalite.config.tune import is_adapter
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a checkpoint from others: a hash of its manifest, which names step, configuration and tensors."""
-    return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:16]
+    """What tells a checkpoint from others: the digest of its manifest, in which every block has its checksum."""
+    digest: str = read_manifest(folder)["digest"]
+    return digest[:16]
 
 
 def find_base(config: Config, source: Path) -> Path:

@@ -60,7 +60,10 @@ def test_eight_ranks_learn_from_the_corpus(tmp_path: Path) -> None:
     assert len(re.findall(r"^step 3/3  held out (?:en|zh): ", result.stdout, re.M)) == 2
     (folder,) = complete(run_dir)
     # the replicas' ranks 2, 3, 6 and 7 have nothing of their own to save
-    assert sorted(os.listdir(folder)) == ["manifest.json", *(f"rank-0000{rank}.safetensors" for rank in (0, 1, 4, 5))]
+    assert sorted(os.listdir(folder)) == [
+        "manifest.json",
+        *(f"rank-0000{rank}-000.safetensors" for rank in (0, 1, 4, 5)),
+    ]
     assert json.loads((folder / "manifest.json").read_text())["step"] == 3
 
 

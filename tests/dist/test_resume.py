@@ -149,6 +149,6 @@ def test_a_damaged_file_is_named_in_one_line(
     settings, half: Callable[[str], Path], damage: Callable[[Path], None], rank: int
 ) -> None:
     run_dir = half("tp2pp2")
-    shard = checkpoint(run_dir, 10) / f"rank-{rank:05d}.safetensors"
+    shard = checkpoint(run_dir, 10) / f"rank-{rank:05d}-000.safetensors"
     damage(shard)
     refused(settings(run_dir, *CURVE, *CUT["tp2pp2"][1], "train.steps=20"), f"{shard}: tensor", ranks=4)

@@ -158,7 +158,7 @@ def preempted(slurm: dict[str, str], folder: Path, arguments: Sequence[str], ref
         (saved,) = complete(run_dir)
         shards = sorted(path.name for path in saved.glob("*.safetensors"))
         check(
-            saved.name == f"step-{stopped:08d}" and shards == [f"rank-{rank:05d}.safetensors" for rank in range(4)],
+            saved.name == f"step-{stopped:08d}" and shards == [f"rank-{rank:05d}-000.safetensors" for rank in range(4)],
             f"{saved.name} is the one checkpoint, with a file of each of the 4 ranks",
         )
         wait_for("the requeue", lambda: field("Restarts") == "1")

@@ -15,7 +15,7 @@ FLOORS = {
     6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
     5: ("trainer", "generate", "evaluate"),
     4: ("build",),  # the only place where the tables meet
-    3: ("pipeline", "model", "optim", "checkpoint", "tune"),
+    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf"),
     2: ("parallel", "data", "watch", "plan", "activations", "batches"),
     1: ("config", "log", "ops", "place"),
     0: ("megalite",),  # the version alone
@@ -30,6 +30,7 @@ NEVER = [
     *(
         (f"megalite.{name}", "torch", ()) for name in ("config", "place", "plan", "activations")
     ),  # mistakes are told without torch
+    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder")),
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 

@@ -1,0 +1,170 @@
+"""Blocks of tensors into safetensors files and back, one at a time, each with its checksum.
+
+The safetensors library writes a file from tensors that are all in memory, twice. Here the header is made from sizes
+alone and each block is asked for when its turn comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.faults import Faults
+from megalite.checkpoint.manifest import DTYPES, damaged, find_block, open_file
+from megalite.parallel.cuts import Block, split
+
+BLOCK_BYTES = 64 * 2**20
+FILE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Part:
+    """One block to be written: of tensor `full`, whose whole shape is `whole`."""
+
+    full: str
+    whole: tuple[int, ...]
+    dtype: str
+    block: Block
+
+    @property
+    def key(self) -> str:
+        ends = ",".join(f"{a}:{a + n}" for a, n in zip(self.block.start, self.block.size))
+        return f"{self.full}[{ends}]"
+
+    @property
+    def bytes(self) -> int:
+        return DTYPES[self.dtype][1] * math.prod(self.block.size)
+
+
+def parts_of(full: str, whole: Sequence[int], dtype: torch.dtype, blocks: Iterable[Block]) -> Iterator[Part]:
+    """The owned of `blocks`, cut into parts of at most BLOCK_BYTES."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"tensor {full} is {name}; checkpoints hold {', '.join(DTYPES)}")
+    for block in blocks:
+        if block.owned:
+            for small in split(block, BLOCK_BYTES // DTYPES[name][1]):
+                yield Part(full, tuple(whole), name, small)
+
+
+def write_parts(
+    folder: Path, stem: str, parts: Sequence[Part], tensors: Iterable[Tensor], faults: Faults
+) -> dict[str, Any]:
+    """Write `parts`, whose values come in their order from `tensors`, into files STEM-NNN.safetensors of 1 GiB.
+
+    Gives what a manifest says of them: {"files": {name: bytes}, "tensors": {full name: shape, dtype, blocks}}.
+    Every file is on the disk when this returns. Raises OSError where the disk refuses.
+    """
+    files: dict[str, int] = {}
+    entries: dict[str, Any] = {}
+    values = iter(tensors)
+    for number, group in enumerate(_by_file(parts)):
+        name = f"{stem}-{number:03d}.safetensors"
+        with open(folder / name, "wb") as file:
+            file.write(_header(group))
+            for part in group:
+                value = next(values).detach().to("cpu").contiguous()
+                assert value.shape == part.block.size, (part, value.shape)
+                assert str(value.dtype) == f"torch.{part.dtype}", (part, value.dtype)
+                raw = _bytes(value)
+                faults.at("file.before_block")
+                file.write(raw[: len(raw) // 2])
+                faults.at("file.in_block", file)
+                file.write(raw[len(raw) // 2 :])
+                new = {"shape": list(part.whole), "dtype": part.dtype, "blocks": []}
+                entries.setdefault(part.full, new)["blocks"].append(
+                    {
+                        "file": name,
+                        "key": part.key,
+                        "start": list(part.block.start),
+                        "size": list(part.block.size),
+                        "sha256": hashlib.sha256(raw).hexdigest(),
+                    }
+                )
+            file.flush()
+            faults.at("file.before_fsync")
+            os.fsync(file.fileno())
+            faults.at("file.after_fsync")
+            files[name] = file.tell()
+    return {"files": files, "tensors": entries}
+
+
+def _by_file(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    group: list[Part] = []
+    room = FILE_BYTES
+    for part in parts:
+        if group and part.bytes > room:
+            yield group
+            group, room = [], FILE_BYTES
+        group.append(part)
+        room -= part.bytes
+    if group:
+        yield group
+
+
+def _header(parts: Sequence[Part]) -> bytes:
+    """A safetensors header: its length, then JSON padded so that the data begins at a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for part in parts:
+        end = begin + part.bytes
+        entries[part.key] = {
+            "dtype": DTYPES[part.dtype][0],
+            "shape": list(part.block.size),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes(values: Tensor) -> memoryview:
+    """The memory of a contiguous tensor of any dtype; numpy has no bfloat16."""
+    raw: Any = values.flatten().view(torch.uint8).numpy()
+    return memoryview(raw)
+
+
+class BlockReader:
+    """Blocks out of the files of one checkpoint; with `verify` each is held against its checksum."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], verify: bool = True) -> None:
+        self.folder, self.manifest, self.verify = folder, manifest, verify
+        self._open: dict[str, tuple[BufferedReader, dict[str, Any]]] = {}
+
+    def __enter__(self) -> BlockReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file, _header in self._open.values():
+            file.close()
+
+    def read(self, full: str, block: dict[str, Any]) -> Tensor:
+        """The values of one block of tensor `full`. Damaged names file and tensor."""
+        name, dtype = block["file"], self.manifest["tensors"][full]["dtype"]
+        try:
+            if name not in self._open:
+                self._open[name] = open_file(self.folder / name, self.manifest["files"][name])
+            file, header = self._open[name]
+            begin, length = find_block(header, block, dtype)
+            values = torch.empty(block["size"], dtype=getattr(torch, dtype))
+            file.seek(begin)
+            count = file.readinto(_bytes(values))
+            if count != length:
+                raise ValueError(f"{count} bytes of {length}")
+            if self.verify and hashlib.sha256(_bytes(values)).hexdigest() != block["sha256"]:
+                raise ValueError(f"the elements from {block['start']} have another checksum than when they were saved")
+        except (OSError, ValueError) as error:
+            raise damaged(self.folder / name, full, error) from None
+        return values

@@ -1,0 +1,61 @@
+"""Where a save can be made to die, for tests: MEGALITE_FAULT=point:rank:n kills that rank as it gets there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from typing import BinaryIO
+
+# in the order in which a save passes them; up to part.after on every rank, from there on rank 0 alone
+POINTS = (
+    "folder.before",
+    "folder.after",
+    "file.before_block",
+    "file.in_block",
+    "file.before_fsync",
+    "file.after_fsync",
+    "part.before",
+    "part.after",
+    "manifest.before",
+    "manifest.in",
+    "manifest.before_fsync",
+    "manifest.after",
+    "rename.before",
+    "rename.after",
+    "pointer.before",
+    "pointer.in",
+    "prune.before",
+    "prune.in",
+    "prune.after",
+)
+
+
+class Faults:
+    """Kills this process (SIGKILL) when it is `rank` and comes to `point` for the n-th time, as `order` says.
+
+    `order`: "point:rank:n", or "" for never. ValueError naming the points there are.
+    """
+
+    def __init__(self, rank: int, order: str | None = None) -> None:
+        order = os.environ.get("MEGALITE_FAULT", "") if order is None else order
+        self._count: Counter[str] = Counter()
+        self._point, self._nth = "", 0
+        if order:
+            point, _, rest = order.partition(":")
+            numbers = rest.split(":")
+            if point not in POINTS or len(numbers) != 2 or not all(n.isdecimal() for n in numbers):
+                raise ValueError(f"MEGALITE_FAULT={order} is not POINT:RANK:N; the points are {', '.join(POINTS)}")
+            if int(numbers[0]) == rank:
+                self._point, self._nth = point, int(numbers[1])
+
+    def at(self, point: str, file: BinaryIO | None = None) -> None:
+        """This process is at `point`; `file` is flushed first, so that what was written so far is there."""
+        assert point in POINTS, point
+        if point != self._point:
+            return
+        self._count[point] += 1
+        if self._count[point] == self._nth:
+            if file is not None:
+                file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)

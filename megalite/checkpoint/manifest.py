@@ -1,0 +1,156 @@
+"""What a manifest must say to be believed. No torch here, so that a damaged checkpoint is told at once.
+
+A manifest lists files with their sizes, and for each tensor the blocks that it is made of, each with its SHA-256. The
+manifest's own digest stands in it. Digests tell damage and careless edits; they are no protection against a forger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+FORMAT = 3
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+# a safetensors header, of which the library allows this much
+HEADER_BYTES = 100 * 10**6
+# torch's names, safetensors' names and bytes
+DTYPES = {"float64": ("F64", 8), "float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
+
+
+class Damaged(ValueError):
+    """A checkpoint, or a part of it, is not what was written; the message names the file and, if known, the tensor."""
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of everything in a manifest but its digest, as compact JSON with sorted keys."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_manifest(manifest: dict[str, Any]) -> None:
+    """ValueError unless the manifest is whole: its digest, its file names, and each tensor covered exactly once."""
+    _require(manifest.get("digest") == digest(manifest), "it was changed after it was written: its digest is another")
+    for key in ("step", "consumed_samples"):
+        _require(_is_size(manifest.get(key)), f"{key} is {manifest.get(key)!r}, not a count")
+    _require(isinstance(manifest.get("config"), dict), "config is missing")
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    _require(isinstance(files, dict) and isinstance(tensors, dict), "files or tensors are missing")
+    assert isinstance(files, dict)
+    assert isinstance(tensors, dict)
+    for name, size in files.items():
+        _require(bool(NAME.fullmatch(name)), f"{name!r} is not a file name")
+        _require(_is_size(size), f"file {name} has size {size!r}")
+    for name, tensor in tensors.items():
+        _require(bool(NAME.fullmatch(name)), f"{name!r} is not the name of a tensor")
+        _check_tensor(name, tensor, files)
+
+
+def _check_tensor(name: str, tensor: Any, files: dict[str, int]) -> None:
+    _require(isinstance(tensor, dict) and isinstance(tensor.get("blocks"), list), f"tensor {name} has no blocks")
+    shape, where = tensor.get("shape"), f"tensor {name}"
+    _require(_are_sizes(shape) and tensor.get("dtype") in DTYPES, f"{where} has no shape or no known dtype")
+    spans = []
+    for block in tensor["blocks"]:
+        keys = ("file", "key", "sha256")
+        _require(isinstance(block, dict) and all(isinstance(block.get(k), str) for k in keys), f"{where}: {block}")
+        start, size = block.get("start"), block.get("size")
+        _require(_are_sizes(start) and _are_sizes(size), f"{where}: a block has no start or size")
+        _require(len(start) == len(size) == len(shape), f"{where}: a block has {len(start)} dims of {len(shape)}")
+        stop = [a + n for a, n in zip(start, size)]
+        _require(
+            min(size) > 0 and all(b <= n for b, n in zip(stop, shape)), f"{where}: {start} to {stop} leave {shape}"
+        )
+        _require(block["file"] in files, f"{where}: {block['file']} is not among the files")
+        spans.append((start, stop))
+    _require_cover(where, shape, spans)
+
+
+def _require_cover(where: str, shape: list[int], spans: list[tuple[list[int], list[int]]]) -> None:
+    """ValueError unless the rectangles cover `shape` exactly once: they do not meet, and their volumes add up."""
+    reaching: list[tuple[list[int], list[int]]] = []  # into the rows of the one at hand
+    for start, stop in sorted(spans):
+        reaching = [(a, b) for a, b in reaching if b[0] > start[0]]
+        for a, b in reaching:
+            apart = any(b[d] <= start[d] or stop[d] <= a[d] for d in range(len(shape)))
+            _require(apart, f"{where}: the elements from {start} are stored twice")
+        reaching.append((start, stop))
+    stored = sum(math.prod(b - a for a, b in zip(start, stop)) for start, stop in spans)
+    _require(stored == math.prod(shape), f"{where}: {stored} of {math.prod(shape)} elements are stored")
+
+
+def open_file(path: Path, expected: int) -> tuple[BufferedReader, dict[str, Any]]:
+    """A safetensors file of `expected` bytes and its header; each entry's `data_offsets` are places in the file.
+
+    OSError where the file is missing or a link, ValueError where its size is another or its header cannot be read.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    try:
+        size = os.fstat(file.fileno()).st_size
+        _require(size == expected, f"the file has {size} bytes of {expected}")
+        (length,) = struct.unpack("<Q", file.read(8))
+        _require(length <= min(HEADER_BYTES, size - 8), f"the file's header claims {length} bytes")
+        header = json.loads(file.read(length))
+        for key, entry in header.items():
+            if key != "__metadata__":
+                begin, end = entry["data_offsets"]
+                _require(_is_size(begin) and begin <= end <= size - 8 - length, f"{key} is not in the file")
+                entry["data_offsets"] = (8 + length + begin, 8 + length + end)
+    except (KeyError, TypeError, AttributeError, RecursionError, struct.error, UnicodeDecodeError) as error:
+        file.close()
+        raise ValueError(f"the file's header is garbled: {type(error).__name__} {error}") from None
+    except BaseException:
+        file.close()
+        raise
+    return file, header
+
+
+def find_block(header: dict[str, Any], block: dict[str, Any], dtype: str) -> tuple[int, int]:
+    """(first byte, bytes) of a block in its file; ValueError where header and manifest disagree."""
+    entry = header.get(block["key"])
+    if entry is None:
+        raise ValueError(f"{block['key']} is not in the file")
+    short, width = DTYPES[dtype]
+    begin, end = entry["data_offsets"]
+    right = entry.get("dtype") == short and entry.get("shape") == block["size"]
+    _require(right and end - begin == width * math.prod(block["size"]), f"{block['key']} has another shape or dtype")
+    return begin, end - begin
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Damaged unless every file is there with its size, and every block in its header. Reads no tensor."""
+    headers: dict[str, dict[str, Any]] = {}
+    for full, tensor in manifest["tensors"].items():
+        for block in tensor["blocks"]:
+            name = block["file"]
+            try:
+                if name not in headers:
+                    file, headers[name] = open_file(folder / name, manifest["files"][name])
+                    file.close()
+                find_block(headers[name], block, tensor["dtype"])
+            except (OSError, ValueError) as error:
+                raise damaged(folder / name, full, error) from None
+
+
+def damaged(path: Path, full: str, error: Exception) -> Damaged:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return Damaged(f"{path}: tensor {full} cannot be read ({reason}); the checkpoint is damaged")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and all(map(_is_size, value))

@@ -1,0 +1,156 @@
+"""A Hugging Face folder written tensor by tensor: shards of safetensors, their index, config.json and what goes along.
+
+The folder gets its name when all of it is on disk. No more than one parameter is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megalite.config import ModelConfig
+from megalite.hf.config import differing, read_json, read_model, write_model
+from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
+from megalite.hf.load import DTYPES
+from megalite.model.hf import to_hf
+from megalite.model.names import global_names, hf_shapes, names_there
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def export(
+    target: Path,
+    model: ModelConfig,
+    get: Callable[[str], Tensor],
+    dtype_of: Callable[[str], torch.dtype],
+    *,
+    context: int,
+    carried: Path | None = None,
+    tokenizer: Path | None = None,
+    shard_bytes: int = 2 * 10**9,
+) -> Path:
+    """Write the model whose parameter `name` is `get(name)`, to be stored as `dtype_of(name)`, to the new `target`.
+
+    `carried`: a folder of the files that came with the model, config.json among them; else they are made of `tokenizer`
+    and `context`. ValueError where the model is of no family, or a value does not fit into its dtype.
+    """
+    require_new(target, "the folder")
+    config = _config_json(model, context, carried)
+    building = target.with_name(f".building-{target.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        if carried is not None:
+            carry(carried, building)
+        elif tokenizer is not None:
+            config |= _carry_tokenizer(tokenizer, building)
+        dtypes = {other: dtype_of(name) for name in global_names(model) for other in names_there(name, model)}
+        spelled = "dtype" if "dtype" in config else "torch_dtype"
+        config[spelled] = str(dtypes[next(iter(dtypes))]).removeprefix("torch.")
+        _write_json(building / "config.json", config)
+        _write_weights(building, model, get, dtypes, shard_bytes)
+        if target.exists():
+            target.rmdir()
+        building.rename(target)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return target
+
+
+def _config_json(model: ModelConfig, context: int, carried: Path | None) -> dict[str, Any]:
+    if carried is None or not (carried / "config.json").is_file():
+        return write_model(model, context)
+    path = carried / "config.json"
+    config = read_json(path)
+    if wrong := differing(model, there := read_model(config, str(path))):
+        key = wrong[0]
+        raise ValueError(
+            f"{path}: model.{key} is {getattr(there, key)} there and {getattr(model, key)} in the checkpoint; move the "
+            f"file away and config.json is made anew"
+        )
+    return config
+
+
+def _carry_tokenizer(tokenizer: Path, target: Path) -> dict[str, Any]:
+    """The files that AutoTokenizer opens, of a run's own tokenizer; gives the keys of config.json that name its ids."""
+    from megalite.data.tokenizer import load_tokenizer
+
+    opened = load_tokenizer(tokenizer)
+    shutil.copyfile(tokenizer, target / f"tokenizer{tokenizer.suffix}")
+    beside = tokenizer.with_name("tokenizer_config.json")
+    if tokenizer.suffix == ".json" and beside.is_file():
+        shutil.copyfile(beside, target / beside.name)
+    elif tokenizer.suffix == ".json":
+        _write_json(target / beside.name, {"tokenizer_class": "PreTrainedTokenizerFast"})
+    return {"bos_token_id": opened.bos_id, "eos_token_id": opened.eos_id, "pad_token_id": opened.pad_id}
+
+
+def _write_weights(
+    folder: Path,
+    model: ModelConfig,
+    get: Callable[[str], Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    shard_bytes: int,
+) -> None:
+    """The tensors in megalite's order, in as many files as it takes; a file begins with a parameter, never within."""
+    shapes = hf_shapes(model)
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in global_names(model):
+        size = sum(_size(dtypes[there], shapes[there]) for there in names_there(name, model))
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        keys = [there for name in names for there in names_there(name, model)]
+        with open(folder / file, "wb") as stream:
+            total += _write_header(stream, {key: (dtypes[key], shapes[key]) for key in keys})
+            for name in names:
+                for there, values in to_hf(name, get(name), model).items():
+                    _write_tensor(stream, there, values, dtypes[there])
+            stream.flush()
+            os.fsync(stream.fileno())
+        weight_map |= dict.fromkeys(keys, file)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * ITEM_BYTES[NAMES[dtype]]
+
+
+def _write_header(stream: BinaryIO, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """A safetensors header (huggingface.co/docs/safetensors, "Format") for these tensors in turn; gives their bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (dtype, shape) in tensors.items():
+        start, end = end, end + _size(dtype, shape)
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    return end
+
+
+def _write_tensor(stream: BinaryIO, name: str, values: Tensor, dtype: torch.dtype) -> None:
+    stored = values.to(dtype).contiguous()
+    if dtype == torch.float16 and values.dtype != dtype and not bool(stored.isfinite().all()):
+        raise ValueError(f"{name} has values beyond 65504, the largest of fp16; convert with --dtype bf16 or fp32")
+    stream.write(stored.view(torch.uint8).numpy())
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
