@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 import typing
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ from megalite.config import Config, ConfigError, Request, check, parse_command_l
 from megalite.config.batch import total_samples
 from megalite.config.load import read_yaml_file
 from megalite.config.tune import check_adapter, is_adapter
+from megalite.hf.config import TRAINING, write_model
+from megalite.hf.folder import find_tokenizer, open_config, open_folder, require_new
+from megalite.hf.tokenizer import write_tokenizer
 from megalite.place import place
 from megalite.watch.metrics import require_tensorboard
 
@@ -55,7 +59,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
     logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
     try:
         request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
-        config, why = configure(request)
+        config, why = configure(with_hf(request))
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
@@ -82,8 +86,10 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
             say(
                 f"{config.train.run_dir} is complete: step {read_manifest(resume)['step']} of {config.train.steps}; "
                 f"raise train.steps to go on, or choose another train.run_dir"
+                + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
             )
             return 0
+        check_hf(config, resume)
         make_run_folder(Path(config.train.run_dir))
     except (ConfigError, ValueError, OSError) as error:
         return fail(error)
@@ -101,6 +107,44 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def with_hf(request: Request) -> Request:
+    """With model.from_hf: the model of that folder, and its tokenizer. ConfigError where another key contradicts it."""
+    config, source = request.config, request.config.model.from_hf
+    if source is None:
+        return request
+    model, _ = open_config(source)
+    chosen: dict[str, typing.Any] = {"from_hf": source}
+    for key in sorted(request.explicit):
+        section, _, name = key.partition(".")
+        if section != "model" or name == "from_hf":
+            continue
+        asked, found = getattr(config.model, name), getattr(model, name)
+        if name in TRAINING:
+            chosen[name] = asked
+        elif asked != found and (asked is not None or name == "sliding_window"):
+            raise ConfigError(f"{key}={asked}, but {source}/config.json has {found}; leave {key} to model.from_hf")
+    tokenizer = config.data.tokenizer or find_tokenizer(Path(source))
+    data = dataclasses.replace(config.data, tokenizer=str(tokenizer) if tokenizer else None)
+    config = dataclasses.replace(config, model=dataclasses.replace(model, **chosen), data=data)
+    return dataclasses.replace(request, config=config)
+
+
+def check_hf(config: Config, resume: Path | None) -> None:
+    """ValueError where the folder to start from is damaged, or the one to write at the end could not be written."""
+    if config.model.from_hf is not None and resume is None:
+        open_folder(config.model.from_hf)
+    if config.train.export_hf is None:
+        return
+    target = Path(config.train.export_hf)
+    require_new(target, "train.export_hf")
+    if target.absolute() == Path(config.train.run_dir).absolute():
+        raise ConfigError(f"train.export_hf={target} is train.run_dir; name another folder, e.g. {target / 'export'}")
+    write_model(config.model, config.train.seq_len)
+    if config.model.from_hf is None and config.data.tokenizer is not None:
+        with tempfile.TemporaryDirectory() as trial:
+            write_tokenizer(Path(config.data.tokenizer), Path(trial))
 
 
 def configure(request: Request) -> tuple[Config, str]:
@@ -132,7 +176,7 @@ def describe(config: Config, need: plan.Memory) -> str:
 
 def with_corpus(config: Config, corpus: Path, request: Request) -> Config:
     """For the preset tiny without data.path: the committed corpus, prepared once and cached."""
-    if config.data.path is not None or request.preset != "tiny":
+    if config.data.path is not None or request.preset != "tiny" or config.model.from_hf is not None:
         return config
     from megalite.data.corpus import prepare
 
@@ -215,6 +259,15 @@ def changed_keys(saved: Path, config: Config) -> list[str]:
     ]
 
 
+def export(config: Config) -> None:
+    """Write the finished run as a Hugging Face folder. One rank does it, after the last collective."""
+    from megalite.hf.convert import to_hf_folder
+
+    assert config.train.export_hf is not None
+    if RANK == 0:
+        say(f"exported {to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))}")
+
+
 def run(config: Config, data: DataSets, resume: Path | None) -> int:
     """Import torch, start the world, train; gives the exit status."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -225,7 +278,9 @@ def run(config: Config, data: DataSets, resume: Path | None) -> int:
 
     try:
         with start_world(config) as world:
-            train(config, data, world, resume)
+            state = train(config, data, world, resume)
+        if config.train.export_hf is not None and state.step >= config.train.steps and not config.train.eval_only:
+            export(config)
     except Echo:
         time.sleep(1.0)
         os._exit(1)

@@ -7,8 +7,9 @@ import math
 import shutil
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
 from megalite.config.tune import is_adapter
 from megalite.data.sets import DataSets
+from megalite.hf.folder import HFFolder, carry, open_folder
+from megalite.hf.load import read_local
+from megalite.model.cut_table import ADAPTER
+from megalite.model.init import draw
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import first_scale, next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World
 from megalite.plan import training_flops
-from megalite.tune.base import find_base, fingerprint
+from megalite.tune.base import find_base, is_hf, name_of
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
@@ -108,17 +113,19 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     run_dir, first = Path(config.train.run_dir), world.rank == 0
     same = "configurations, or chose different topologies by their memory; set parallel.tp and parallel.pp"
     _require_same(world, zlib.crc32(to_yaml(config).encode()), same)
-    engine = build(config, world)
+    engine = build(
+        config, world, partial(_unread, config) if config.model.from_hf or config.tune.mode == "lora" else None
+    )
     state = State(data=data.fingerprint, loss_scale=first_scale(config))
     progress = Progress(first, config.train.steps, config.log.interval)
     source = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
+    beside = source
     if config.tune.mode == "lora":
-        assert source is not None
         base = find_base(config, source)
-        load_tensors(base, folders.read_manifest(base), engine.shards, {"weight": engine.base()})
-        state.base = f"{fingerprint(base)} {base.resolve()}"
+        load_base(engine, base)
+        state.base = name_of(base)
         progress.say(f"adapters beside the weights of {base}")
-        source = source if is_adapter(folders.read_manifest(source)) else None
+        source = source if source is not None and is_adapter(folders.read_manifest(source)) else None
     if source is not None:
         whole = resume is not None or config.checkpoint.load_optim
         state = load(engine, source, state, whole)
@@ -129,8 +136,12 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         if whole and state.data != data.fingerprint:
             progress.say(f"note: the data was {state.data} and is now {data.fingerprint}; the order of samples changes")
             state.data = data.fingerprint
+    elif config.model.from_hf is not None and config.tune.mode != "lora":
+        load_hf(engine, open_folder(config.model.from_hf), engine.stored())
+        progress.say(f"loaded {config.model.from_hf}")
     if first:
         run_dir.mkdir(parents=True, exist_ok=True)
+        _keep_hf(config, beside, run_dir)
         keep = run_dir / "config.yaml"
         if keep.exists() and keep.read_text() != to_yaml(config):
             keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")
@@ -140,6 +151,9 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         if config.data.tokenizer is not None:
             tokenizer = Path(config.data.tokenizer)
             shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
+            names = tokenizer.with_name("tokenizer_config.json")
+            if tokenizer.suffix == ".json" and names.is_file():
+                shutil.copyfile(names, run_dir / names.name)
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     per_token = training_flops(config.model, config.train.seq_len)
@@ -243,6 +257,37 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     engine.optimizer.set_step(manifest["step"] - manifest["skipped_steps"])
     kept = {f.name: manifest[f.name] for f in dataclasses.fields(State) if f.name in manifest}
     return State(**{**kept, "base": state.base})
+
+
+def load_base(engine: Engine, base: Path) -> None:
+    """Fill the weights that LoRA's factors stand beside, from a checkpoint or a Hugging Face folder."""
+    if is_hf(base):
+        load_hf(engine, open_folder(base), engine.base())
+    else:
+        manifest = folders.read_manifest(base)
+        folders.check_model(manifest, dataclasses.asdict(engine.config.model), base)
+        load_tensors(base, manifest, engine.shards, {"weight": engine.base()})
+
+
+def load_hf(engine: Engine, folder: HFFolder, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Fill `parameters` of the engine from a Hugging Face folder; of each tensor a rank reads what it holds."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(read_local(folder, name, engine.shards[name]))
+    engine.optimizer.adopt()
+
+
+def _unread(config: Config, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A whole parameter where weights are read after: of LoRA's factors as they begin, of others without memory."""
+    if ADAPTER.fullmatch(name):
+        return draw(name, shape, config.model, config.train.seed)
+    return torch.zeros(()).expand(shape)
+
+
+def _keep_hf(config: Config, source: Path | None, run_dir: Path) -> None:
+    """Keep what came with the model beside its weights, for the day when it is exported."""
+    beside = Path(config.model.from_hf) if config.model.from_hf else source.parent.parent / "hf" if source else None
+    if beside is not None and beside.is_dir() and beside.resolve() != (run_dir / "hf").resolve():
+        carry(beside, run_dir / "hf")
 
 
 def _sum(engine: Engine, *values: float) -> Sequence[float]:

@@ -75,7 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_model(manifest: dict[str, Any], model: dict[str, Any], folder: Path) -> None:
     """ValueError if the checkpoint is of another model than `model`, the resolved model section as a dict."""
     saved = manifest["config"]["model"]
-    ignored = {"init_std", "dropout", "attention_dropout"}
+    ignored = {"init_std", "dropout", "attention_dropout", "from_hf"}
     for key, value in model.items():
         if key not in ignored and saved.get(key, value) != value:
             raise ValueError(

@@ -304,15 +304,16 @@ def _check_optim(config: Config) -> None:
 
 
 def _check_tune(config: Config) -> None:
-    t, load = config.tune, config.checkpoint.load
+    t, base = config.tune, config.checkpoint.load or config.model.from_hf
     for key in ("lora_targets", "lora_dropout"):
         value = getattr(t, key)
         _require(
             t.mode == "lora" or not value, f"tune.{key}={value} has no effect with tune.mode={t.mode}; use lora for it"
         )
     _require(
-        t.mode != "lora" or load is not None,
-        "tune.mode=lora trains factors beside the weights of a trained model; name it with checkpoint.load=RUN",
+        t.mode != "lora" or base is not None,
+        "tune.mode=lora trains factors beside the weights of a trained model; name it with checkpoint.load=RUN or "
+        "model.from_hf=DIR",
     )
     _require(
         config.optim.name != "muon" or t.mode in ("full", "ffn_only"),
@@ -322,6 +323,11 @@ def _check_tune(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
+    _require(
+        config.model.from_hf is None or config.checkpoint.load is None,
+        f"model.from_hf={config.model.from_hf} and checkpoint.load={config.checkpoint.load} both name the weights to "
+        f"start from; set one of them",
+    )
     for name in config.data.valid:
         _require(
             name.replace("_", "").replace("-", "").isalnum(),

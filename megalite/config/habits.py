@@ -10,6 +10,8 @@ HABITS = {
     "activation_checkpointing": "parallel.recompute",
     "recompute_granularity": "parallel.recompute",
     "recompute_num_layers": "parallel.recompute_layers",
+    "model_name_or_path": "model.from_hf",
+    "pretrained_model_name_or_path": "model.from_hf",
     "num_attention_heads": "model.num_heads",
     "num_query_groups": "model.num_kv_heads",
     "num_key_value_heads": "model.num_kv_heads",

@@ -64,6 +64,7 @@ class ModelConfig:
     dropout: float = _key(0.0, "of embeddings and residual branches (HF embd_pdrop and resid_pdrop, hidden_dropout)")
     attention_dropout: float = _key(0.0, "of attention probabilities (HF attention_dropout, attn_pdrop)")
     sliding_window: int | None = _key(None, "keys a query sees, its own among them (HF sliding_window); null: all")
+    from_hf: str | None = _key(None, "start from this Hugging Face folder: its config.json is the model")
 
     @property
     def gated(self) -> bool:
@@ -183,6 +184,7 @@ class TrainConfig:
     eval_only: bool = _key(False, "evaluate the loaded weights and end")
     patience: int = _key(0, "stop after so many evaluations without a better mean held-out loss; 0: never")
     time_limit_s: float = _key(0.0, "save and stop cleanly after so many seconds; 0: none")
+    export_hf: str | None = _key(None, "at the end write the model to this new folder, as a Hugging Face model")
 
 
 @dataclass(frozen=True)

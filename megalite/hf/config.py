@@ -153,8 +153,8 @@ def _window(keys: _Keys, family: str, layers: int) -> int | None:
         return window
     if kinds != {"full_attention"}:
         key, value = ("layer_types", sorted(kinds)) if "layer_types" in keys.values else ("max_window_layers", first)
-        raise keys.refuse(key, value, f"with {layers} layers and sliding_window={window} is not built; megalite has one "
-                          f"window for all layers")  # fmt: skip
+        rest = f"with {layers} layers and sliding_window={window} is not built; megalite has one window for all layers"
+        raise keys.refuse(key, value, rest)
     return None
 
 

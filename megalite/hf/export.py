@@ -6,7 +6,6 @@ The folder gets its name when all of it is on disk. No more than one parameter i
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,10 +14,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.save import sync
 from megalite.config import ModelConfig
 from megalite.hf.config import differing, read_json, read_model, write_model
 from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
 from megalite.hf.load import DTYPES
+from megalite.hf.tokenizer import write_tokenizer
 from megalite.model.hf import to_hf
 from megalite.model.names import global_names, hf_shapes, names_there
 
@@ -29,17 +30,17 @@ def export(
     target: Path,
     model: ModelConfig,
     get: Callable[[str], Tensor],
-    dtype_of: Callable[[str], torch.dtype],
+    dtypes: Mapping[str, torch.dtype],
     *,
     context: int,
     carried: Path | None = None,
     tokenizer: Path | None = None,
     shard_bytes: int = 2 * 10**9,
 ) -> Path:
-    """Write the model whose parameter `name` is `get(name)`, to be stored as `dtype_of(name)`, to the new `target`.
+    """Write the model whose parameter `name` is `get(name)`, of dtype `dtypes[name]`, to the new `target`.
 
     `carried`: a folder of the files that came with the model, config.json among them; else they are made of `tokenizer`
-    and `context`. ValueError where the model is of no family, or a value does not fit into its dtype.
+    and `context`. ValueError where the model is of no family.
     """
     require_new(target, "the folder")
     config = _config_json(model, context, carried)
@@ -50,12 +51,14 @@ def export(
         if carried is not None:
             carry(carried, building)
         elif tokenizer is not None:
-            config |= _carry_tokenizer(tokenizer, building)
-        dtypes = {other: dtype_of(name) for name in global_names(model) for other in names_there(name, model)}
+            config |= write_tokenizer(tokenizer, building)
         spelled = "dtype" if "dtype" in config else "torch_dtype"
-        config[spelled] = str(dtypes[next(iter(dtypes))]).removeprefix("torch.")
+        config[spelled] = str(next(iter(dtypes.values()))).removeprefix("torch.")
         _write_json(building / "config.json", config)
-        _write_weights(building, model, get, dtypes, shard_bytes)
+        there = {other: dtypes[name] for name in global_names(model) for other in names_there(name, model)}
+        _write_weights(building, model, get, there, shard_bytes)
+        for file in (*building.rglob("*"), building):
+            sync(file)
         if target.exists():
             target.rmdir()
         building.rename(target)
@@ -77,20 +80,6 @@ def _config_json(model: ModelConfig, context: int, carried: Path | None) -> dict
             f"file away and config.json is made anew"
         )
     return config
-
-
-def _carry_tokenizer(tokenizer: Path, target: Path) -> dict[str, Any]:
-    """The files that AutoTokenizer opens, of a run's own tokenizer; gives the keys of config.json that name its ids."""
-    from megalite.data.tokenizer import load_tokenizer
-
-    opened = load_tokenizer(tokenizer)
-    shutil.copyfile(tokenizer, target / f"tokenizer{tokenizer.suffix}")
-    beside = tokenizer.with_name("tokenizer_config.json")
-    if tokenizer.suffix == ".json" and beside.is_file():
-        shutil.copyfile(beside, target / beside.name)
-    elif tokenizer.suffix == ".json":
-        _write_json(target / beside.name, {"tokenizer_class": "PreTrainedTokenizerFast"})
-    return {"bos_token_id": opened.bos_id, "eos_token_id": opened.eos_id, "pad_token_id": opened.pad_id}
 
 
 def _write_weights(
@@ -119,10 +108,8 @@ def _write_weights(
         with open(folder / file, "wb") as stream:
             total += _write_header(stream, {key: (dtypes[key], shapes[key]) for key in keys})
             for name in names:
-                for there, values in to_hf(name, get(name), model).items():
-                    _write_tensor(stream, there, values, dtypes[there])
-            stream.flush()
-            os.fsync(stream.fileno())
+                for values in to_hf(name, get(name), model).values():
+                    stream.write(values.contiguous().view(torch.uint8).numpy().data)
         weight_map |= dict.fromkeys(keys, file)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -143,13 +130,6 @@ def _write_header(stream: BinaryIO, tensors: Mapping[str, tuple[torch.dtype, tup
     text += b" " * (-len(text) % 8)
     stream.write(len(text).to_bytes(8, "little") + text)
     return end
-
-
-def _write_tensor(stream: BinaryIO, name: str, values: Tensor, dtype: torch.dtype) -> None:
-    stored = values.to(dtype).contiguous()
-    if dtype == torch.float16 and values.dtype != dtype and not bool(stored.isfinite().all()):
-        raise ValueError(f"{name} has values beyond 65504, the largest of fp16; convert with --dtype bf16 or fp32")
-    stream.write(stored.view(torch.uint8).numpy())
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

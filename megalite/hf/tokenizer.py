@@ -51,7 +51,7 @@ def write_tokenizer(source: Path, target: Path) -> dict[str, int | None]:
         from tokenizers import Tokenizer
 
         pieces = Tokenizer.from_file(str(source))
-        _write(config, {key.removesuffix("_id"): pieces.id_to_token(i) for key, i in ids.items() if i is not None})
+        _write(config, {key.removesuffix("_id"): str(pieces.id_to_token(i)) for key, i in ids.items() if i is not None})
     return ids
 
 
@@ -88,7 +88,7 @@ def _from_sentencepiece(opened: SentencePieceTokenizer) -> tuple[Any, dict[str, 
         if made.encode(text, add_special_tokens=False).ids != opened.encode(text):
             raise ValueError(
                 f"{opened.path}: no tokenizer.json cuts text as this sentencepiece model does (it is not plain BPE: "
-                f"{text!r} comes out otherwise); export with --no-tokenizer, and keep the .model"
+                f"{text!r} comes out otherwise); put a tokenizer.json beside it in its place"
             )
     made.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in special])
     names = {"unk_token": unknown}

@@ -2,48 +2,94 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from megalite.checkpoint.folder import find, read_manifest
+from megalite.checkpoint.load import read_tensor
 from megalite.config import Config
 from megalite.config.tune import is_adapter
+from megalite.hf.folder import open_folder
+from megalite.hf.load import read_whole, stored_dtype
+
+# of each end of a file of Hugging Face's, which has no checksums: its header and some of its values
+_SAMPLE = 2**20
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether it is a Hugging Face folder and not a run or one of its checkpoints."""
+    return (folder / "config.json").is_file() and not (folder / "manifest.json").is_file()
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a checkpoint from others: the digest of its manifest, in which every block has its checksum."""
-    digest: str = read_manifest(folder)["digest"]
-    return digest[:16]
+    """What tells weights from others: of a checkpoint its digest, in which every block has its checksum.
 
-
-def find_base(config: Config, source: Path) -> Path:
-    """The checkpoint of whole weights under a run of LoRA that starts or goes on from `source`.
-
-    It is checkpoint.load, or where that is an adapter the base that this one names. ValueError where an adapter to go
-    on from was trained on another.
+    Of a Hugging Face folder a hash of config.json and of size, first and last MiB of each file.
     """
-    assert config.checkpoint.load is not None, "the checks ask for it"
-    named = find(config.checkpoint.load)
-    manifest = read_manifest(named)
-    base = base_of(named) if is_adapter(manifest) else named
-    manifest = read_manifest(source)
-    if is_adapter(manifest) and manifest["base"].split()[0] != fingerprint(base):
-        raise ValueError(
-            f"{source} holds adapters to {manifest['base']}, and {base} is {fingerprint(base)}; "
-            f"set checkpoint.load to the weights that they were trained on"
-        )
+    if not is_hf(folder):
+        digest: str = read_manifest(folder)["digest"]
+        return digest[:16]
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            found.update(file.read(_SAMPLE))
+            file.seek(max(0, size - _SAMPLE))
+            found.update(file.read())
+    return found.hexdigest()[:16]
+
+
+def name_of(base: Path) -> str:
+    """Fingerprint and place, as an adapter's manifest keeps them."""
+    return f"{fingerprint(base)} {base.resolve()}"
+
+
+def find_base(config: Config, source: Path | None) -> Path:
+    """The weights under a run of LoRA that starts from `source`, or goes on from it if that is an adapter.
+
+    They are model.from_hf or checkpoint.load, or where that is an adapter the base that this one names. ValueError
+    where an adapter to go on from was trained on another.
+    """
+    named = Path(config.model.from_hf) if config.model.from_hf else find(config.checkpoint.load or "")
+    base = named if is_hf(named) or not is_adapter(read_manifest(named)) else base_of(named)
+    if source is not None and is_adapter(manifest := read_manifest(source)):
+        known, here = manifest["base"].partition(" "), fingerprint(base)
+        if known[0] != here:
+            raise ValueError(
+                f"{source} holds adapters to the weights {known[0]} of {known[2]}, and {base} is {here}; "
+                f"set checkpoint.load or model.from_hf to those that they were trained on"
+            )
     return base
 
 
 def base_of(adapter: Path, base: Path | None = None) -> Path:
-    """The checkpoint that an adapter belongs to: `base`, or where it lay when it was trained.
+    """The weights that an adapter's checkpoint belongs to: `base`, or what lies where they lay when it was trained.
 
-    ValueError where it is not there any more or not the same.
+    ValueError where they are gone or others.
     """
-    known, _, path = read_manifest(adapter)["base"].partition(" ")
+    known, _, place = read_manifest(adapter)["base"].partition(" ")
+    path = base or Path(place)
     try:
-        found = find(base or path)
+        found = path if is_hf(path) else find(path)
     except ValueError as error:
-        raise ValueError(f"{adapter} holds adapters, and their base is gone: {error}") from None
+        raise ValueError(f"{adapter} holds adapters, and their base is not there: {error}") from None
     if fingerprint(found) != known:
-        raise ValueError(f"{adapter} holds adapters to weights {known}, and {found} is {fingerprint(found)}")
+        raise ValueError(f"{adapter} holds adapters to the weights {known}, and {found} is {fingerprint(found)}")
     return found
+
+
+def read_base(base: Path) -> tuple[Callable[[str], Tensor], Callable[[str], torch.dtype]]:
+    """Two functions of a parameter's name: its whole value, and the dtype that it is stored in."""
+    if is_hf(base):
+        folder = open_folder(base)
+        return (lambda name: read_whole(folder, name)), (lambda name: stored_dtype(folder, name))
+    manifest = read_manifest(base)
+    return (
+        lambda name: read_tensor(base, manifest, f"weight.{name}"),
+        lambda name: getattr(torch, manifest["tensors"][f"weight.{name}"]["dtype"]),
+    )

@@ -1,4 +1,7 @@
-"""LoRA's factors in the format of Hugging Face's peft, and back: adapter_config.json and adapter_model.safetensors."""
+"""An adapter written out: merged into a run folder of whole weights, or in the format of Hugging Face's peft, and back.
+
+peft's format: adapter_config.json and adapter_model.safetensors.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,28 @@ from torch import Tensor
 from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.save import write_whole
-from megalite.config import Config, TuneConfig, to_yaml
-from megalite.config.tune import adapted, adapter_shapes, projections
+from megalite.config import Config, TuneConfig, resolve, to_yaml
+from megalite.config.tune import adapted, adapter_shapes, projections, shapes
+from megalite.hf.convert import FRESH, write_run
+from megalite.hf.folder import open_folder, require_new
 from megalite.model.names import names_there
-from megalite.tune.base import fingerprint
-from megalite.tune.merge import config_of, find_adapter, require_new
+from megalite.tune.base import is_hf, name_of
+from megalite.tune.merge import config_of, find_adapter, open_merged
 
 PREFIX = "base_model.model."
+
+
+def merge_adapter(adapter: Path, target: Path, base: Path | None = None) -> Path:
+    """Write the new run folder `target`, at step 0, of a LoRA run's merged weights. `base` as in `open_merged`."""
+    config, get, dtype_of = open_merged(adapter, base)
+    run_dir = find_adapter(adapter).parent.parent
+    beside, dtypes = run_dir / "hf", {name: dtype_of(name) for name in shapes(config.model)}
+    found = write_run(
+        target, config.model, get, dtypes, context=config.train.seq_len, beside=beside if beside.is_dir() else None
+    )
+    for tokenizer in run_dir.glob("tokenizer*"):
+        shutil.copyfile(tokenizer, target / tokenizer.name)
+    return found
 
 
 def export_peft(adapter: Path, target: Path, base_name: str = "") -> Path:
@@ -33,7 +51,7 @@ def export_peft(adapter: Path, target: Path, base_name: str = "") -> Path:
     there stand q, k and v here, so no row changes its place, but for GPT-2's c_attn.
     """
     folder = find_adapter(adapter)
-    require_new(target)
+    require_new(target, "the folder")
     manifest = read_manifest(folder)
     config = config_of(manifest)
     tensors = {}
@@ -72,11 +90,17 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
     Start from it with tune.mode=lora, checkpoint.load=target and checkpoint.load_optim=false. ValueError, by name, for
     what is not LoRA as built here.
     """
-    require_new(target)
-    base = find(base)
+    require_new(target, "the folder")
+    base = base if is_hf(base) else find(base)
     settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     _require_plain(settings, source)
-    config = config_of(read_manifest(base))
+    if is_hf(base):
+        config = resolve(Config(model=dataclasses.replace(open_folder(base).model, from_hf=str(base.resolve()))), 1)
+    else:
+        config = config_of(read_manifest(base))
+        config = dataclasses.replace(
+            config, checkpoint=dataclasses.replace(config.checkpoint, load=str(base.resolve()))
+        )
     with safe_open(source / "adapter_model.safetensors", framework="pt") as file:
         names = set(file.keys())
         tune = TuneConfig(
@@ -86,10 +110,8 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
             lora_dropout=float(settings.get("lora_dropout", 0.0)),
         )
         tune = dataclasses.replace(tune, lora_targets=_targets(dataclasses.replace(config, tune=tune), names, source))
-        config = dataclasses.replace(
-            config, tune=tune, checkpoint=dataclasses.replace(config.checkpoint, load=str(base.resolve()))
-        )
-        known, shapes = _peft_names(config), adapter_shapes(config)
+        config = dataclasses.replace(config, tune=tune)
+        known, expected = _peft_names(config), adapter_shapes(config)
         lost = sorted(names ^ set(known.values()))
         if lost:
             raise ValueError(f"{source}: tensor {lost[0]} has no place beside {base}, or is missing")
@@ -101,8 +123,8 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
 
         final = step_folder(target, 0)
         final.parent.mkdir(parents=True)
-        state = {"step": 0, "consumed_samples": 0, "skipped_steps": 0, "base": f"{fingerprint(base)} {base.resolve()}"}
-        write_whole(final, config, {f"weight.{name}": (dtype, shape) for name, shape in shapes.items()}, get, state)
+        state = FRESH | {"base": name_of(base)}
+        write_whole(final, config, {f"weight.{name}": (dtype, shape) for name, shape in expected.items()}, get, state)
     (target / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return final
 
