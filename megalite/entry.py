@@ -162,7 +162,7 @@ def describe(config: Config, need: plan.Memory) -> str:
     stages = ", ".join(f"{len(r)}" for r in plan.stage_layers(config))
     microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
     tokens = t.global_batch_size * t.seq_len
-    flops = plan.training_flops(config.model, t.seq_len)
+    flops = plan.run_flops(config)
     return (
         f"plan:\n"
         f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"

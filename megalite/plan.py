@@ -89,6 +89,15 @@ def training_flops(m: ModelConfig, seq_len: int) -> float:
     return 3 * (m.num_layers * layer_flops(m, seq_len) + head_flops(m))
 
 
+def run_flops(config: Config) -> float:
+    """FLOPs of forward and backward per token of this run: the weight gradient of a frozen matrix is not computed."""
+    m, chosen, factors = config.model, trained(config), adapter_shapes(config)
+    # a row of an embedding is looked up; where it is tied it is the head's too
+    looked_up = ("pos_embed.weight",) if m.tie_embeddings else ("pos_embed.weight", "embed.weight")
+    frozen = sum(math.prod(s) for n, s in shapes(m).items() if len(s) == 2 and n not in chosen and n not in looked_up)
+    return training_flops(m, config.train.seq_len) - 2 * frozen + 6 * sum(math.prod(s) for s in factors.values())
+
+
 def stage_layers(config: Config) -> list[range]:
     """The layers of each pipeline stage: parallel.stages, or cut so that the slowest stage is as fast as can be.
 

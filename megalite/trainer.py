@@ -32,7 +32,7 @@ from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import first_scale, next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World
-from megalite.plan import training_flops
+from megalite.plan import run_flops
 from megalite.tune.base import find_base, is_hf, name_of
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
@@ -156,7 +156,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
                 shutil.copyfile(names, run_dir / names.name)
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
-    per_token = training_flops(config.model, config.train.seq_len)
+    per_token = run_flops(config)
     meter = flops.Meter(per_token, world.size, world.device, config.train.dtype)
     return Run(config, engine, data, state, metrics, meter, progress, Stop(run_dir, config.train.time_limit_s, first))
 

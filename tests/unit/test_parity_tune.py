@@ -176,3 +176,31 @@ def test_dropout_of_lora_is_that_of_the_formula() -> None:
     expected = linear(x) + 0.5 * (x * kept / 0.6) @ pair.a.T @ pair.b.T
     assert torch.allclose(row(x), expected, rtol=1e-13)
     assert torch.allclose(row.eval()(x), linear(x) + 0.5 * x @ pair.a.T @ pair.b.T, rtol=1e-13)
+
+
+@pytest.mark.parametrize("parallel", ["tp1", "tp4-pp3", "tp2-sp-pp2-dp2-zero"])
+@pytest.mark.parametrize("tune", [{"mode": "lora"}, {"mode": "ffn_only"}, {"freeze": "layers.[01].* embed.*"}], ids=str)
+def test_there_is_nothing_for_what_is_frozen(tune: dict[str, Any], parallel: str) -> None:
+    """Buffers, moments and the plan are of what is trained; gradients of the rest are never computed."""
+    config = tuned(tune, {}, PARALLEL[parallel])
+    weights = random_weights(config)
+
+    def main(world: World) -> tuple[int, int, int, set[str], set[str]]:
+        engine = build(config, world, lambda name, shape: weights[name])
+        dp = engine.mesh.dp
+        engine.forward_backward(numbered(False)[dp.rank :: dp.size])
+        moments = engine.optimizer.state()["exp_avg"]
+        held = sum(
+            len(engine.grads.spans[n]) if config.parallel.zero else engine.parameters[n].numel() for n in moments
+        )
+        with_grad = {name for name, p in engine.parameters.items() if p.grad is not None}
+        local = sum(p.numel() for name, p in engine.parameters.items() if p.requires_grad)
+        assert sum(x.numel() for x in moments.values()) == held
+        return engine.grads.flat.numel(), local, len(moments), with_grad, set(engine.grads.main_grad)
+
+    p = config.parallel
+    ranks = run_threads(p.tp * p.pp * p.dp, main)
+    for flat, local, _, with_grad, buffered in ranks:
+        assert with_grad == buffered <= set(trained(config))
+        assert local <= flat <= local + 64 * (len(buffered) + 2) * 2 * (p.zero or 0)
+    assert set().union(*(rank[3] for rank in ranks)) == set(trained(config))
