@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from megalite.batches import Microbatch
 from megalite.config import Config
 from megalite.config.groups import check_groups
-from megalite.model.cut_table import cut_model, find_cut, global_name, is_partial
+from megalite.config.tune import adapter_shapes, shapes, trained
+from megalite.model.cut_table import ADAPTER, cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import sample_keys
-from megalite.model.hf import global_names
 from megalite.model.init import draw, materialise
 from megalite.model.recompute import recompute
 from megalite.optim.adamw import AdamW
@@ -33,6 +33,7 @@ from megalite.pipeline.lower import lower
 from megalite.pipeline.schedule import Action, forward_only, make_plan
 from megalite.pipeline.simulate import Costs
 from megalite.plan import head_flops, layer_flops, stage_layers
+from megalite.tune.lora import adapt
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -68,7 +69,7 @@ class Stage:
     ) -> list[Tensor]:
         c, last = self.config, self.mesh.is_last_stage
         self.model.train(training)
-        drops = training and (c.model.dropout > 0 or c.model.attention_dropout > 0)
+        drops = training and max(c.model.dropout, c.model.attention_dropout, c.tune.lora_dropout) > 0
 
         def forward(m: int, x: Tensor | None) -> Tensor:
             mb = microbatches[m]
@@ -159,7 +160,7 @@ class Engine(Stage):
             replicated = [
                 shard.view(reduced[name], block, self.grads.held(name).start)
                 for name, shard in self.shards.items()
-                if (cut := find_cut(name)) is not None and cut.kind == "qkv"
+                if name in reduced and (cut := find_cut(name)) is not None and cut.kind in ("qkv", "kv")
                 for block in shard.blocks(self.grads.held(name))
                 if block.offset[0] >= shard.pieces[-1].offset
             ]
@@ -169,17 +170,31 @@ class Engine(Stage):
 
     def gradient_squares(self) -> float:
         """This rank's share of Σ g² over the whole model: every element is counted by one rank of the world."""
-        spans, main_grad = self.spans(), self.grads.main_grad
+        main_grad = self.grads.main_grad
+        spans = {name: span for name, span in self.spans().items() if name in main_grad}
         squares = (sum_of_squares(self.shards[name], main_grad[name], span) for name, span in spans.items())
         return float(sum(squares, torch.tensor(0.0)))
 
     def spans(self) -> dict[str, range]:
         """The elements of each flattened local parameter that this rank answers for in norms and checkpoints.
 
-        A tied matrix belongs to the first stage: the last one's copy is not among them.
+        A tied matrix belongs to the first stage: the last one's copy is not among them. What is not trained belongs to
+        the first replica.
         """
         copy = self.config.model.tie_embeddings and not self.mesh.is_first_stage
-        return {n: span for n, span in self.grads.spans.items() if not (copy and n == "embed.weight")}
+        frozen = {n: range(p.numel() if self.mesh.dp.rank == 0 else 0) for n, p in self.parameters.items()}
+        spans = {**frozen, **self.grads.spans}
+        return {n: spans[n] for n in self.stored() if not (copy and n == "embed.weight")}
+
+    def stored(self) -> dict[str, Tensor]:
+        """The parameters that a checkpoint keeps: all, or with LoRA the factors, beside a base that stays as it is."""
+        lora = self.config.tune.mode == "lora"
+        return {n: p for n, p in self.parameters.items() if not lora or ADAPTER.fullmatch(n)}
+
+    def base(self) -> dict[str, Tensor]:
+        """The parameters that a checkpoint does not keep."""
+        stored = self.stored()
+        return {n: p for n, p in self.parameters.items() if n not in stored}
 
     def update(self, lr: float, scale: float) -> None:
         """One optimizer step on the gradients times `scale`."""
@@ -195,8 +210,7 @@ class Engine(Stage):
         """
         if self.buffers is not None:
             self.buffers.finish()
-        weights: dict[str, Tensor] = dict(self.parameters)
-        return {"weight": weights, **self.optimizer.state()}
+        return {"weight": self.stored(), **self.optimizer.state()}
 
 
 def stage_costs(config: Config) -> Costs:
@@ -230,6 +244,7 @@ def build_stage(config: Config, world: World, value: Callable[[str, tuple[int, .
             label_smoothing=config.optim.label_smoothing,
         )
     cut_model(model, m, mesh.tp, p.sp)
+    adapt(model, config, mesh.tp)
     recompute(model, p.recompute, p.recompute_layers)
     shards = materialise(
         model,
@@ -247,17 +262,21 @@ def build_stage(config: Config, world: World, value: Callable[[str, tuple[int, .
 def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Engine:
     """This rank's engine for a resolved, checked `config`; `value` as in `build_stage`."""
     m, p = config.model, config.parallel
-    check_groups(config.optim, global_names(m))
+    chosen = trained(config)
+    check_groups(config.optim, [*shapes(m), *adapter_shapes(config)])
     stage = build_stage(config, world, value)
     mesh, model, parameters, shards = stage.mesh, stage.model, stage.parameters, stage.shards
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
+    active = {name: parameter for name, parameter in parameters.items() if name in chosen}
     # in a bucket of its own a tied matrix has the same shares on both of its stages
     alone = ("embed.weight",) if m.tie_embeddings and mesh.pp.size > 1 else ()
-    grads = GradBuffers(parameters, mesh.dp, p.bucket_mb * 2**20, p.overlap, p.zero > 0, alone)
+    grads = GradBuffers(active, mesh.dp, p.bucket_mb * 2**20, p.overlap, p.zero > 0, alone)
     buffers = None
     if p.zero:
         ends = [module for module in (model.embed, model.loss_head) if module is not None]
-        buffers = ParamBuffers(parameters, grads, [*ends, *model.layers.values()])
-    optimizer = make_optimizer(config, mesh, parameters, shards, grads, buffers)
+        buffers = ParamBuffers(active, grads, [*ends, *model.layers.values()])
+    optimizer = make_optimizer(config, mesh, active, shards, grads, buffers)
     return Engine(config, mesh, model, parameters, shards, grads, optimizer, buffers)
 
 
@@ -281,7 +300,7 @@ def make_optimizer(
         gradients,
         matrices,
         model=config.model,
-        shards=shards,
+        shards={name: shards[name] for name in parameters},
         held=grads.held,
         sharded=grads.sharded,
         tp=mesh.tp,

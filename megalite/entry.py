@@ -24,6 +24,7 @@ from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import steps_for, total_samples
 from megalite.config.load import read_yaml_file
+from megalite.config.tune import check_adapter, is_adapter
 from megalite.hf.config import TRAINING, write_model
 from megalite.hf.folder import find_tokenizer, open_config, open_folder, require_new
 from megalite.hf.tokenizer import write_tokenizer
@@ -71,6 +72,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
             say(to_yaml(config).rstrip())
             return 0
         say(f"{request.preset or 'model'}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
+        if config.tune.mode != "full" or config.tune.freeze:
+            say(plan.describe_trained(config))
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
@@ -168,7 +171,7 @@ def describe(config: Config, need: plan.Memory) -> str:
     stages = ", ".join(f"{len(r)}" for r in plan.stage_layers(config))
     microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
     tokens = t.global_batch_size * t.seq_len
-    flops = plan.training_flops(config.model, t.seq_len)
+    flops = plan.run_flops(config)
     return (
         f"plan:\n"
         f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
@@ -269,13 +272,16 @@ def resume_from(config: Config) -> Path | None:
             source = find(config.checkpoint.load)
             manifest = read_manifest(source)
             check_model(manifest, dataclasses.asdict(config.model), source)
-            if manifest["step"] >= config.train.steps and config.checkpoint.load_optim and not config.train.eval_only:
+            check_adapter(manifest, config, source, resume=False)
+            goes_on = config.checkpoint.load_optim and (config.tune.mode != "lora" or is_adapter(manifest))
+            if manifest["step"] >= config.train.steps and goes_on and not config.train.eval_only:
                 raise ConfigError(
                     f"{source} is at step {manifest['step']}, of train.steps={config.train.steps} none is left; raise "
                     f"train.steps, or take the weights alone with checkpoint.load_optim=false"
                 )
         return None
     check_model(read_manifest(newest), dataclasses.asdict(config.model), newest)
+    check_adapter(read_manifest(newest), config, newest, resume=True)
     saved = run_dir / "config.yaml"
     for line in changed_keys(saved, config) if saved.is_file() else []:
         say(f"changed since the last run: {line}")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -17,6 +18,7 @@ from pathlib import Path
 from megalite.activations import BYTES, stage_activation_bytes
 from megalite.config import Config, ConfigError, ModelConfig, resolve
 from megalite.config.check import valid_tp
+from megalite.config.tune import adapter_shapes, shapes, trained
 
 GIB = 2**30
 # torch, its allocator's slack and the communicators of one rank
@@ -53,6 +55,20 @@ def parameters(m: ModelConfig) -> int:
     return m.num_layers * layer_parameters(m) + ends + _position_parameters(m)
 
 
+def trained_parameters(config: Config) -> int:
+    """Parameters of the whole model, adapters among them, that are trained."""
+    return sum(math.prod(shape) for shape in trained(config).values())
+
+
+def describe_trained(config: Config) -> str:
+    """How many parameters are trained, of how many."""
+    some = trained_parameters(config)
+    every = parameters(config.model) + sum(math.prod(shape) for shape in adapter_shapes(config).values())
+    return (
+        f"tune.mode={config.tune.mode} trains {some / 1e6:.4g}e6 of {every / 1e6:.1f}e6 parameters ({some / every:.2%})"
+    )
+
+
 def layer_flops(m: ModelConfig, seq_len: int) -> float:
     """Forward FLOPs of one block per token; of the s x s scores those count that a causal query sees."""
     assert m.num_kv_heads is not None
@@ -71,6 +87,15 @@ def head_flops(m: ModelConfig) -> float:
 def training_flops(m: ModelConfig, seq_len: int) -> float:
     """FLOPs of forward and backward per token: three times the forward (Narayanan et al. 2021, appendix)."""
     return 3 * (m.num_layers * layer_flops(m, seq_len) + head_flops(m))
+
+
+def run_flops(config: Config) -> float:
+    """FLOPs of forward and backward per token of this run: the weight gradient of a frozen matrix is not computed."""
+    m, chosen, factors = config.model, trained(config), adapter_shapes(config)
+    # a row of an embedding is looked up; where it is tied it is the head's too
+    looked_up = ("pos_embed.weight",) if m.tie_embeddings else ("pos_embed.weight", "embed.weight")
+    frozen = sum(math.prod(s) for n, s in shapes(m).items() if len(s) == 2 and n not in chosen and n not in looked_up)
+    return training_flops(m, config.train.seq_len) - 2 * frozen + 6 * sum(math.prod(s) for s in factors.values())
 
 
 def stage_layers(config: Config) -> list[range]:
@@ -120,6 +145,25 @@ class Memory:
         return f"{self.total / GIB:.2f} GiB ({kinds})"
 
 
+# of LoRA's factors, those that each tp rank has a part of
+_CUT_FACTOR = re.compile(r"layers\.\d+\.(attn\.(qkv\.\w+\.b|out\.\w+\.a)|mlp\.((gate_up|up)\.\w+\.b|down\.\w+\.a))")
+
+
+def _on_stage(config: Config, stage: int, layers: range, named: Mapping[str, tuple[int, ...]]) -> int:
+    """How many of the elements of the parameters `named` a tp rank of this stage holds."""
+    p = config.parallel
+    assert p.tp is not None
+    assert p.pp is not None
+    last, total = stage == p.pp - 1, 0
+    for name, shape in named.items():
+        unit, _, rest = name.partition(".")
+        here = {"layers": rest.split(".")[0] in map(str, layers), "loss_head": last}.get(unit, stage == 0)
+        here = here or (last and config.model.tie_embeddings and unit == "embed")
+        alone = unit == "pos_embed" or (".lora_" in name and not _CUT_FACTOR.fullmatch(name))
+        total += here * math.prod(shape) // (1 if alone else p.tp)
+    return total
+
+
 def memory(config: Config, device: str) -> Memory:
     """Bytes per rank of a resolved configuration, for the rank that needs most."""
     m, p, t = config.model, config.parallel, config.train
@@ -129,23 +173,27 @@ def memory(config: Config, device: str) -> Memory:
     microbatches = max(1, t.global_batch_size // (t.micro_batch_size * p.dp))
     element, wide = BYTES[t.dtype], max(4, BYTES[t.dtype])
     masters = wide if element < wide else 0
+    chosen, factors = trained(config), adapter_shapes(config)
+    everything = chosen.keys() == shapes(m).keys()
     candidates = []
     for stage, layers in enumerate(stage_layers(config)):
         ends = (stage == 0) + (stage == p.pp - 1 and not (m.tie_embeddings and p.pp == 1))
         local = (len(layers) * layer_parameters(m) + ends * m.vocab_size * m.hidden_size) // p.tp
-        local += _position_parameters(m) * (stage == 0)
+        local += _position_parameters(m) * (stage == 0) + _on_stage(config, stage, layers, factors)
+        updated = local if everything else _on_stage(config, stage, layers, chosen)
         live = microbatches if p.schedule == "gpipe" else min(p.pp - stage, microbatches)
         last = stage == p.pp - 1
         # logits, and their softmax in fp32 with one temporary
         logits = t.micro_batch_size * t.seq_len * -(-m.vocab_size // p.tp) * (element + 2 * wide) if last else 0
         # in half precision a gradient stands beside the fp32 one until it is added; the largest is the embedding's
         uses = 2 if m.tie_embeddings and p.pp == 1 else 1
-        passing = uses * m.vocab_size * m.hidden_size * element // p.tp if masters and ends else 0
+        ends_trained = any(n in chosen for n in ("embed.weight", "loss_head.head.weight"))
+        passing = uses * m.vocab_size * m.hidden_size * element // p.tp if masters and ends and ends_trained else 0
         candidates.append(
             Memory(
                 weights=local * element,
-                gradients=local * wide + passing,
-                optimizer=local * (2 * wide + masters) // (p.dp if p.zero else 1),
+                gradients=updated * wide + passing,
+                optimizer=updated * (2 * wide + masters) // (p.dp if p.zero else 1),
                 activations=stage_activation_bytes(config, len(layers), live),
                 logits=logits,
                 overhead=OVERHEAD_BYTES[device],

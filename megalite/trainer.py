@@ -7,9 +7,10 @@ import math
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,18 @@ from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
+from megalite.config.tune import is_adapter
 from megalite.data.sets import DataSets
 from megalite.hf.folder import HFFolder, carry, open_folder
 from megalite.hf.load import read_local
+from megalite.model.cut_table import ADAPTER
+from megalite.model.init import draw
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import first_scale, next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World, share_text
-from megalite.plan import training_flops
+from megalite.plan import run_flops
+from megalite.tune.base import find_base, is_hf, name_of
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
@@ -47,7 +52,8 @@ EVAL_MICROBATCHES = 32
 class State:
     """What a checkpoint keeps beside tensors.
 
-    `consumed_samples` is the data cursor: samples used, not fetched. `skipped_steps` used theirs without an update;
+    `consumed_samples` is the data cursor: samples used, not fetched. `base`: fingerprint and place of the weights that
+    LoRA's factors belong to. `skipped_steps` used theirs without an update;
     `scale_steps` is the number of steps since the loss scale changed.
     """
 
@@ -59,6 +65,7 @@ class State:
     best_loss: float | None = None
     evals_without_gain: int = 0
     data: str = ""
+    base: str = ""
 
 
 @dataclass
@@ -111,10 +118,19 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     run_dir, first = Path(config.train.run_dir), world.rank == 0
     same = "configurations, or chose different topologies by their memory; set parallel.tp and parallel.pp"
     _require_same(world, zlib.crc32(to_yaml(config).encode()), same)
-    engine = build(config, world, _nothing if config.model.from_hf else None)
+    engine = build(
+        config, world, partial(_unread, config) if config.model.from_hf or config.tune.mode == "lora" else None
+    )
     state = State(data=data.fingerprint, loss_scale=first_scale(config))
     progress = Progress(first, config.train.steps, config.log.interval)
     source = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
+    beside = source
+    if config.tune.mode == "lora":
+        base = find_base(config, source)
+        load_base(engine, base)
+        state.base = name_of(base)
+        progress.say(f"adapters beside the weights of {base}")
+        source = source if source is not None and is_adapter(folders.read_manifest(source)) else None
     if source is not None:
         whole = resume is not None or config.checkpoint.load_optim
         older = folders.before(resume) if resume is not None else []
@@ -126,12 +142,12 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         if whole and state.data != data.fingerprint:
             progress.say(f"note: the data was {state.data} and is now {data.fingerprint}; the order of samples changes")
             state.data = data.fingerprint
-    elif config.model.from_hf is not None:
-        load_hf(engine, open_folder(config.model.from_hf))
+    elif config.model.from_hf is not None and config.tune.mode != "lora":
+        load_hf(engine, open_folder(config.model.from_hf), engine.stored())
         progress.say(f"loaded {config.model.from_hf}")
     if first:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _keep_hf(config, source, run_dir)
+        _keep_hf(config, beside, run_dir)
         for damaged in folders.after(source) if resume is not None and source is not None else []:
             progress.say(f"set aside {folders.set_aside(damaged)}")
         keep = run_dir / "config.yaml"
@@ -151,7 +167,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
             (run_dir / "chat_template.jinja").write_text(data.template, encoding="utf-8")
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
-    per_token = training_flops(config.model, config.train.seq_len)
+    per_token = run_flops(config)
     meter = flops.Meter(per_token, world.size, world.device, config.train.dtype)
     stop = Stop(run_dir, config.train.time_limit_s, first)
     return Run(config, engine, data, state, metrics, meter, progress, stop, Saver(run_dir, config, engine.mesh))
@@ -300,9 +316,9 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
     manifest = folders.read_manifest(folder)
     folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
-    state = _state_of(manifest, folder) if whole else state
+    kept = _state_of(manifest, folder) if whole else state
     verify = engine.config.checkpoint.verify
-    load_tensors(folder, manifest, engine.shards, {"weight": dict(engine.parameters)}, verify=verify)
+    load_tensors(folder, manifest, engine.shards, {"weight": engine.stored()}, verify=verify)
     engine.optimizer.adopt()
     if not whole:
         return state
@@ -310,8 +326,8 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     if "master" in kinds and not any(name.startswith("master.") for name in manifest["tensors"]):
         kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
     load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans, verify)
-    engine.optimizer.set_step(state.step - state.skipped_steps)
-    return state
+    engine.optimizer.set_step(kept.step - kept.skipped_steps)
+    return dataclasses.replace(kept, base=state.base)
 
 
 def _state_of(manifest: dict[str, Any], folder: Path) -> State:
@@ -325,15 +341,27 @@ def _state_of(manifest: dict[str, Any], folder: Path) -> State:
     return State(**{field.name: manifest[field.name] for field in dataclasses.fields(State)})
 
 
-def load_hf(engine: Engine, folder: HFFolder) -> None:
-    """Fill the engine's weights from a Hugging Face folder; of each tensor a rank reads what it holds."""
-    for name, parameter in engine.parameters.items():
+def load_base(engine: Engine, base: Path) -> None:
+    """Fill the weights that LoRA's factors stand beside, from a checkpoint or a Hugging Face folder."""
+    if is_hf(base):
+        load_hf(engine, open_folder(base), engine.base())
+    else:
+        manifest = folders.read_manifest(base)
+        folders.check_model(manifest, dataclasses.asdict(engine.config.model), base)
+        load_tensors(base, manifest, engine.shards, {"weight": engine.base()})
+
+
+def load_hf(engine: Engine, folder: HFFolder, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Fill `parameters` of the engine from a Hugging Face folder; of each tensor a rank reads what it holds."""
+    for name, parameter in parameters.items():
         parameter.data.copy_(read_local(folder, name, engine.shards[name]))
     engine.optimizer.adopt()
 
 
-def _nothing(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A whole parameter that takes no memory and no time to draw, where weights are read after."""
+def _unread(config: Config, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A whole parameter where weights are read after: of LoRA's factors as they begin, of others without memory."""
+    if ADAPTER.fullmatch(name):
+        return draw(name, shape, config.model, config.train.seed)
     return torch.zeros(()).expand(shape)
 
 

@@ -19,6 +19,7 @@ from megalite.config.schema import (
     OptimConfig,
     ParallelConfig,
     TrainConfig,
+    TuneConfig,
 )
 from megalite.config.show import key_help, to_yaml
 
@@ -33,6 +34,7 @@ __all__ = [
     "ParallelConfig",
     "Request",
     "TrainConfig",
+    "TuneConfig",
     "check",
     "from_mapping",
     "key_help",

@@ -9,6 +9,7 @@ from megalite.config.batch import total_samples
 from megalite.config.groups import parse_groups
 from megalite.config.load import ConfigError
 from megalite.config.schema import Config, ModelConfig
+from megalite.config.tune import trained
 
 
 def _require(condition: bool, message: str) -> None:
@@ -62,6 +63,7 @@ def check(config: Config, world_size: int) -> None:
     _check_topology(config, world_size)
     _check_batch(config)
     _check_optim(config)
+    _check_tune(config)
     _check_data(config)
 
 
@@ -82,6 +84,7 @@ def _check_ranges(config: Config) -> None:
         ),
         "parallel": ("tp", "pp", "dp", "cp"),
         "train": ("steps", "seq_len", "micro_batch_size", "global_batch_size"),
+        "tune": ("lora_rank",),
     }
     for section, names in at_least_one.items():
         for name in names:
@@ -109,7 +112,12 @@ def _check_ranges(config: Config) -> None:
             value = getattr(getattr(config, section), name)
             _require(value >= 0, f"{section}.{name}={value} must not be negative")
     frequencies = ("rope_theta", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")
-    positive = {"model": frequencies, "parallel": ("bucket_mb", "timeout_s"), "log": ("interval",)}
+    positive = {
+        "model": frequencies,
+        "parallel": ("bucket_mb", "timeout_s"),
+        "log": ("interval",),
+        "tune": ("lora_alpha",),
+    }
     for section, names in positive.items():
         for name in names:
             value = getattr(getattr(config, section), name)
@@ -122,6 +130,7 @@ def _check_ranges(config: Config) -> None:
         ("model.dropout", config.model.dropout, 0.1),
         ("model.attention_dropout", config.model.attention_dropout, 0.1),
         ("optim.label_smoothing", config.optim.label_smoothing, 0.1),
+        ("tune.lora_dropout", config.tune.lora_dropout, 0.05),
     ):
         _require(0 <= share < 1, f"{key}={share} must be at least 0 and less than 1, e.g. {example}")
 
@@ -292,6 +301,25 @@ def _check_optim(config: Config) -> None:
         f"{o.loss_scale_initial}",
     )
     parse_groups(o.groups)
+
+
+def _check_tune(config: Config) -> None:
+    t, base = config.tune, config.checkpoint.load or config.model.from_hf
+    for key in ("lora_targets", "lora_dropout"):
+        value = getattr(t, key)
+        _require(
+            t.mode == "lora" or not value, f"tune.{key}={value} has no effect with tune.mode={t.mode}; use lora for it"
+        )
+    _require(
+        t.mode != "lora" or base is not None,
+        "tune.mode=lora trains factors beside the weights of a trained model; name it with checkpoint.load=RUN or "
+        "model.from_hf=DIR",
+    )
+    _require(
+        config.optim.name != "muon" or t.mode in ("full", "ffn_only"),
+        f"optim.name=muon is for hidden matrices, and tune.mode={t.mode} trains none; use optim.name=adamw",
+    )
+    trained(config)
 
 
 def _check_data(config: Config) -> None:

@@ -166,6 +166,24 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class TuneConfig:
+    """What of the model is trained. A pattern has * and ? as in file names; several are divided by spaces."""
+
+    mode: str = _key(
+        "full",
+        "full: all; lora: low-rank factors beside frozen linears; bitfit: biases; ffn_only: feed-forwards, no norms",
+        choices=("full", "lora", "bitfit", "ffn_only"),
+    )
+    freeze: str = _key("", "patterns of parameter names that are not trained, e.g. 'embed.* layers.0.*'")
+    lora_targets: str = _key(
+        "", "patterns of linears, e.g. 'attn.qkv mlp.down', 'q_proj v_proj', 'layers.3.*'; empty: all of the blocks"
+    )
+    lora_rank: int = _key(16, "rank r of the factors (peft r)")
+    lora_alpha: float = _key(32.0, "what they add is scaled by lora_alpha / lora_rank (peft lora_alpha)")
+    lora_dropout: float = _key(0.0, "dropout on what goes into the factors (peft lora_dropout)")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The loop: global_batch_size = micro_batch_size x microbatches x dp."""
 
@@ -229,6 +247,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)

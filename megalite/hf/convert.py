@@ -15,14 +15,16 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.folder import find, read_manifest, step_folder
-from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.load import read_yaml_file
+from megalite.config.tune import is_adapter
 from megalite.hf.export import export
 from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new
 from megalite.hf.load import read_whole, stored_dtype
 from megalite.model.names import global_shapes
+from megalite.tune.base import read_base
+from megalite.tune.merge import open_merged
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -109,22 +111,25 @@ def fitting(name: str, get: Callable[[str], Tensor], dtypes: Mapping[str, torch.
 
 
 def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_bytes: int = 2 * 10**9) -> Path:
-    """Write the new Hugging Face folder `target` of a run folder or one of its checkpoints.
+    """Write the new Hugging Face folder `target` of a run folder or one of its checkpoints; LoRA's factors are merged.
 
     `dtype` as in `from_hf_folder`; `shard_bytes`: of one safetensors file, unless one parameter is larger.
     """
     step = find(source)
     run_dir = step.parent.parent
     manifest = read_manifest(step)
-    config = saved_config(step)
-    names = global_shapes(config.model)
-    stored = {name: getattr(torch, manifest["tensors"][f"weight.{name}"]["dtype"]) for name in names}
+    if is_adapter(manifest):
+        config, get, dtype_of = open_merged(step)
+    else:
+        config = saved_config(step)
+        get, dtype_of = read_base(step)
+    stored = {name: dtype_of(name) for name in global_shapes(config.model)}
     dtypes = dict.fromkeys(stored, DTYPES[dtype]) if dtype else stored
     carried = run_dir / "hf"
     return export(
         target,
         config.model,
-        lambda name: fitting(name, lambda each: read_tensor(step, manifest, f"weight.{each}"), dtypes),
+        lambda name: fitting(name, get, dtypes),
         dtypes,
         context=config.train.seq_len,
         carried=carried if carried.is_dir() else None,

@@ -16,7 +16,7 @@ from megalite.config import ModelConfig
 from megalite.model.attention import Attention
 from megalite.model.decoder import CrossEntropy, Decoder
 from megalite.model.dropout import Dropout
-from megalite.parallel.cuts import Shard, even, grouped_qkv, padded, uncut
+from megalite.parallel.cuts import Shard, even, grouped, grouped_qkv, padded, uncut
 from megalite.parallel.groups import Group
 from megalite.parallel.tensor_parallel import (
     ColumnLinear,
@@ -29,7 +29,9 @@ from megalite.parallel.tensor_parallel import (
 
 @dataclass(frozen=True)
 class Cut:
-    """`module`: pattern of the module's name; `kind`: vocab, qkv, column, row, heads, sequence; `parts`: equal blocks.
+    """`module`: pattern of the module's name; `parts`: equal blocks.
+
+    `kind`: vocab, qkv, kv (its keys or values alone), column, row, heads, sequence.
 
     `heads` and `sequence` cut no weight: the module sees this rank's heads, or under sequence parallelism its part of
     the sequence.
@@ -39,6 +41,14 @@ class Cut:
     kind: str
     parts: int = 1
 
+
+# factors of LoRA: of a linear cut by rows `b` is, of one cut by columns `a`
+LORA_TABLE = (
+    Cut(r"layers\.\d+\.attn\.qkv\.lora_qkv\.b", "qkv"),
+    Cut(r"layers\.\d+\.attn\.qkv\.lora_[kv]\.b", "kv"),
+    Cut(r"layers\.\d+\.(attn\.qkv|mlp\.gate_up|mlp\.up)\.lora_(q|gate|up)\.b", "column"),
+    Cut(r"layers\.\d+\.(attn\.out|mlp\.down)\.lora_(o|down)\.a", "row"),
+)
 
 CUT_TABLE = (
     Cut(r"embed", "vocab"),
@@ -51,11 +61,17 @@ CUT_TABLE = (
     Cut(r"loss_head\.head", "vocab"),
     Cut(r"dropout|layers\.\d+\.(attn|mlp)_dropout", "sequence"),
     Cut(r"layers\.\d+\.attn\.core\.dropout", "heads"),
+    *LORA_TABLE,
 )
 
+ADAPTER = re.compile(r"(layers\.\d+\.(attn|mlp)\.\w+)\.lora_(\w+)\.([ab])")
+
 # Uncut parameters whose gradient each tp rank sees only in part: always, or only under sequence parallelism.
-PARTIAL_ALWAYS = re.compile(r".*\.(q_norm|k_norm)\.weight")
-PARTIAL_UNDER_SP = re.compile(r"pos_embed\.weight|.*\b(attn_norm|mlp_norm|norm)\.(weight|bias)|.*\.(out|down)\.bias")
+PARTIAL_ALWAYS = re.compile(r".*\.(q_norm|k_norm)\.weight|.*\.(out|down)\.lora_\w+\.b")
+PARTIAL_UNDER_SP = re.compile(
+    r"pos_embed\.weight|.*\b(attn_norm|mlp_norm|norm)\.(weight|bias)|.*\.(out|down)\.bias"
+    r"|.*\.(qkv|gate_up|up)\.lora_\w+\.a"
+)
 
 
 def global_name(name: str, tied: bool) -> str:
@@ -76,6 +92,9 @@ def shard_of(name: str, shape: Sequence[int], model: ModelConfig, size: int, ran
         return uncut(shape, rank)
     if cut.kind == "vocab":
         return padded(shape, size, rank)
+    if cut.kind == "kv":
+        assert model.num_kv_heads is not None
+        return grouped(shape, groups=model.num_kv_heads, size=size, rank=rank)
     if cut.kind == "qkv":
         assert model.num_kv_heads is not None
         assert model.head_dim is not None

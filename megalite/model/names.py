@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, tune
 
-Shape = tuple[int, ...]
+Shape = tune.Shape
+
 # module -> the modules there whose rows it holds, joined; of a layer, within its layer
 QKV, GATE_UP = "attn.qkv", "mlp.gate_up"
 _LLAMA = {
@@ -45,36 +46,7 @@ _GPT2 = {
 
 def global_shapes(model: ModelConfig) -> dict[str, Shape]:
     """megalite's name and whole shape of every parameter of the model; a tied head has none of its own."""
-    groups, queries, head_dim = grouping(model)
-    hidden, ffn, width = model.hidden_size, model.ffn_hidden_size, groups * queries * head_dim
-    norm_bias = model.norm == "layernorm"
-    # module -> its weight's shape, and whether it has a bias too
-    layer: dict[str, tuple[Shape, bool]] = {
-        "attn_norm": ((hidden,), norm_bias),
-        QKV: ((width + 2 * groups * head_dim, hidden), model.qkv_bias or model.linear_bias),
-    }
-    if model.qk_norm:
-        layer |= {"attn.q_norm": ((head_dim,), False), "attn.k_norm": ((head_dim,), False)}
-    layer |= {
-        "attn.out": ((hidden, width), model.linear_bias),
-        "mlp_norm": ((hidden,), norm_bias),
-        GATE_UP if model.gated else "mlp.up": (((1 + model.gated) * ffn, hidden), model.linear_bias),
-        "mlp.down": ((hidden, ffn), model.linear_bias),
-    }
-    modules: dict[str, tuple[Shape, bool]] = {"embed": ((model.vocab_size, hidden), False)}
-    if model.position == "learned":
-        assert model.max_positions is not None
-        modules["pos_embed"] = ((model.max_positions, hidden), False)
-    modules |= {f"layers.{i}.{name}": entry for i in range(model.num_layers) for name, entry in layer.items()}
-    modules["loss_head.norm"] = ((hidden,), norm_bias)
-    if not model.tie_embeddings:
-        modules["loss_head.head"] = ((model.vocab_size, hidden), False)
-    shapes: dict[str, Shape] = {}
-    for name, (shape, has_bias) in modules.items():
-        shapes[f"{name}.weight"] = shape
-        if has_bias:
-            shapes[f"{name}.bias"] = shape[:1]
-    return shapes
+    return tune.shapes(model)
 
 
 def global_names(model: ModelConfig) -> list[str]:

@@ -73,7 +73,7 @@ class Muon(AdamW):
         super().__init__(c, parameters, main_grad, matrices, others=self.hidden)
         self.c, self.model, self.shards, self.held = c, model, shards, held
         self.sharded, self.tp, self.dp = sharded, tp, dp
-        some = next(iter(main_grad.values()))
+        some = next(iter(main_grad.values()), torch.empty(0))
         self.wide, self.device = some.dtype, some.device
         self.momentum = {n: torch.zeros_like(self.masters[n]) for n in self.hidden if n in self.masters}
 

@@ -153,6 +153,16 @@ def grouped_qkv(shape: Sequence[int], *, kv_groups: int, queries: int, head_dim:
     )
 
 
+def grouped(shape: Sequence[int], *, groups: int, size: int, rank: int) -> Shard:
+    """Rows of `groups` equal groups; where `size` is r times as many, r neighbouring ranks hold the same group."""
+    if groups % size == 0:
+        return even(shape, 0, size, rank)
+    replicas, rows = size // groups, shape[0] // groups
+    assert replicas * groups == size, (groups, size)
+    assert rows * groups == shape[0], (shape, groups)
+    return Shard(tuple(shape), 0, rows, (Piece(rank // replicas * rows, 0, rows, owned=rank % replicas == 0),))
+
+
 def _rectangles(shape: tuple[int, ...], span: range) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """(offset, size) by dim of the rectangles that make up `span` of a flattened tensor of one or two dims."""
     if len(shape) == 1:

@@ -64,7 +64,8 @@ class GradBuffers:
     ) -> None:
         self.group, self.overlap, self.sharded = group, overlap, sharded
         self._parameters = dict(list(parameters.items())[::-1])
-        first = next(iter(self._parameters.values()))
+        # a stage may train nothing
+        first: Tensor = next(iter(self._parameters.values()), torch.empty(0))
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         per_bucket = max(1, math.ceil(bucket_bytes / self.dtype.itemsize))
         unit = ALIGNMENT if sharded else 1

@@ -18,7 +18,7 @@ from megalite.parallel.groups import Pending
 
 
 class ParamBuffers:
-    """Makes every parameter a view of a flat buffer; `shares[name]`: this rank's part, [len(grads.spans[name])].
+    """Makes each of `parameters` a view of a flat buffer; `shares[name]`: this rank's part, [len(grads.spans[name])].
 
     Parameters of which this rank's part is empty have no share. `units` are the modules that wait before they run, each
     for the parameters in it.
@@ -44,7 +44,8 @@ class ParamBuffers:
             self.flats.append(flat)
         self._pending: dict[int, Pending] = {}
         for unit in units:
-            unit.register_forward_pre_hook(partial(self._wait, {bucket_of[id(p)] for p in unit.parameters()}))
+            numbers = {bucket_of[id(p)] for p in unit.parameters() if id(p) in bucket_of}
+            unit.register_forward_pre_hook(partial(self._wait, numbers))
 
     def gather(self) -> None:
         """Begin to give every replica the others' shares."""

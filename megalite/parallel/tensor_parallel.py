@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.profiler import record_function
 
 from megalite.parallel.cuts import Shard
-from megalite.parallel.groups import Group, Pending
+from megalite.parallel.groups import Done, Group, Pending
 
 
 def _start_gather_sequence(x: Tensor, group: Group) -> tuple[Tensor, Pending]:
@@ -36,36 +36,48 @@ def _start_scatter_sequence(x: Tensor, group: Group) -> tuple[Tensor, Pending]:
     )
 
 
+def _start_reduce_input(grad_x: Tensor, group: Group, sp: bool) -> tuple[Tensor, Pending]:
+    """Begin summing what each rank's columns give for the input: [b, s, h], or this rank's [b, s/tp, h] under sp."""
+    return _start_scatter_sequence(grad_x, group) if sp else (grad_x, group.start_all_reduce(grad_x))
+
+
 class _ColumnLinear(torch.autograd.Function):
     """y = gather(x) Wᵀ + b. The input gradient's reduction travels while the weight gradient is computed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sp: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.group, ctx.sp, ctx.has_bias = group, sp, bias is not None
+        # a frozen weight does not ask what went in
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.group, ctx.sp = group, sp
         return F.linear(_join_sequence(group.all_gather(x.contiguous())) if sp else x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (grad_out,) = grads
         x, weight = ctx.saved_tensors
         group: Group = ctx.group
-        if ctx.sp:
+        grad_x: Tensor | None = None
+        grad_weight = grad_bias = None
+        reduced: Pending = Done()
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        again = ctx.sp and needs_weight
+        if again:
             # only the shard was kept; the whole input travels again, under the input gradient's product
             parts, gathered = _start_gather_sequence(x, group)
+        if needs_x:
             grad_x = grad_out @ weight
+        if again:
             gathered.wait()
             x = _join_sequence(parts)
+        if grad_x is not None:
             with record_function("start reducing input gradient"):
-                grad_x, reduced = _start_scatter_sequence(grad_x, group)
-        else:
-            grad_x = grad_out @ weight
-            with record_function("start reducing input gradient"):
-                reduced = group.start_all_reduce(grad_x)
+                grad_x, reduced = _start_reduce_input(grad_x, group, ctx.sp)
         grad_rows = grad_out.flatten(0, -2)
-        with record_function("weight gradient"):
-            grad_weight = grad_rows.t() @ x.flatten(0, -2)
-        grad_bias = grad_rows.sum(0) if ctx.has_bias else None
+        if needs_weight:
+            with record_function("weight gradient"):
+                grad_weight = grad_rows.t() @ x.flatten(0, -2)
+        if needs_bias:
+            grad_bias = grad_rows.sum(0)
         reduced.wait()
         return grad_x, grad_weight, grad_bias, None, None
 
@@ -81,6 +93,28 @@ class ColumnLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = _ColumnLinear.apply(x, self.weight, self.bias, self.group, self.sp)
         return out
+
+
+class _ColumnInput(torch.autograd.Function):
+    """What goes into a column-parallel linear, whole on every rank; backward sums what each rank makes of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, sp: bool) -> Tensor:
+        ctx.group, ctx.sp = group, sp
+        return _join_sequence(group.all_gather(x.contiguous())) if sp else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        grad_x = grads[0].clone(memory_format=torch.contiguous_format)
+        grad_x, reduced = _start_reduce_input(grad_x, ctx.group, ctx.sp)
+        reduced.wait()
+        return grad_x, None, None
+
+
+def column_input(x: Tensor, group: Group, sp: bool) -> Tensor:
+    """x [b, s, in] (or this rank's [b, s/tp, in] under sp), as [b, s, in] for each rank to make its columns of."""
+    out: Tensor = _ColumnInput.apply(x, group, sp)
+    return out
 
 
 class _Reduce(torch.autograd.Function):
@@ -123,8 +157,12 @@ class RowLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.group, self.sp = group, sp
 
+    def product(self, x: Tensor) -> Tensor:
+        """This rank's summand [b, s, out]."""
+        return F.linear(x, self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
-        out = _sum_over(F.linear(x, self.weight), self.group, self.sp)
+        out = _sum_over(self.product(x), self.group, self.sp)
         return out if self.bias is None else out + self.bias
 
 

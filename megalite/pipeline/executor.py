@@ -72,7 +72,7 @@ def execute(
     received: dict[tuple[str, int], tuple[Tensor, Pending]] = {}
     ready: dict[tuple[str, int], Tensor] = {}
     inputs: dict[int, Tensor | None] = {}
-    edges: dict[int, GradientEdge] = {}
+    edges: dict[int, GradientEdge | None] = {}
     outputs: list[Tensor] = []
     sent = {(action.of, action.microbatch) for action in actions if action.op == "SEND"}
 
@@ -89,7 +89,8 @@ def execute(
             x.requires_grad_()
         out = forward(m, x)
         if training:
-            inputs[m], edges[m] = x, get_gradient_edge(out)
+            # a first stage that trains nothing has nothing to go back through
+            inputs[m], edges[m] = x, get_gradient_edge(out) if out.requires_grad else None
         if ("F", m) in sent:
             ready["F", m] = out.detach()
         else:
@@ -99,8 +100,9 @@ def execute(
         gradient = arrived("B", m)
         if gradient is None:
             gradient = torch.full_like(outputs[m], loss_scale)
-        torch.autograd.backward((edges.pop(m),), (gradient,))
-        x = inputs.pop(m)
+        edge, x = edges.pop(m), inputs.pop(m)
+        if edge is not None:
+            torch.autograd.backward((edge,), (gradient,))
         if x is not None:
             assert x.grad is not None
             ready["B", m] = x.grad

@@ -64,7 +64,7 @@ def largest_error(config: Config, weights: Weights, isolated: bool, loss: float,
         engine = build(config, world, lambda name, shape: weights[name])
         dp = engine.mesh.dp
         summed, _ = engine.forward_backward(numbered(isolated)[dp.rank :: dp.size])
-        held = {name: engine.grads.held(name) for name in engine.parameters}
+        held = {name: engine.grads.held(name) for name in engine.grads.spans}
         return summed, engine.shards, held, engine.grads.reduced
 
     p = config.parallel

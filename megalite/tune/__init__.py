@@ -1,0 +1,1 @@
+"""Training a part of the model, or a little beside it."""

@@ -1,0 +1,176 @@
+"""An adapter written out: merged into a run folder of whole weights, or in the format of Hugging Face's peft, and back.
+
+peft's format: adapter_config.json and adapter_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalite.checkpoint.folder import find, read_manifest, step_folder
+from megalite.checkpoint.load import read_tensor
+from megalite.checkpoint.save import write_whole
+from megalite.config import Config, TuneConfig, resolve, to_yaml
+from megalite.config.tune import adapted, adapter_shapes, projections, shapes
+from megalite.hf.convert import FRESH, write_run
+from megalite.hf.folder import open_folder, require_new
+from megalite.model.names import names_there
+from megalite.tune.base import is_hf, name_of
+from megalite.tune.merge import config_of, find_adapter, open_merged
+
+PREFIX = "base_model.model."
+
+
+def merge_adapter(adapter: Path, target: Path, base: Path | None = None) -> Path:
+    """Write the new run folder `target`, at step 0, of a LoRA run's merged weights. `base` as in `open_merged`."""
+    config, get, dtype_of = open_merged(adapter, base)
+    run_dir = find_adapter(adapter).parent.parent
+    beside, dtypes = run_dir / "hf", {name: dtype_of(name) for name in shapes(config.model)}
+    found = write_run(
+        target, config.model, get, dtypes, context=config.train.seq_len, beside=beside if beside.is_dir() else None
+    )
+    for tokenizer in run_dir.glob("tokenizer*"):
+        shutil.copyfile(tokenizer, target / tokenizer.name)
+    return found
+
+
+def export_peft(adapter: Path, target: Path, base_name: str = "") -> Path:
+    """Write a LoRA checkpoint's factors to the new folder `target`, as PeftModel.from_pretrained reads them.
+
+    `base_name`: of the model that peft should put them beside, a name or folder of Hugging Face's. Beside q, k and v
+    there stand q, k and v here, so no row changes its place, but for GPT-2's c_attn.
+    """
+    folder = find_adapter(adapter)
+    require_new(target, "the folder")
+    manifest = read_manifest(folder)
+    config = config_of(manifest)
+    tensors = {}
+    for ours, theirs in _peft_names(config).items():
+        factor = read_tensor(folder, manifest, f"weight.{ours}")
+        tensors[theirs] = factor[_fused_rows(config)] if ours.endswith(".lora_qkv.b") else factor
+    modules = sorted({name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors})
+    ends = {".".join(name.split(".")[-2:]) for name in modules}
+    everywhere = len(modules) == len(ends) * config.model.num_layers
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": config.tune.lora_rank,
+        "lora_alpha": config.tune.lora_alpha,
+        "lora_dropout": config.tune.lora_dropout,
+        "target_modules": sorted(ends) if everywhere else modules,
+        "fan_in_fan_out": config.model.position == "learned",
+        "bias": "none",
+        "inference_mode": True,
+    }
+    building = target.with_name(f".building-{target.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
+    (building / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if target.exists():
+        target.rmdir()
+    os.rename(building, target)
+    return target
+
+
+def import_peft(source: Path, base: Path, target: Path) -> Path:
+    """Write peft's adapter folder `source` as a checkpoint of the new run folder `target`, to weights at `base`.
+
+    Start from it with tune.mode=lora, checkpoint.load=target and checkpoint.load_optim=false. ValueError, by name, for
+    what is not LoRA as built here.
+    """
+    require_new(target, "the folder")
+    base = base if is_hf(base) else find(base)
+    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    _require_plain(settings, source)
+    if is_hf(base):
+        config = resolve(Config(model=dataclasses.replace(open_folder(base).model, from_hf=str(base.resolve()))), 1)
+    else:
+        config = config_of(read_manifest(base))
+        config = dataclasses.replace(
+            config, checkpoint=dataclasses.replace(config.checkpoint, load=str(base.resolve()))
+        )
+    with safe_open(source / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        tune = TuneConfig(
+            mode="lora",
+            lora_rank=settings["r"],
+            lora_alpha=float(settings["lora_alpha"]),
+            lora_dropout=float(settings.get("lora_dropout", 0.0)),
+        )
+        tune = dataclasses.replace(tune, lora_targets=_targets(dataclasses.replace(config, tune=tune), names, source))
+        config = dataclasses.replace(config, tune=tune)
+        known, expected = _peft_names(config), adapter_shapes(config)
+        lost = sorted(names ^ set(known.values()))
+        if lost:
+            raise ValueError(f"{source}: tensor {lost[0]} has no place beside {base}, or is missing")
+        dtype = file.get_tensor(next(iter(names))).dtype
+
+        def get(full: str) -> Tensor:
+            factor: Tensor = file.get_tensor(known[full.removeprefix("weight.")])
+            return factor[_fused_rows(config).argsort()] if full.endswith(".lora_qkv.b") else factor
+
+        final = step_folder(target, 0)
+        final.parent.mkdir(parents=True)
+        state = FRESH | {"base": name_of(base)}
+        write_whole(final, config, {f"weight.{name}": (dtype, shape) for name, shape in expected.items()}, get, state)
+    (target / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return final
+
+
+def _peft_names(config: Config) -> dict[str, str]:
+    """peft's name of every factor by ours."""
+    found = {}
+    for linear, chosen in adapted(config).items():
+        there = names_there(f"{linear}.weight", config.model)
+        modules = dict(zip((p.name for p in projections(config.model)[linear.split(".", 2)[2]]), there, strict=True))
+        for p in chosen:
+            theirs = PREFIX + modules[p.name].removesuffix(".weight")
+            found[f"{linear}.lora_{p.name}.a"] = f"{theirs}.lora_A.weight"
+            found[f"{linear}.lora_{p.name}.b"] = f"{theirs}.lora_B.weight"
+    return found
+
+
+def _fused_rows(config: Config) -> Tensor:
+    """Which of our rows of qkv, ordered by kv group, stands where in GPT-2's [queries, keys, values]."""
+    m = config.model
+    assert m.num_kv_heads is not None
+    assert m.head_dim is not None
+    rows = torch.arange((m.num_heads + 2 * m.num_kv_heads) * m.head_dim).view(m.num_kv_heads, -1, m.head_dim)
+    return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
+
+
+def _targets(config: Config, names: set[str], source: Path) -> str:
+    """tune.lora_targets for the factors `names` of peft's."""
+    used = set()
+    for ours, theirs in _peft_names(config).items():
+        if theirs in names:
+            linear, projection = ours.split(".", 2)[2].rsplit(".", 2)[:2]
+            used.add((linear, projection.removeprefix("lora_")))
+    patterns = []
+    for linear, inside in projections(config.model).items():
+        chosen = [p.there for p in inside if (linear, p.name) in used]
+        patterns += [linear] if len(chosen) == len(inside) else chosen
+    if not patterns:
+        raise ValueError(f"{source} has no factor for any linear of this model's blocks")
+    return " ".join(patterns)
+
+
+def _require_plain(settings: dict[str, Any], source: Path) -> None:
+    plain: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none",)}
+    for key in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
+        plain[key] = (None, False, {}, [])
+    for key, values in plain.items():
+        if settings.get(key, values[0]) not in values:
+            raise ValueError(f"{source}/adapter_config.json: {key}={settings[key]} is not built; use {values[0]}")
