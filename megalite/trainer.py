@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,9 @@ from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
 from megalite.config.tune import is_adapter
 from megalite.data.sets import DataSets
-from megalite.hf.folder import HFFolder, carry, open_folder
-from megalite.hf.load import read_local
+from megalite.hf.folder import open_folder
+from megalite.hf.keys import keep_hf
+from megalite.hf.load import fill, nothing
 from megalite.model.cut_table import ADAPTER
 from megalite.model.init import draw
 from megalite.optim.adamw import clip_scale
@@ -143,11 +144,12 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
             progress.say(f"note: the data was {state.data} and is now {data.fingerprint}; the order of samples changes")
             state.data = data.fingerprint
     elif config.model.from_hf is not None and config.tune.mode != "lora":
-        load_hf(engine, open_folder(config.model.from_hf), engine.stored())
+        fill(engine.stored(), engine.shards, open_folder(config.model.from_hf))
+        engine.optimizer.adopt()
         progress.say(f"loaded {config.model.from_hf}")
     if first:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _keep_hf(config, beside, run_dir)
+        keep_hf(config, beside, run_dir)
         for damaged in folders.after(source) if resume is not None and source is not None else []:
             progress.say(f"set aside {folders.set_aside(damaged)}")
         keep = run_dir / "config.yaml"
@@ -344,32 +346,16 @@ def _state_of(manifest: dict[str, Any], folder: Path) -> State:
 def load_base(engine: Engine, base: Path) -> None:
     """Fill the weights that LoRA's factors stand beside, from a checkpoint or a Hugging Face folder."""
     if is_hf(base):
-        load_hf(engine, open_folder(base), engine.base())
+        fill(engine.base(), engine.shards, open_folder(base))
     else:
         manifest = folders.read_manifest(base)
         folders.check_model(manifest, dataclasses.asdict(engine.config.model), base)
         load_tensors(base, manifest, engine.shards, {"weight": engine.base()})
 
 
-def load_hf(engine: Engine, folder: HFFolder, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Fill `parameters` of the engine from a Hugging Face folder; of each tensor a rank reads what it holds."""
-    for name, parameter in parameters.items():
-        parameter.data.copy_(read_local(folder, name, engine.shards[name]))
-    engine.optimizer.adopt()
-
-
 def _unread(config: Config, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A whole parameter where weights are read after: of LoRA's factors as they begin, of others without memory."""
-    if ADAPTER.fullmatch(name):
-        return draw(name, shape, config.model, config.train.seed)
-    return torch.zeros(()).expand(shape)
-
-
-def _keep_hf(config: Config, source: Path | None, run_dir: Path) -> None:
-    """Keep what came with the model beside its weights, for the day when it is exported."""
-    beside = Path(config.model.from_hf) if config.model.from_hf else source.parent.parent / "hf" if source else None
-    if beside is not None and beside.is_dir() and beside.resolve() != (run_dir / "hf").resolve():
-        carry(beside, run_dir / "hf")
+    return draw(name, shape, config.model, config.train.seed) if ADAPTER.fullmatch(name) else nothing(name, shape)
 
 
 def _sum(engine: Engine, *values: float) -> Sequence[float]:

@@ -123,6 +123,13 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
     else:
         config = saved_config(step)
         get, dtype_of = read_base(step)
+        for name, shape in global_shapes(config.model).items():
+            entry = manifest["tensors"].get(f"weight.{name}", {"shape": None})
+            if entry["shape"] != list(shape):
+                raise ValueError(
+                    f"{step}: weight.{name} is {entry['shape'] or 'missing'}, config.yaml's model needs {list(shape)}; "
+                    f"it is a checkpoint of another model"
+                )
     stored = {name: dtype_of(name) for name in global_shapes(config.model)}
     dtypes = dict.fromkeys(stored, DTYPES[dtype]) if dtype else stored
     carried = run_dir / "hf"

@@ -40,7 +40,7 @@ NEVER = [
             "evaluate.rows",
         )
     ),  # mistakes are told without torch
-    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder")),
+    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 
