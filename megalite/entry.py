@@ -63,7 +63,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
         request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
         request = one_length(request)
         if instructions is not None:
-            request = for_instructions(request)
+            request = apart(request)
         config, why = configure(with_hf(request))
         if request.print_config:
             say(to_yaml(config).rstrip())
@@ -84,6 +84,11 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
                 f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             )
         config = with_corpus(config, corpus, request, instructions)
+        if instructions is not None and config.data.sft is None:
+            raise ConfigError(
+                "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
+                "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b checkpoint.load_optim=false"
+            )
         from megalite.data.sets import open_data
 
         data = open_data(config, scan=RANK == 0)
@@ -156,18 +161,14 @@ def one_length(request: Request) -> Request:
     return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
 
 
-def for_instructions(request: Request) -> Request:
-    """A run folder of its own for a preset that also pretrains; ConfigError where there is nothing to learn from."""
+def apart(request: Request) -> Request:
+    """The request with a run folder of its own where its preset also pretrains: else it would go on from there."""
+    if (request.preset or "").startswith("sft-") or "train.run_dir" in request.explicit:
+        return request
     config = request.config
-    if config.data.sft is None and request.preset != "tiny":
-        raise ConfigError(
-            "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
-            "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b checkpoint.load_optim=false"
-        )
-    if request.preset == "tiny" and "train.run_dir" not in request.explicit:
-        train = dataclasses.replace(config.train, run_dir="runs/sft-tiny")
-        config = dataclasses.replace(config, train=train)
-    return dataclasses.replace(request, config=config)
+    folder = Path(config.train.run_dir)
+    train = dataclasses.replace(config.train, run_dir=str(folder.with_name(f"sft-{folder.name}")))
+    return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
 
 
 def with_epochs(config: Config, request: Request, samples: int) -> Config:

@@ -7,6 +7,7 @@ python tools/data.py sft chats.jsonl --tokenizer tokenizer.json --output-prefix 
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -65,24 +66,23 @@ def inspect(args: argparse.Namespace) -> None:
     template = ChatTemplate(*find_template(args.template, tokenizer), tokenizer)
     options, report = Options(args.train_on, args.control_tokens, bad_rows="skip"), Report()
     colours = (TRAINED, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
-    found: list[Example] = []
-    for example in examples(args.file, tokenizer, template, options, report):
-        if len(found) < args.rows:
-            print(
-                f"--- {example.where}, {len(example.encoding.ids)} tokens, what is trained: {colours[0]}so{colours[1]}"
-            )
-            print(marked(example, *colours).rstrip("\n"))
-        found.append(example)
-    if not found:
+
+    def shown() -> Iterator[Example]:
+        for number, example in enumerate(examples(args.file, tokenizer, template, options, report)):
+            if number < args.rows:
+                so = "so".join(colours)
+                print(f"--- {example.where}, {len(example.encoding.ids)} tokens, what is trained: {so}")
+                print(marked(example, *colours).rstrip("\n"))
+            yield example
+
+    counts = survey(shown(), tokenizer, template, args.seq_len)
+    if not counts.lengths:
         raise ValueError(f"{args.file}: no conversation in it" + "".join(f"; {line}" for line in report.bad[:1]))
-    counts = survey(found, tokenizer, template, args.seq_len)
     told = ", ".join(f"{count} {name}" for name, count in report.formats.items())
     rows, filled = efficiency(counts.lengths, args.seq_len)
     total = sum(counts.lengths)
     print(f"\n{told} rows by template {template.name}: {total} tokens, {counts.trained / total:.1%} trained")
-    print(
-        f"packed into {rows} rows of {args.seq_len}: {filled:.1%} full; {total / len(found):.0f} tokens a conversation"
-    )
+    print(f"packed into {rows} rows of {args.seq_len}: {filled:.1%} full")
     print("rows by tokens:", *histogram(counts.lengths), sep="\n")
     for line in warnings(counts, report, tokenizer, args.seq_len, args.control_tokens):
         print(f"warning: {line}")

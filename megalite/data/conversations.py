@@ -211,9 +211,22 @@ def _conversation(name: str, given: list[Any], tools: list[Any] | None) -> Conve
         if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
             raise RowError(f"{where}: 'tool_calls' is no list of objects")
         kept = {key: value for key, value in message.items() if key != "weight" and value is not None}
-        messages.append({**kept, "role": role, "content": _content(message, where, may_lack=bool(calls))})
+        kept |= {"role": role, "content": _content(message, where, may_lack=bool(calls))}
+        if calls:
+            kept["tool_calls"] = [_with_arguments(call) for call in calls]
+        messages.append(kept)
         weights.append(_weight(message.get("weight"), where))
     return Conversation(name, messages, weights, tools)
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """A tool call whose arguments are an object: OpenAI writes them as JSON in a string, templates want the object."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"])}
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):
+        return {**call, "arguments": _parse(arguments, "the arguments of a tool call")}
+    return call
 
 
 def _content(message: Message, where: str, may_lack: bool) -> str:

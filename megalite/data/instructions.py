@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,6 +25,8 @@ from megalite.data.tokenizer import Encoding, Tokenizer
 # Raised whenever the same rows would give other files, so that old caches are not taken for new ones.
 RECIPE = 1
 SHOWN_ROWS = 5
+# within so many seconds a refusal of the same file is another rank's
+SAME_RUN_S = 10.0
 
 
 class Options(NamedTuple):
@@ -158,5 +162,23 @@ def prepare(path: str, cache_dir: str | Path, tokenizer: Tokenizer, template: Ch
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not paths(prefix)[1].is_file():
-            write_indexed(path, prefix, tokenizer, template, options)
+            refused = folder / f"{prefix.name}.refused"
+            _refuse_again(refused, path)
+            try:
+                write_indexed(path, prefix, tokenizer, template, options)
+            except ValueError as error:
+                refused.write_text(json.dumps([str(path), str(error)]), encoding="utf-8")
+                raise
+            refused.unlink(missing_ok=True)
     return prefix
+
+
+def _refuse_again(refused: Path, path: str | Path) -> None:
+    """The ValueError that another rank of this run has just met, without reading everything up to it once more.
+
+    Else each would in turn, and the first to end would end the run before the one that speaks has found the mistake.
+    """
+    if refused.is_file() and time.time() - refused.stat().st_mtime < SAME_RUN_S:
+        met, message = json.loads(refused.read_text("utf-8"))
+        if met == str(path):
+            raise ValueError(message)

@@ -37,7 +37,7 @@ def test_four_ranks_and_one_learn_alike(tmp_path: Path) -> None:
 def test_it_goes_on_from_pretrained_weights_and_from_itself(tmp_path: Path) -> None:
     """Two steps and two more are the four of one run: the same samples, whatever the topology."""
     common = ["train.device=cpu", f"data.cache_dir={tmp_path / 'cache'}", "log.plot=false", "checkpoint.interval=2"]
-    common += ["train.global_batch_size=8", "train.eval_samples=8"]
+    common += ["train.global_batch_size=8", "train.eval_samples=8", "train.seq_len=64"]
     halves = [*common, f"train.run_dir={tmp_path / 'halves'}", "optim.decay_samples=32", "optim.warmup_samples=0"]
     whole = [*common, f"train.run_dir={tmp_path / 'again'}", "optim.decay_samples=32", "optim.warmup_samples=0"]
     run_ranks(4, finetune, [*whole, "train.steps=4"])

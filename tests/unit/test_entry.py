@@ -9,12 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from assets import asset
 
 from megalite.checkpoint.manifest import digest
+from megalite.config import Request, parse_command_line
 from megalite.data.indexed import IndexedWriter
+from megalite.entry import apart, one_length
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "pretrain_7b.py"
+SFT = REPOSITORY / "examples" / "sft_7b.py"
 ONE = ["parallel.tp=1", "parallel.pp=1"]
 
 
@@ -150,3 +154,46 @@ def test_the_checkpoint_is_of_another_model(tmp_path: Path, data: Path) -> None:
 
     (folder / "manifest.json").write_text(json.dumps(manifest)[:-9])
     assert f"{folder}/manifest.json: not a manifest" in refusal(tmp_path, *ONE, f"data.path={data}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--preset", "125m"], "data.sft is not set: which conversations should the model learn from?"),
+        (["train.epochs=2", "train.steps=3"], "train.steps=3 and train.epochs=2 are both set; set one of them"),
+        (["train.epochs=0"], "train.epochs=0.0 must be greater than 0"),
+        (["data.path=a", "data.sft=b.jsonl"], "data.path=a and data.sft=b.jsonl are both set"),
+        (["data.sft=b.jsonl"], "data.sft=b.jsonl: text needs data.tokenizer"),
+        (["data.train_on=answer"], "data.train_on=answer: must be one of assistant, last, all"),
+        (["data.max_length=7"], "unknown key data.max_length; here it is train.seq_len"),
+        (["train.num_train_epochs=3"], "unknown key train.num_train_epochs; here it is train.epochs"),
+    ],
+)
+def test_mistakes_in_tuning(tmp_path: Path, argv: list[str], words: str) -> None:
+    assert words in refusal(tmp_path, *ONE, *argv, seconds=30, script=SFT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_steps_or_epochs_and_a_folder_of_its_own() -> None:
+    def asked(*argv: str) -> Request:
+        return apart(one_length(parse_command_line(argv, default_preset="sft-7b", prog="test")))
+
+    assert asked().config.train.epochs == 3
+    assert asked("train.steps=5").config.train.epochs is None
+    assert asked("--preset", "tiny", "train.epochs=0.5").config.train.epochs == 0.5
+    assert asked().config.train.run_dir == "runs/sft-7b"
+    assert asked("--preset", "tiny").config.train.run_dir == "runs/sft-tiny"
+    assert asked("--preset", "tiny", "train.run_dir=here").config.train.run_dir == "here"
+
+
+def test_a_bad_row_is_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": 7}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = f"data.tokenizer={asset('mistral-v1/tokenizer.model')}"
+    argv = [*ONE, tokenizer, "data.sft=chats.jsonl", "model.vocab_size=32000"]
+    said = refusal(tmp_path, *argv, "data.template=plain", seconds=30, script=SFT)
+    assert said == "chats.jsonl:2: 'completion' is a number, expected text (data.bad_rows=skip leaves such rows out)"
+    assert "has no chat template beside it" in refusal(tmp_path, *argv, seconds=30, script=SFT)
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(rows[0]) + "\n" for _ in range(9)))
+    said = refusal(tmp_path, *argv[:4], "data.template=plain", seconds=30, script=SFT)
+    assert "is not in 0..599 as model.vocab_size=600 asks" in said

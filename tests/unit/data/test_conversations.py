@@ -71,6 +71,14 @@ def test_function_calls_tools_and_weights() -> None:
     assert [m["role"] for m in found.messages] == ["user", "assistant", "tool", "assistant"]
     assert found.messages[1]["tool_calls"] == [{"type": "function", "function": call}]
     assert (found.tools, found.weights) == ([{"name": "f"}], [None, None, None, 0.5])
+    # OpenAI's arguments are text
+    openai = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    found = normalise({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [openai]}]})
+    assert found.messages[1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+    }
     # what the prompt holds is not trained
     found = normalise({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
     assert found.weights == [0, 0, 0, None]
@@ -102,6 +110,7 @@ def test_function_calls_tools_and_weights() -> None:
         ({"messages": [USER, {**ANSWER, "weight": -1}]}, "message 2: its weight is -1"),
         ({"messages": [USER, {**ANSWER, "weight": float("nan")}]}, "message 2: its weight is nan"),
         ({"messages": [USER, {**ANSWER, "tool_calls": "f"}]}, "message 2: 'tool_calls' is no list"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": [{"arguments": "{"}]}]}, "arguments of a tool call is not JSON"),
         ({"instruction": "i"}, "'output' is missing"),
         ({"instruction": "i", "output": 5}, "'output' is a number, expected text"),
         ({"instruction": "i", "output": "o", "history": [["x"]]}, "turn 1 of its history is no pair"),

@@ -11,6 +11,7 @@ import pytest
 from assets import asset
 
 from megalite.config import Config, DataConfig, ModelConfig, TrainConfig
+from megalite.data import instructions
 from megalite.data.chat import BUILT_IN, ChatTemplate
 from megalite.data.corpus import Corpus
 from megalite.data.instructions import Options, write_indexed
@@ -203,6 +204,26 @@ def test_open_data(chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.L
 def test_mistakes(chats: Path, corpus: Corpus, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_data(config(chats, corpus, tmp_path, **change))
+
+
+def test_a_refusal_is_met_once_by_all_ranks(
+    chats: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(chats.read_text("utf-8") + "{}\n", "utf-8")
+    cache = tmp_path / "cache"
+    asked = config(bad, corpus, cache)
+    with pytest.raises(ValueError, match=r"bad\.jsonl:31: has none of the keys"):
+        open_data(asked)
+    with monkeypatch.context() as patch:
+        patch.setattr(instructions, "write_indexed", lambda *_: pytest.fail("the file was read again"))
+        with pytest.raises(ValueError, match=r"bad\.jsonl:31: has none of the keys"):
+            open_data(asked)
+    # a later run finds out for itself
+    monkeypatch.setattr(instructions, "SAME_RUN_S", 0.0)
+    with pytest.raises(ValueError, match=r"bad\.jsonl:31: has none of the keys"):
+        open_data(asked)
+    assert sizes(open_data(config(bad, corpus, cache, bad_rows="skip", valid_fraction=0.0))) == {"train": 30}
 
 
 def test_pretraining_data_is_no_instruction_data(chats: Path, corpus: Corpus, tmp_path: Path) -> None:

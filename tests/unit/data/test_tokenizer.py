@@ -1,11 +1,14 @@
 import hashlib
+import io
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from megalite.data.corpus import train_tokenizer
 from megalite.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -157,3 +160,45 @@ def test_importing_the_data_side_loads_neither_torch_nor_a_tokenizer():
         "sys.exit(any(name in sys.modules for name in ('torch', 'sentencepiece', 'tokenizers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
+
+
+def test_offsets_of_a_model_that_normalises(tmp_path: Path) -> None:
+    """NFKC joins, splits and drops characters: ranges stay within the text, in order, and on characters."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog"] * 9),
+        model_writer=model,
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        control_symbols=["<c>"],
+        minloglevel=2,
+        num_threads=1,
+    )
+    (tmp_path / "t.model").write_bytes(model.getvalue())
+    tokenizer = load_tokenizer(tmp_path / "t.model")
+    assert tokenizer.controls == {"<s>": 1, "</s>": 2, "<c>": 3}
+    draw = random.Random(0)
+    parts = [
+        "a",
+        " ",
+        "  ",
+        "\n",
+        "é",
+        "e\u0301",
+        "ﬁ",
+        "①",
+        "㌔",
+        "\u1112\u1161\u11ab",
+        "🙂",
+        "\u200b",
+        "\u00a0",
+        "<c>",
+    ]
+    for _ in range(1000):
+        text = "".join(draw.choice(parts) for _ in range(draw.randrange(12)))
+        ids, spans = tokenizer.encode_chat(text)
+        assert len(ids) == len(spans)
+        assert all(0 <= start <= stop <= len(text) for start, stop in spans), text
+        assert spans == sorted(spans), text
+        assert ids.count(3) == text.count("<c>")
