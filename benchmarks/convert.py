@@ -1,4 +1,6 @@
-"""Peak memory of converting a model of Llama 2 7B's shapes, bf16, to a run folder and back: python benchmarks/convert.py
+"""Peak memory of converting a model of Llama 2 7B's shapes, bf16, to a run folder and back.
+
+    python benchmarks/convert.py      writes results/convert.md
 
 Each way is a process of its own, `tools/checkpoint.py convert`, whose largest resident set the kernel tells at its end.
 Needs three times the model's 13.5 GB on --disk; all of it is deleted again.
@@ -14,14 +16,15 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from megalite.config import parse_command_line, resolve
 from megalite.hf.export import export
 from megalite.model.names import global_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make(folder: Path, preset: str) -> int:
@@ -63,7 +66,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.disk) as name:
         folder = Path(name)
         parameters = make(folder / "hf", options.preset)
-        size = sum(file.stat().st_size for file in (folder / "hf").glob("*.safetensors")) / 1e9
+        weights = list((folder / "hf").glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in weights) / 1e9
         ways = {
             "Hugging Face → megalite": convert(("hf", folder / "hf"), ("megalite", folder / "run")),
             "megalite → Hugging Face": convert(("megalite", folder / "run"), ("hf", folder / "back")),
@@ -76,7 +80,7 @@ def main() -> None:
         f"# Converting {options.preset}",
         "",
         f"`python benchmarks/convert.py --preset {options.preset}`: {parameters / 1e9:.2f}e9 parameters, bf16, "
-        f"{size:.1f} GB in {len(files) - 2} files; {platform.processor() or platform.machine()}, {os.cpu_count()} "
+        f"{size:.1f} GB in {len(weights)} files; {platform.processor() or platform.machine()}, {os.cpu_count()} "
         f"cores, torch {torch.__version__}.",
         "",
         "| way | seconds | peak resident GB |",

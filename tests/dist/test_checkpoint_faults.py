@@ -43,10 +43,12 @@ def faulty(argv: list[str], order: str) -> int:
     return pretrain(argv)
 
 
-@pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{point}-{rank}" for point, rank in CASES])
-def test_a_kill_at_any_point_loses_nothing(settings, straight: Path, tmp_path: Path, case: int) -> None:
-    point, rank = CASES[case]
-    argv = settings(tmp_path, *CUT, f"checkpoint.async_save={'true' if case % 2 else 'false'}")
+@pytest.mark.parametrize("async_save", ["true", "false"])
+@pytest.mark.parametrize(("point", "rank"), CASES)
+def test_a_kill_at_any_point_loses_nothing(
+    settings, straight: Path, tmp_path: Path, point: str, rank: int, async_save: str
+) -> None:
+    argv = settings(tmp_path, *CUT, f"checkpoint.async_save={async_save}")
     with Ranks(2, faulty, argv, f"{point}:{rank}:{nth(point, rank, straight)}") as ranks:
         ended = ranks.wait(30)
     assert ended.codes[rank] == -signal.SIGKILL, ended

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.folder import complete
 from megalite.hf.config import read_json
+from megalite.hf.convert import from_hf_folder
 from megalite.hf.folder import open_folder
 from megalite.hf.load import read_whole
 from megalite.hf.verify import verify
@@ -44,6 +45,12 @@ def test_from_a_folder_to_a_folder(settings: Settings, source: Path, tmp_path: P
     assert 0 < max(changed.values()) < 5e-3
     assert verify(out, run_dir).equal
     assert read_json(out / "config.json")["max_position_embeddings"] == 64
+
+    # a converted folder is a run folder to start from, and what came beside its weights goes with them
+    again = settings(tmp_path / "again", f"checkpoint.load={from_hf_folder(out, tmp_path / 'converted')}")
+    ended = run_ranks(2, pretrain, [*again, "checkpoint.load_optim=false", "parallel.dp=2", "train.steps=1"])
+    assert "weights only" in ended.out[0]
+    assert (tmp_path / "again" / "hf" / "config.json").read_bytes() == (out / "config.json").read_bytes()
 
     # the same command goes on from the run's own checkpoint, not from the folder: that one need not have its weights
     (source / "model.safetensors").unlink()
