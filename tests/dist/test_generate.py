@@ -103,3 +103,43 @@ def test_every_layout_measures_the_same(run_dir: Path, tmp_path: Path) -> None:
         if verb == "choices":
             for mine, theirs in zip(four["rows"], one["rows"], strict=True):
                 assert mine["log_likelihoods"] == pytest.approx(theirs["log_likelihoods"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "message"),
+    [
+        ("generate.py", ["--prompt", "x", "--top-p", "2"], "top_p=2.0 must be greater than 0"),
+        ("generate.py", ["--prompt", "x", "--chat", "y"], "leave out --prompt and --prompts"),
+        ("generate.py", ["--chat", "y"], "has no chat template beside it"),
+        ("generate.py", ["--prompts", "{tmp}/none.txt"], "none.txt"),
+        ("generate.py", ["--prompts", "{tmp}/bad.jsonl"], 'bad.jsonl:2: expected a JSON object with a text "prompt"'),
+        ("evaluate.py", ["{tmp}/bad.jsonl", "--shots", "9"], 'bad.jsonl:1: expected {"prompt": text, "choices"'),
+    ],
+)
+def test_a_wrong_question_is_told_in_one_line(
+    name: str, argv: list[str], message: str, run_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "fine"}\n{"text": "not"}\n')
+    argv = [argument.format(tmp=tmp_path) for argument in argv]
+    with Ranks(1, tool, name, [*["choices"] * (name == "evaluate.py"), str(run_dir), *argv]) as ranks:
+        ended = ranks.wait()
+    assert ended.codes == [2]
+    (line,) = ended.err[0].splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_lines_that_are_typed_are_continued(run_dir: Path, tmp_path: Path) -> None:
+    """Rank 0 reads, all continue; the end of input ends all."""
+    (tmp_path / "typed").write_text("In the\n床前\n")
+    argv = [str(run_dir), "--max-new-tokens", "5", "--temperature", "0", "--device", "cpu"]
+    one = run_ranks(1, typed, tmp_path / "typed", argv)
+    two = run_ranks(2, typed, tmp_path / "typed", [*argv, "--pp", "2"])
+    assert len(one.out[0].splitlines()) >= 2
+    assert two.out == [*one.out, ""]
+
+
+def typed(lines: Path, argv: list[str]) -> int:
+    """The tool with `lines` as the standard input of each rank."""
+    sys.stdin = lines.open(encoding="utf-8")
+    return tool("generate.py", argv)
