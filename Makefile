@@ -1,6 +1,7 @@
 # make install   .venv with pinned dependencies and the compiled extensions
 # make demo      train a small model on real text over tp 2 x pp 2 on a CPU, and sample from it
 # make test      all tests (fetches 110 MB of real tokenizers and weights once: make assets)
+# make soak      ranks killed at random while they save, a hundred times (2 to 5 minutes)
 # make check     lint, types, formats
 # make slurm     a preempted job on a two-node Slurm cluster within this machine (root, Debian; 1 to 2 minutes)
 # make format    mend formats         make clean    remove what the others made (not runs/)
@@ -43,6 +44,9 @@ assets: install
 
 test: assets
 	@$(BIN)/python -m pytest tests
+
+soak: install
+	@KILLS=50 $(BIN)/python -m pytest -s tests/dist/test_checkpoint_kills.py
 
 slurm: install
 	@$(BIN)/python tests/slurm/two_nodes.py

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megalite import plan
-from megalite.checkpoint.folder import check_model, find, latest, read_manifest
+from megalite.checkpoint.folder import check_model, complete, find, read_manifest
+from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
 from megalite.config.load import read_yaml_file
@@ -200,7 +201,7 @@ def resume_from(config: Config) -> Path | None:
     run_dir, resume = Path(config.train.run_dir), config.checkpoint.resume
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"train.run_dir={run_dir} is a file; name a folder")
-    newest = latest(run_dir)
+    newest = newest_readable(run_dir)
     if resume == "never" and run_dir.is_dir() and any(run_dir.iterdir()):
         raise ConfigError(
             f"train.run_dir={run_dir} is not empty and checkpoint.resume=never; choose another folder, "
@@ -229,6 +230,26 @@ def resume_from(config: Config) -> Path | None:
     for line in changed_keys(saved, config) if saved.is_file() else []:
         say(f"changed since the last run: {line}")
     return newest
+
+
+def newest_readable(run_dir: Path) -> Path | None:
+    """The newest checkpoint whose manifest can be read, telling of each that is passed over; None if there is none.
+
+    Damaged where there are some and none can be read.
+    """
+    damage: list[str] = []
+    for folder in reversed(complete(run_dir)):
+        try:
+            read_manifest(folder)
+        except Damaged as error:
+            damage.append(str(error))
+            continue
+        for line in damage:
+            say(f"note: {line}")
+        return folder
+    if damage:
+        raise Damaged("; ".join(damage))
+    return None
 
 
 def make_run_folder(run_dir: Path) -> None:

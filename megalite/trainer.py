@@ -7,7 +7,8 @@ import math
 import shutil
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,9 @@ from megalite.batches import TrainingError, load_microbatches
 from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.load import load as load_tensors
-from megalite.checkpoint.save import save as save_tensors
+from megalite.checkpoint.manifest import Damaged
+from megalite.checkpoint.publish import remove_leftovers
+from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
 from megalite.config.tune import is_adapter
@@ -31,7 +34,7 @@ from megalite.model.init import draw
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import first_scale, next_scale
 from megalite.optim.lr import learning_rate
-from megalite.parallel.groups import World
+from megalite.parallel.groups import World, share_text
 from megalite.plan import run_flops
 from megalite.tune.base import find_base, is_hf, name_of
 from megalite.watch import flops
@@ -77,6 +80,7 @@ class Run:
     meter: flops.Meter
     progress: Progress
     stop: Stop
+    saver: Saver
     saved_step: int = -1
 
 
@@ -96,7 +100,7 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
                 evaluate(run)
                 reason = reason or _no_gain(run)
             if _due(run, config.checkpoint.interval) or reason:
-                save(run)
+                save(run, last=bool(reason) or run.state.step == config.train.steps)
             if reason and run.state.step < config.train.steps:
                 run.progress.say(f"stopped at step {run.state.step}: {reason}; the same command goes on from here")
                 if told:
@@ -104,6 +108,7 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
                 break
         _finish(run)
     finally:
+        run.saver.close()
         run.stop.close()
         run.metrics.close()
     return run.state
@@ -128,7 +133,8 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
         source = source if source is not None and is_adapter(folders.read_manifest(source)) else None
     if source is not None:
         whole = resume is not None or config.checkpoint.load_optim
-        state = load(engine, source, state, whole)
+        older = folders.before(resume) if resume is not None else []
+        source, state = _load_first_good(engine, [source, *older], state, whole, progress)
         _require_same(
             world, state.step, "checkpoint steps; train.run_dir has to be on a file system that all nodes see"
         )
@@ -142,12 +148,15 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     if first:
         run_dir.mkdir(parents=True, exist_ok=True)
         _keep_hf(config, beside, run_dir)
+        for damaged in folders.after(source) if resume is not None and source is not None else []:
+            progress.say(f"set aside {folders.set_aside(damaged)}")
         keep = run_dir / "config.yaml"
         if keep.exists() and keep.read_text() != to_yaml(config):
             keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")
         keep.write_text(to_yaml(config), encoding="utf-8")
         for name in ("STOP", "REQUEUE"):
             (run_dir / name).unlink(missing_ok=True)
+        remove_leftovers(run_dir)
         if config.data.tokenizer is not None:
             tokenizer = Path(config.data.tokenizer)
             shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
@@ -158,7 +167,8 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     per_token = run_flops(config)
     meter = flops.Meter(per_token, world.size, world.device, config.train.dtype)
-    return Run(config, engine, data, state, metrics, meter, progress, Stop(run_dir, config.train.time_limit_s, first))
+    stop = Stop(run_dir, config.train.time_limit_s, first)
+    return Run(config, engine, data, state, metrics, meter, progress, stop, Saver(run_dir, config, engine.mesh))
 
 
 def train_step(run: Run) -> str:
@@ -171,20 +181,27 @@ def train_step(run: Run) -> str:
     microbatches = load_microbatches(run.data.train, samples, c, engine.mesh)
     loss_sum, tokens = engine.forward_backward(microbatches, state.loss_scale)
     stop = run.stop.asked()
-    loss_sum, tokens, squares, stops = _sum(engine, loss_sum, tokens, engine.gradient_squares(), float(stop))
+    sums = _sum(engine, loss_sum, tokens, engine.gradient_squares(), float(stop), *run.saver.progress())
+    loss_sum, tokens, squares, stops, saves_over, saves_failed = sums
     norm, scale = clip_scale(c.optim, squares, tokens, state.loss_scale)
     loss = loss_sum / max(tokens, 1.0)
     # every rank has the same sum of squares, so all of them skip a step or none
-    finite = math.isfinite(norm)
-    if not math.isfinite(loss) or not (finite or c.train.dtype == "fp16"):
-        raise TrainingError(
-            f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the last "
-            f"checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
-        )
+    finite, loss_scale = math.isfinite(norm), state.loss_scale
+    try:
+        if not math.isfinite(loss) or not (finite or c.train.dtype == "fp16"):
+            raise TrainingError(
+                f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the "
+                f"last checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
+            )
+        state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
+    except TrainingError:
+        # all ranks end alike, so the save under way can be had
+        with _save_may_fail(run):
+            _saved(run, run.saver.finish())
+        raise
     if finite:
         engine.update(rate, scale)
-    loss_scale, state.skipped_steps = state.loss_scale, state.skipped_steps + (not finite)
-    state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
+    state.skipped_steps += not finite
     state.step += 1
     state.consumed_samples += batch
     seconds = time.monotonic() - began
@@ -196,6 +213,8 @@ def train_step(run: Run) -> str:
     run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
     text = f"loss {loss:.4f}  grad norm {norm:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {flops.describe(usage)}"
     run.progress.step(state.step, text if finite else f"{text}  skipped: gradients overflow at scale {loss_scale:g}")
+    with _save_may_fail(run):
+        _saved(run, run.saver.settle(saves_over, saves_failed))
     return (run.stop.reason or "another rank was told to") if stops else ""
 
 
@@ -230,33 +249,83 @@ def evaluate(run: Run) -> dict[str, float]:
     return losses
 
 
-def save(run: Run) -> Path:
-    """Write a checkpoint of this step, once."""
-    engine, state = run.engine, run.state
-    if run.saved_step != state.step:
-        run_dir = Path(run.config.train.run_dir)
-        values = dataclasses.asdict(state)
-        folder = save_tensors(run_dir, run.config, engine.mesh, engine.shards, engine.spans(), engine.state(), values)
-        run.saved_step = state.step
-        run.metrics.write("checkpoint", step=state.step, folder=str(folder))
-    return folders.step_folder(Path(run.config.train.run_dir), state.step)
+def save(run: Run, last: bool = True) -> None:
+    """Begin to write a checkpoint of this step, once; `last`: and wait for its end, for the run leaves after it.
+
+    SaveFailed where one, this or that before it, cannot be written; with checkpoint.on_failure=continue only the last.
+    """
+    with _save_may_fail(run):
+        _saved(run, run.saver.finish())  # one at a time
+    if run.saved_step != run.state.step:
+        run.saved_step = run.state.step
+        values = dataclasses.asdict(run.state)
+        run.saver.start(run.engine.shards, run.engine.spans(), run.engine.state(), values)
+    if last or not run.config.checkpoint.async_save:
+        with _save_may_fail(run, last):
+            _saved(run, run.saver.finish())
+
+
+def _saved(run: Run, folder: Path | None) -> None:
+    if folder is not None:
+        run.metrics.write("checkpoint", step=folders.step_of(folder), folder=str(folder))
+
+
+@contextmanager
+def _save_may_fail(run: Run, last: bool = False) -> Iterator[None]:
+    """Where a save that has failed ends the run, or is told and left behind."""
+    try:
+        yield
+    except SaveFailed as error:
+        untouched = "those before it are untouched"
+        if last or run.config.checkpoint.on_failure == "stop":
+            raise SaveFailed(
+                f"{error}; {untouched}. Make room, or set checkpoint.on_failure=continue to train on without it"
+            ) from None
+        run.metrics.write("checkpoint_failed", step=run.state.step, error=str(error))
+        run.progress.say(f"WARNING: {error}; {untouched}, the next try is at the next interval")
+
+
+def _load_first_good(
+    engine: Engine, candidates: Sequence[Path], state: State, whole: bool, progress: Progress
+) -> tuple[Path, State]:
+    """Load the first of `candidates` that no rank finds damaged, so that all load the same; say which were passed over.
+
+    Damaged, naming each, where all are. Other mistakes are no damage: they are raised at once, on every rank.
+    """
+    world, found = engine.mesh.world, []
+    for folder in candidates:
+        damage = mistake = ""
+        try:
+            loaded = load(engine, folder, state, whole)
+        except Damaged as error:
+            damage = str(error)
+        except ValueError as error:
+            mistake = str(error)
+        if mistake := share_text(world, mistake, engine.mesh.device):
+            raise ValueError(mistake)
+        if not (damage := share_text(world, damage, engine.mesh.device)):
+            return folder, loaded
+        progress.say(f"note: {damage}")
+        found.append(damage)
+    raise Damaged(found[0] if len(found) == 1 else f"no checkpoint can be loaded: {'; '.join(found)}")
 
 
 def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
     manifest = folders.read_manifest(folder)
     folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
-    load_tensors(folder, manifest, engine.shards, {"weight": engine.stored()})
+    verify = engine.config.checkpoint.verify
+    load_tensors(folder, manifest, engine.shards, {"weight": engine.stored()}, verify=verify)
     engine.optimizer.adopt()
     if not whole:
         return state
     kinds = engine.optimizer.state()
     if "master" in kinds and not any(name.startswith("master.") for name in manifest["tensors"]):
         kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
-    load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans)
+    load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans, verify)
     engine.optimizer.set_step(manifest["step"] - manifest["skipped_steps"])
-    kept = {f.name: manifest[f.name] for f in dataclasses.fields(State) if f.name in manifest}
-    return State(**{**kept, "base": state.base})
+    kept = {f.name: manifest[f.name] for f in dataclasses.fields(State) if f.name != "base"}
+    return State(**kept, base=state.base)
 
 
 def load_base(engine: Engine, base: Path) -> None:
@@ -266,7 +335,8 @@ def load_base(engine: Engine, base: Path) -> None:
     else:
         manifest = folders.read_manifest(base)
         folders.check_model(manifest, dataclasses.asdict(engine.config.model), base)
-        load_tensors(base, manifest, engine.shards, {"weight": engine.base()})
+        verify = engine.config.checkpoint.verify
+        load_tensors(base, manifest, engine.shards, {"weight": engine.base()}, verify=verify)
 
 
 def load_hf(engine: Engine, folder: HFFolder, parameters: Mapping[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ RUN/checkpoints/.building-step-00000200/      one that is being written, or that
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,11 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def building_folder(final: Path) -> Path:
     """Where a checkpoint stands until it is whole."""
     return final.with_name(BUILDING + final.name)
@@ -35,6 +41,22 @@ def complete(run_dir: Path) -> list[Path]:
     names = os.listdir(folder) if folder.is_dir() else []
     steps = sorted((int(m[1]), name) for name in names if (m := STEP.fullmatch(name)))
     return [folder / name for _, name in steps if (folder / name / "manifest.json").is_file()]
+
+
+def before(checkpoint: Path) -> list[Path]:
+    """The older checkpoints of the same run, newest first."""
+    return [f for f in reversed(complete(checkpoint.parents[1])) if step_of(f) < step_of(checkpoint)]
+
+
+def after(checkpoint: Path) -> list[Path]:
+    """The newer checkpoints of the same run, oldest first."""
+    return [f for f in complete(checkpoint.parents[1]) if step_of(f) > step_of(checkpoint)]
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is kept but counts no more; gives its new place."""
+    places = (checkpoint.with_name(f"damaged-{n}-{checkpoint.name}") for n in itertools.count(1))
+    return checkpoint.rename(next(place for place in places if not place.exists()))
 
 
 def latest(run_dir: Path) -> Path | None:

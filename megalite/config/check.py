@@ -103,7 +103,7 @@ def _check_ranges(config: Config) -> None:
             "time_limit_s",
             "seed",
         ),
-        "checkpoint": ("interval", "keep"),
+        "checkpoint": ("interval", "keep", "keep_every"),
         "log": ("trace_step",),
         "model": ("init_std", "norm_eps", "rope_mscale", "rope_mscale_all_dim"),
     }

@@ -53,4 +53,6 @@ HABITS = {
     "output_dir": "train.run_dir",
     "save_interval": "checkpoint.interval",
     "save_steps": "checkpoint.interval",
+    "save_total_limit": "checkpoint.keep",
+    "async_save": "checkpoint.async_save",
 }

@@ -193,6 +193,14 @@ class CheckpointConfig:
 
     interval: int = _key(0, "steps between checkpoints; 0: only at the end")
     keep: int = _key(2, "newest checkpoints kept; 0: all")
+    keep_every: int = _key(0, "checkpoints whose step is a multiple of this are kept for good; 0: none")
+    async_save: bool = _key(True, "copy to host memory and write while training goes on; false: training waits")
+    on_failure: str = _key(
+        "stop",
+        "when a checkpoint cannot be written; continue: say so, try again later",
+        choices=("stop", "continue"),
+    )
+    verify: bool = _key(True, "hold every block that is loaded against its checksum")
     resume: str = _key("auto", "go on with what train.run_dir holds", choices=("auto", "never", "must"))
     load: str | None = _key(None, "start from this checkpoint or run folder instead of fresh weights")
     load_optim: bool = _key(True, "with load: take optimizer state and counters too, not the weights alone")

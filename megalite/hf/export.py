@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.save import sync
+from megalite.checkpoint.publish import sync
 from megalite.config import ModelConfig
 from megalite.hf.config import differing, read_json, read_model, write_model
 from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new

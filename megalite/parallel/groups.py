@@ -85,6 +85,16 @@ class Group:
         return out
 
 
+def share_text(group: Group, text: str, device: torch.device) -> str:
+    """The first text that is not empty, in group order, of those the ranks bring: at most 4000 bytes of it."""
+    raw = text.encode()[:4000]
+    rows = torch.zeros(4000, dtype=torch.uint8)
+    rows[: len(raw)] = torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8)[: len(raw)]
+    everybody = group.all_gather(rows.to(device)).cpu()
+    texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everybody]
+    return next((t for t in texts if t), "")
+
+
 class World(Protocol):
     """All ranks of a run, and how they reach each other."""
 

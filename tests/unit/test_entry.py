@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megalite.checkpoint.manifest import digest
 from megalite.data.indexed import IndexedWriter
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -139,8 +140,9 @@ def test_the_run_folder_is_somebody_elses(tmp_path: Path, data: Path) -> None:
 def test_the_checkpoint_is_of_another_model(tmp_path: Path, data: Path) -> None:
     folder = tmp_path / "run" / "checkpoints" / "step-00000010"
     folder.mkdir(parents=True)
-    manifest = {"format": 2, "step": 10, "consumed_samples": 320, "tensors": {}, "config": {"model": {"num_layers": 9}}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = {"format": 3, "step": 10, "consumed_samples": 320, "config": {"model": {"num_layers": 9}}}
+    manifest |= {"files": {}, "tensors": {}}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
     words = f"{folder} is of another model: model.num_layers is 9 there and 4 here"
     assert words in refusal(tmp_path, *ONE, f"data.path={data}")
     elsewhere = [f"train.run_dir={tmp_path / 'new'}", f"checkpoint.load={tmp_path / 'run'}"]

@@ -1,0 +1,128 @@
+"""The steps of a save on the disk, in the order that lets a run die between any two of them.
+
+Files, then the manifest, then the folder's name, then the pointer; each is on the disk before the next. What a
+half-finished save leaves behind is hidden by its name, and removed by the next run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import megalite
+from megalite.checkpoint.blocks import Part, write_parts
+from megalite.checkpoint.faults import Faults
+from megalite.checkpoint.folder import BUILDING, complete, read_manifest, step_of
+from megalite.checkpoint.manifest import FORMAT, check_files, digest
+from megalite.config import Config
+
+
+def write_rank(building: Path, rank: int, parts: list[Part], tensors: Iterable[Tensor], faults: Faults) -> None:
+    """This rank's files, and beside them what the manifest will say of them."""
+    faults.at("folder.before")
+    building.mkdir(parents=True, exist_ok=True)
+    faults.at("folder.after")
+    written = write_parts(building, f"rank-{rank:05d}", parts, tensors, faults)
+    faults.at("part.before")
+    _write_text(building / f"rank-{rank:05d}.json", json.dumps(written))
+    faults.at("part.after")
+
+
+def publish(building: Path, final: Path, config: Config, state: dict[str, Any], faults: Faults) -> None:
+    """Make the manifest out of what the ranks have written, and give the folder its name."""
+    files: dict[str, int] = {}
+    tensors: dict[str, Any] = {}
+    for path in sorted(building.glob("rank-*.json")):
+        written = json.loads(path.read_text())
+        files |= written["files"]
+        for name, tensor in written["tensors"].items():
+            tensors.setdefault(name, {**tensor, "blocks": []})["blocks"] += tensor["blocks"]
+        path.unlink()
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        **state,
+        "versions": {"megalite": megalite.__version__, "torch": torch.__version__},
+        "config": dataclasses.asdict(config),
+        "files": files,
+        "tensors": tensors,
+    }
+    manifest = {"digest": digest(manifest), **manifest}
+    text = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+    faults.at("manifest.before")
+    with open(building / "manifest.json", "wb") as file:
+        file.write(text[: len(text) // 2])
+        faults.at("manifest.in", file)
+        file.write(text[len(text) // 2 :])
+        file.flush()
+        faults.at("manifest.before_fsync")
+        os.fsync(file.fileno())
+    sync(building)
+    faults.at("manifest.after")
+    # what another process changed or lost since is found before the folder has its name
+    check_files(building, read_manifest(building))
+    faults.at("rename.before")
+    aside = final.with_name(f"replaced-{final.name}")
+    if final.exists():
+        final.rename(aside)
+    building.rename(final)
+    sync(final.parent)
+    faults.at("rename.after")
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def point_at(final: Path, faults: Faults) -> None:
+    """Move the pointer `latest`, which is only a hint."""
+    faults.at("pointer.before")
+    pointer = final.parent / f"{BUILDING}latest"
+    _write_text(pointer, final.name + "\n")
+    faults.at("pointer.in")
+    pointer.rename(final.parent / "latest")
+    sync(final.parent)
+
+
+def prune(final: Path, keep: int, keep_every: int, faults: Faults) -> None:
+    """Let old checkpoints go: of those up to `final`, which is whole, all but the newest `keep` (0: none go).
+
+    Those whose step is a multiple of `keep_every` (0: none) stay too.
+    """
+    faults.at("prune.before")
+    here = [folder for folder in complete(final.parent.parent) if step_of(folder) <= step_of(final)]
+    for old in here[:-keep] if keep else []:
+        if not keep_every or step_of(old) % keep_every:
+            # a folder that has lost some of its files must not look like a checkpoint
+            hidden = old.with_name(f"{BUILDING}pruned-{old.name}")
+            old.rename(hidden)
+            faults.at("prune.in")
+            shutil.rmtree(hidden)
+    faults.at("prune.after")
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Remove what runs that died have left of saves and prunes in `run_dir`."""
+    for path in (run_dir / "checkpoints").glob(f"{BUILDING}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+    sync(path)
