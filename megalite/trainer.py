@@ -350,7 +350,8 @@ def load_base(engine: Engine, base: Path) -> None:
     else:
         manifest = folders.read_manifest(base)
         folders.check_model(manifest, dataclasses.asdict(engine.config.model), base)
-        load_tensors(base, manifest, engine.shards, {"weight": engine.base()})
+        verify = engine.config.checkpoint.verify
+        load_tensors(base, manifest, engine.shards, {"weight": engine.base()}, verify=verify)
 
 
 def _unread(config: Config, name: str, shape: tuple[int, ...]) -> torch.Tensor:

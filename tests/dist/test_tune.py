@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from ranks import different, pretrain, refused, run_ranks, whole_tensors
 
 from megalite.checkpoint.folder import read_manifest
@@ -119,3 +120,27 @@ def test_lora(settings, train: Train, base: Path, tmp_path: Path) -> None:
     refused(settings(tmp_path, *more, f"checkpoint.load={cut}"), "holds LoRA factors alone", ranks=1)
     refused(settings(base, *more, *lora), "holds whole weights and tune.mode=lora writes adapters", ranks=1)
     refused(settings(tmp_path, *more, *LORA), "name it with checkpoint.load=RUN or model.from_hf=DIR", ranks=1)
+
+
+def test_lora_beside_a_hugging_face_folder(settings, text: Path, tmp_path: Path) -> None:
+    """From a folder of Hugging Face's to a folder of merged weights, stopped and gone on between."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    there = {"vocab_size": 257, "intermediate_size": 64, "max_position_embeddings": 64, **sizes}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    source, run_dir, target = tmp_path / "source", tmp_path / "run", tmp_path / "merged"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**there, **ends)).save_pretrained(source)
+    lora = [word for word in settings(run_dir, *LORA, "parallel.tp=2") if not word.startswith("model.")]
+    lora += [f"model.from_hf={source}", "optim.lr=1e-2", "optim.warmup_samples=0"]
+    run_ranks(2, pretrain, [*lora, "train.steps=5"])
+    run_ranks(2, pretrain, [*lora, "train.steps=10", f"train.export_hf={target}"])
+
+    heldout = [row["loss"] for row in read_metrics(run_dir)["eval"]]
+    assert heldout[-1] < heldout[0]
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (source, target))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("_proj.weight")}
+    losses = [row["loss"] for row in read_metrics(run_dir)["train"]]
+    straight = tmp_path / "straight"
+    run_ranks(2, pretrain, [*lora, "train.steps=10", f"train.run_dir={straight}"])
+    assert losses == [row["loss"] for row in read_metrics(straight)["train"]]
