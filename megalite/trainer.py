@@ -10,7 +10,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,18 @@ import torch
 from megalite.batches import TrainingError, load_microbatches
 from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
-from megalite.checkpoint.load import load as load_tensors
-from megalite.checkpoint.manifest import Damaged, one_line
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
-from megalite.config.tune import is_adapter
 from megalite.data.sets import DataSets
-from megalite.hf.folder import open_folder
 from megalite.hf.keys import keep_hf
-from megalite.hf.load import fill, nothing
-from megalite.model.cut_table import ADAPTER
-from megalite.model.init import draw
 from megalite.optim.adamw import clip_scale
-from megalite.optim.loss_scale import first_scale, next_scale
+from megalite.optim.loss_scale import next_scale
 from megalite.optim.lr import learning_rate
-from megalite.parallel.groups import World, share_text
+from megalite.parallel.groups import World
 from megalite.plan import run_flops
-from megalite.tune.base import find_base, is_hf, name_of
+from megalite.restore import State, first_state, first_values
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
@@ -47,26 +39,6 @@ from megalite.watch.trace import traced
 
 # of one pipeline run of an evaluation: enough to fill any pipeline, few enough to hold
 EVAL_MICROBATCHES = 32
-
-
-@dataclass
-class State:
-    """What a checkpoint keeps beside tensors.
-
-    `consumed_samples` is the data cursor: samples used, not fetched. `base`: fingerprint and place of the weights that
-    LoRA's factors belong to. `skipped_steps` used theirs without an update;
-    `scale_steps` is the number of steps since the loss scale changed.
-    """
-
-    step: int = 0
-    consumed_samples: int = 0
-    skipped_steps: int = 0
-    loss_scale: float = 1.0
-    scale_steps: int = 0
-    best_loss: float | None = None
-    evals_without_gain: int = 0
-    data: str = ""
-    base: str = ""
 
 
 @dataclass
@@ -119,60 +91,41 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     run_dir, first = Path(config.train.run_dir), world.rank == 0
     same = "configurations, or chose different topologies by their memory; set parallel.tp and parallel.pp"
     _require_same(world, zlib.crc32(to_yaml(config).encode()), same)
-    engine = build(
-        config, world, partial(_unread, config) if config.model.from_hf or config.tune.mode == "lora" else None
-    )
-    state = State(data=data.fingerprint, loss_scale=first_scale(config))
+    engine = build(config, world, first_values(config))
     progress = Progress(first, config.train.steps, config.log.interval)
-    source = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
-    beside = source
-    if config.tune.mode == "lora":
-        base = find_base(config, source)
-        load_base(engine, base)
-        state.base = name_of(base)
-        progress.say(f"adapters beside the weights of {base}")
-        source = source if source is not None and is_adapter(folders.read_manifest(source)) else None
-    if source is not None:
-        whole = resume is not None or config.checkpoint.load_optim
-        older = folders.before(resume) if resume is not None else []
-        source, state = _load_first_good(engine, [source, *older], state, whole, progress)
-        _require_same(
-            world, state.step, "checkpoint steps; train.run_dir has to be on a file system that all nodes see"
-        )
-        progress.say(f"loaded {source}" + (f", at step {state.step}" if whole else ", weights only"))
-        if whole and state.data != data.fingerprint:
-            progress.say(f"note: the data was {state.data} and is now {data.fingerprint}; the order of samples changes")
-            state.data = data.fingerprint
-    elif config.model.from_hf is not None and config.tune.mode != "lora":
-        fill(engine.stored(), engine.shards, open_folder(config.model.from_hf))
-        engine.optimizer.adopt()
-        progress.say(f"loaded {config.model.from_hf}")
+    source, state = first_state(engine, data.fingerprint, resume, progress.say)
+    _require_same(world, state.step, "checkpoint steps; train.run_dir has to be on a file system that all nodes see")
     if first:
+        begun = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
         run_dir.mkdir(parents=True, exist_ok=True)
-        keep_hf(config, beside, run_dir)
+        keep_hf(config, begun, run_dir)
         for damaged in folders.after(source) if resume is not None and source is not None else []:
             progress.say(f"set aside {folders.set_aside(damaged)}")
-        keep = run_dir / "config.yaml"
-        if keep.exists() and keep.read_text() != to_yaml(config):
-            keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")
-        keep.write_text(to_yaml(config), encoding="utf-8")
-        for name in ("STOP", "REQUEUE"):
-            (run_dir / name).unlink(missing_ok=True)
-        remove_leftovers(run_dir)
-        if config.data.tokenizer is not None:
-            tokenizer = Path(config.data.tokenizer)
-            shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
-            names = tokenizer.with_name("tokenizer_config.json")
-            if tokenizer.suffix == ".json" and names.is_file():
-                shutil.copyfile(names, run_dir / names.name)
-        if data.template is not None:
-            (run_dir / "chat_template.jinja").write_text(data.template, encoding="utf-8")
+        _fill_run_folder(run_dir, config, data, state)
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
-    per_token = run_flops(config)
-    meter = flops.Meter(per_token, world.size, world.device, config.train.dtype)
+    meter = flops.Meter(run_flops(config), world.size, world.device, config.train.dtype)
     stop = Stop(run_dir, config.train.time_limit_s, first)
     return Run(config, engine, data, state, metrics, meter, progress, stop, Saver(run_dir, config, engine.mesh))
+
+
+def _fill_run_folder(run_dir: Path, config: Config, data: DataSets, state: State) -> None:
+    """What lies in a run folder beside checkpoints: what it was asked, its tokenizer and its chat template."""
+    keep = run_dir / "config.yaml"
+    if keep.exists() and keep.read_text() != to_yaml(config):
+        keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")
+    keep.write_text(to_yaml(config), encoding="utf-8")
+    for name in ("STOP", "REQUEUE"):
+        (run_dir / name).unlink(missing_ok=True)
+    remove_leftovers(run_dir)
+    if config.data.tokenizer is not None:
+        tokenizer = Path(config.data.tokenizer)
+        shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
+        names = tokenizer.with_name("tokenizer_config.json")
+        if tokenizer.suffix == ".json" and names.is_file():
+            shutil.copyfile(names, run_dir / names.name)
+    if data.template is not None:
+        (run_dir / "chat_template.jinja").write_text(data.template, encoding="utf-8")
 
 
 def train_step(run: Run) -> str:
@@ -287,76 +240,6 @@ def _save_may_fail(run: Run, last: bool = False) -> Iterator[None]:
             ) from None
         run.metrics.write("checkpoint_failed", step=run.state.step, error=str(error))
         run.progress.say(f"WARNING: {error}; {untouched}, the next try is at the next interval")
-
-
-def _load_first_good(
-    engine: Engine, candidates: Sequence[Path], state: State, whole: bool, progress: Progress
-) -> tuple[Path, State]:
-    """Load the first of `candidates` that no rank finds damaged, so that all load the same; say which were passed over.
-
-    Damaged, naming each, where all are. Other mistakes are no damage: they are raised at once, on every rank.
-    """
-    world, found = engine.mesh.world, []
-    for folder in candidates:
-        damage = mistake = ""
-        try:
-            loaded = load(engine, folder, state, whole)
-        except Damaged as error:
-            damage = str(error)
-        except ValueError as error:
-            mistake = str(error)
-        if mistake := share_text(world, mistake, engine.mesh.device):
-            raise ValueError(mistake)
-        if not (damage := share_text(world, damage, engine.mesh.device)):
-            return folder, loaded
-        progress.say(f"note: {damage}")
-        found.append(damage)
-    raise Damaged(found[0] if len(found) == 1 else f"no checkpoint can be loaded: {'; '.join(found)}")
-
-
-def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
-    """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
-    manifest = folders.read_manifest(folder)
-    folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
-    kept = _state_of(manifest, folder) if whole else state
-    verify = engine.config.checkpoint.verify
-    load_tensors(folder, manifest, engine.shards, {"weight": engine.stored()}, verify=verify)
-    engine.optimizer.adopt()
-    if not whole:
-        return state
-    kinds = engine.optimizer.state()
-    if "master" in kinds and not any(name.startswith("master.") for name in manifest["tensors"]):
-        kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
-    load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans, verify)
-    engine.optimizer.set_step(kept.step - kept.skipped_steps)
-    return dataclasses.replace(kept, base=state.base)
-
-
-def _state_of(manifest: dict[str, Any], folder: Path) -> State:
-    """The counters of a manifest; Damaged where one is missing or of another type."""
-    types: dict[str, Any] = {"int": int, "float": (int, float), "float | None": (int, float, type(None)), "str": str}
-    for field in dataclasses.fields(State):
-        value = manifest.get(field.name, field)
-        if not isinstance(value, types[str(field.type)]) or isinstance(value, bool):
-            what = "missing" if value is field else one_line(repr(value))
-            raise Damaged(f"{folder}/manifest.json: {field.name} is {what}; the checkpoint is damaged")
-    return State(**{field.name: manifest[field.name] for field in dataclasses.fields(State)})
-
-
-def load_base(engine: Engine, base: Path) -> None:
-    """Fill the weights that LoRA's factors stand beside, from a checkpoint or a Hugging Face folder."""
-    if is_hf(base):
-        fill(engine.base(), engine.shards, open_folder(base))
-    else:
-        manifest = folders.read_manifest(base)
-        folders.check_model(manifest, dataclasses.asdict(engine.config.model), base)
-        verify = engine.config.checkpoint.verify
-        load_tensors(base, manifest, engine.shards, {"weight": engine.base()}, verify=verify)
-
-
-def _unread(config: Config, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A whole parameter where weights are read after: of LoRA's factors as they begin, of others without memory."""
-    return draw(name, shape, config.model, config.train.seed) if ADAPTER.fullmatch(name) else nothing(name, shape)
 
 
 def _sum(engine: Engine, *values: float) -> Sequence[float]:

@@ -28,7 +28,7 @@ from megalite.tune.merge import open_merged
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# the counters of a run that has not begun (trainer.State)
+# the counters of a run that has not begun (restore.State)
 FRESH = {
     **dict.fromkeys(("step", "consumed_samples", "skipped_steps", "scale_steps", "evals_without_gain"), 0),
     **{"loss_scale": 1.0, "best_loss": None, "data": ""},

@@ -185,7 +185,7 @@ def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Si
 
 def save_untrained(argv: Sequence[str], source: Path | None = None) -> int:
     """Build what this command line asks for, load `source` into it if there is one, and save it without a step."""
-    from megalite import trainer
+    from megalite import restore
     from megalite.build import build
     from megalite.checkpoint.save import save
     from megalite.config import parse_command_line
@@ -195,7 +195,7 @@ def save_untrained(argv: Sequence[str], source: Path | None = None) -> int:
     config, _ = configure(parse_command_line(argv, default_preset="tiny", prog="test"))
     with start_world(config) as world:
         engine = build(config, world)
-        state = trainer.State() if source is None else trainer.load(engine, source, trainer.State(), True)
+        state = restore.State() if source is None else restore.load(engine, source, restore.State(), True)
         run_dir, values = Path(config.train.run_dir), dataclasses.asdict(state)
         save(run_dir, config, engine.mesh, engine.shards, engine.spans(), engine.state(), values)
     return 0

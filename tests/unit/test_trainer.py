@@ -24,7 +24,8 @@ from megalite.data.sets import open_data
 from megalite.entry import resume_from
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import SoloWorld
-from megalite.trainer import State, train
+from megalite.restore import State
+from megalite.trainer import train
 from megalite.watch.metrics import read_metrics
 
 VOCAB, SEQ = 120, 8

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite import trainer
+from megalite import restore
 from megalite.batches import Microbatch
 from megalite.build import Engine, build
 from megalite.checkpoint.folder import read_manifest
@@ -135,7 +135,7 @@ def test_every_topology_loads_every_other(saved, tmp_path: Path, here: str, ther
     def main(world: World) -> tuple[Path, list[float]]:
         c = config(here, dtype)
         engine = build(c, world, lambda name, shape: torch.full(shape, torch.nan))
-        state = trainer.load(engine, source, trainer.State(), True)
+        state = restore.load(engine, source, restore.State(), True)
         assert state.step == BEFORE
         return write(engine, tmp_path, BEFORE), [take_step(engine, BEFORE + n) for n in range(steps)]
 

@@ -31,7 +31,7 @@ from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.threads import run_threads
 from megalite.plan import stage_layers
-from megalite.trainer import State
+from megalite.restore import State
 
 FRESH_MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 

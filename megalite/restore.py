@@ -1,0 +1,151 @@
+"""What a run begins with: fresh weights, a checkpoint, a Hugging Face folder, or a base with LoRA's factors beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megalite.build import Engine
+from megalite.checkpoint import folder as folders
+from megalite.checkpoint.load import load as load_tensors
+from megalite.checkpoint.manifest import Damaged, one_line
+from megalite.config import Config
+from megalite.config.tune import is_adapter
+from megalite.hf.folder import open_folder
+from megalite.hf.load import fill, nothing
+from megalite.model.cut_table import ADAPTER
+from megalite.model.init import draw
+from megalite.optim.loss_scale import first_scale
+from megalite.parallel.groups import share_text
+from megalite.tune.base import find_base, is_hf, name_of
+
+
+@dataclass
+class State:
+    """What a checkpoint keeps beside tensors.
+
+    `consumed_samples` is the data cursor: samples used, not fetched. `skipped_steps` used theirs without an update;
+    `scale_steps` is the number of steps since the loss scale changed. `base`: fingerprint and place of the weights that
+    LoRA's factors belong to.
+    """
+
+    step: int = 0
+    consumed_samples: int = 0
+    skipped_steps: int = 0
+    loss_scale: float = 1.0
+    scale_steps: int = 0
+    best_loss: float | None = None
+    evals_without_gain: int = 0
+    data: str = ""
+    base: str = ""
+
+
+def first_values(config: Config) -> Callable[[str, tuple[int, ...]], Tensor] | None:
+    """What `build` fills parameters with where weights are read after it; None: it draws them all."""
+    if config.model.from_hf is None and config.tune.mode != "lora":
+        return None
+    return lambda name, shape: (
+        draw(name, shape, config.model, config.train.seed) if ADAPTER.fullmatch(name) else nothing(name, shape)
+    )
+
+
+def first_state(
+    engine: Engine, data: str, resume: Path | None, say: Callable[[str], None]
+) -> tuple[Path | None, State]:
+    """Fill the engine with what its configuration begins with; gives the checkpoint that was loaded, and the counters.
+
+    `data`: the fingerprint of the training data. `resume`: the checkpoint of the run itself to go on from; where it is
+    damaged the one before it is taken, and so on. Collective.
+    """
+    config = engine.config
+    state = State(data=data, loss_scale=first_scale(config))
+    source = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
+    if config.tune.mode == "lora":
+        base = find_base(config, source)
+        load_base(engine, base)
+        state.base = name_of(base)
+        say(f"adapters beside the weights of {base}")
+        source = source if source is not None and is_adapter(folders.read_manifest(source)) else None
+    if source is not None:
+        whole = resume is not None or config.checkpoint.load_optim
+        older = folders.before(resume) if resume is not None else []
+        source, state = _load_first_good(engine, [source, *older], state, whole, say)
+        say(f"loaded {source}" + (f", at step {state.step}" if whole else ", weights only"))
+        if whole and state.data != data:
+            say(f"note: the data was {state.data} and is now {data}; the order of samples changes")
+            state.data = data
+    elif config.model.from_hf is not None and config.tune.mode != "lora":
+        fill(engine.stored(), engine.shards, open_folder(config.model.from_hf))
+        engine.optimizer.adopt()
+        say(f"loaded {config.model.from_hf}")
+    return source, state
+
+
+def _load_first_good(
+    engine: Engine, candidates: Sequence[Path], state: State, whole: bool, say: Callable[[str], None]
+) -> tuple[Path, State]:
+    """Load the first of `candidates` that no rank finds damaged, so that all load the same; say which were passed over.
+
+    Damaged, naming each, where all are. Other mistakes are no damage: they are raised at once, on every rank.
+    """
+    world, found = engine.mesh.world, []
+    for folder in candidates:
+        damage = mistake = ""
+        try:
+            loaded = load(engine, folder, state, whole)
+        except Damaged as error:
+            damage = str(error)
+        except ValueError as error:
+            mistake = str(error)
+        if mistake := share_text(world, mistake, engine.mesh.device):
+            raise ValueError(mistake)
+        if not (damage := share_text(world, damage, engine.mesh.device)):
+            return folder, loaded
+        say(f"note: {damage}")
+        found.append(damage)
+    raise Damaged(found[0] if len(found) == 1 else f"no checkpoint can be loaded: {'; '.join(found)}")
+
+
+def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
+    """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
+    manifest = folders.read_manifest(folder)
+    folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
+    kept = _state_of(manifest, folder) if whole else state
+    verify = engine.config.checkpoint.verify
+    load_tensors(folder, manifest, engine.shards, {"weight": engine.stored()}, verify=verify)
+    engine.optimizer.adopt()
+    if not whole:
+        return state
+    kinds = engine.optimizer.state()
+    if "master" in kinds and not any(name.startswith("master.") for name in manifest["tensors"]):
+        kinds.pop("master")  # saved in full precision: the weights just adopted are the masters
+    load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans, verify)
+    engine.optimizer.set_step(kept.step - kept.skipped_steps)
+    return dataclasses.replace(kept, base=state.base)
+
+
+def _state_of(manifest: dict[str, Any], folder: Path) -> State:
+    """The counters of a manifest; Damaged where one is missing or of another type."""
+    types: dict[str, Any] = {"int": int, "float": (int, float), "float | None": (int, float, type(None)), "str": str}
+    for field in dataclasses.fields(State):
+        value = manifest.get(field.name, field)
+        if not isinstance(value, types[str(field.type)]) or isinstance(value, bool):
+            what = "missing" if value is field else one_line(repr(value))
+            raise Damaged(f"{folder}/manifest.json: {field.name} is {what}; the checkpoint is damaged")
+    return State(**{field.name: manifest[field.name] for field in dataclasses.fields(State)})
+
+
+def load_base(engine: Engine, base: Path) -> None:
+    """Fill the weights that LoRA's factors stand beside, from a checkpoint or a Hugging Face folder."""
+    if is_hf(base):
+        fill(engine.base(), engine.shards, open_folder(base))
+    else:
+        manifest = folders.read_manifest(base)
+        folders.check_model(manifest, dataclasses.asdict(engine.config.model), base)
+        verify = engine.config.checkpoint.verify
+        load_tensors(base, manifest, engine.shards, {"weight": engine.base()}, verify=verify)
