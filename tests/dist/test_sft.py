@@ -14,9 +14,14 @@ def losses(run_dir: Path, kind: str) -> list[float]:
     return [row["loss"] for row in read_metrics(run_dir)[kind]]
 
 
-def test_four_ranks_and_one_learn_alike(tmp_path: Path) -> None:
-    common = ["train.device=cpu", f"data.cache_dir={tmp_path / 'cache'}", "train.micro_batch_size=4", "log.plot=false"]
-    common += ["data.valid_fraction=0.01", "train.epochs=0.1", "optim.warmup_samples=0"]
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_four_ranks_and_one_learn_alike(tmp_path: Path, cache: Path) -> None:
+    common = ["train.device=cpu", f"data.cache_dir={cache}", "train.micro_batch_size=4", "log.plot=false"]
+    common += ["data.valid_fraction=0.01", "train.epochs=0.1", "optim.warmup_samples=0", "train.seq_len=64"]
     ended = run_ranks(4, finetune, [*common, f"train.run_dir={tmp_path / 'four'}"])
     assert "1010 messages rows, template plain" in ended.out[0]
     assert "train.epochs=0.1 of" in ended.out[0]
@@ -34,9 +39,9 @@ def test_four_ranks_and_one_learn_alike(tmp_path: Path) -> None:
     assert "endgeneration" in (tmp_path / "four" / "chat_template.jinja").read_text()
 
 
-def test_it_goes_on_from_pretrained_weights_and_from_itself(tmp_path: Path) -> None:
+def test_it_goes_on_from_pretrained_weights_and_from_itself(tmp_path: Path, cache: Path) -> None:
     """Two steps and two more are the four of one run: the same samples, whatever the topology."""
-    common = ["train.device=cpu", f"data.cache_dir={tmp_path / 'cache'}", "log.plot=false", "checkpoint.interval=2"]
+    common = ["train.device=cpu", f"data.cache_dir={cache}", "log.plot=false", "checkpoint.interval=2"]
     common += ["train.global_batch_size=8", "train.eval_samples=8", "train.seq_len=64"]
     halves = [*common, f"train.run_dir={tmp_path / 'halves'}", "optim.decay_samples=32", "optim.warmup_samples=0"]
     whole = [*common, f"train.run_dir={tmp_path / 'again'}", "optim.decay_samples=32", "optim.warmup_samples=0"]
