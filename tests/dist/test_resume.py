@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import different, pretrain, refused, run_ranks, save_untrained, whole_tensors
 
+from megalite.checkpoint.folder import complete
 from megalite.watch.metrics import read_metrics
 
 CUT = {
@@ -108,6 +109,11 @@ def test_only_the_newest_checkpoints_are_kept(train: Train) -> None:
     assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000007\n"
 
 
+def test_every_nth_checkpoint_is_kept_for_good(train: Train) -> None:
+    run_dir = train("single", 9, "checkpoint.interval=1", "checkpoint.keep=1", "checkpoint.keep_every=4")
+    assert [folder.name for folder in complete(run_dir)] == [f"step-{step:08d}" for step in (4, 8, 9)]
+
+
 def test_a_finished_run_is_left_alone(settings, half: Callable[[str], Path]) -> None:
     run_dir = half("tp2pp2")
     before = files(run_dir)
@@ -135,6 +141,67 @@ def test_what_must_not_be_resumed_is_refused_in_one_line(
     assert files(run_dir) == before
 
 
+def flip(path: Path) -> None:
+    """One bit of the last tensor."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+def damage(checkpoint: Path, what: str) -> str:
+    """Damage a checkpoint in a file or its manifest; gives how the message about it begins."""
+    if what == "manifest":
+        path = checkpoint / "manifest.json"
+        path.write_text(path.read_text().replace('"consumed_samples": ', '"consumed_samples": 1'))
+        return f"{path}: not a manifest (it was changed after it was written"
+    path = checkpoint / f"rank-{what}-000.safetensors"
+    flip(path)
+    return f"{path}: tensor exp_avg_sq."
+
+
+@pytest.mark.parametrize("resume", ["auto", "must"])
+@pytest.mark.parametrize("spoilt", [["00001"], ["manifest"], ["00000", "manifest"], ["manifest", "00002"]])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    settings, train: Train, tmp_path: Path, spoilt: list[str], resume: str
+) -> None:
+    """`spoilt`: what is damaged of each, the newest first."""
+    every_third = ["checkpoint.interval=3", "checkpoint.keep=3", "optim.decay_samples=160"]
+    run_dir = Path(shutil.copytree(train("tp2pp2", 10, *every_third), tmp_path / "run"))
+    assert [int(folder.name[-2:]) for folder in complete(run_dir)] == [6, 9, 10]
+    told = [damage(checkpoint(run_dir, step), what) for step, what in zip((10, 9), spoilt)]
+    ranks, cuts = CUT["tp2pp2"]
+    argv = settings(run_dir, *CURVE, *cuts, *every_third, "train.steps=20", f"checkpoint.resume={resume}")
+    ended = run_ranks(ranks, pretrain, argv)
+    for words in told:
+        assert words in ended.out[0]
+    good = 9 if len(spoilt) == 1 else 6
+    assert f"loaded {checkpoint(run_dir, good)}, at step {good}" in ended.out[0]
+    aside = sorted(path.name for path in (run_dir / "checkpoints").glob("damaged-*"))
+    assert aside == [f"damaged-1-step-{step:08d}" for step in (9, 10)[-len(spoilt) :]]
+    straight = train("tp2pp2", 20)
+    assert losses(run_dir) == losses(straight)
+    assert different(whole_tensors(checkpoint(run_dir, 20)), whole_tensors(checkpoint(straight, 20))) == []
+
+
+@pytest.mark.parametrize("what", ["00003", "manifest"])
+def test_where_all_are_damaged_each_is_named(settings, train: Train, tmp_path: Path, what: str) -> None:
+    run_dir = Path(shutil.copytree(train("tp2pp2", 7, "checkpoint.interval=2", "checkpoint.keep=2"), tmp_path / "run"))
+    told = [damage(checkpoint(run_dir, step), what) for step in (7, 6)]
+    before = files(run_dir / "checkpoints")
+    argv = settings(run_dir, *CURVE, *CUT["tp2pp2"][1], "train.steps=20")
+    for words in told:
+        refused(argv, words, ranks=4)
+    assert files(run_dir / "checkpoints") == before
+
+
+def test_unverified_blocks_are_loaded_as_they_are(settings, half: Callable[[str], Path]) -> None:
+    run_dir = half("single")
+    damage(checkpoint(run_dir, 10), "00000")
+    argv = settings(run_dir, *CURVE, "train.steps=12")
+    refused(argv, "another checksum", ranks=1)
+    run_ranks(1, pretrain, [*argv, "checkpoint.verify=false"])
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -143,12 +210,12 @@ def garble(path: Path) -> None:
     path.write_bytes(os.urandom(1000))
 
 
-@pytest.mark.parametrize("damage", [truncate, garble, Path.unlink])
+@pytest.mark.parametrize("spoil", [truncate, garble, Path.unlink])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_damaged_file_is_named_in_one_line(
-    settings, half: Callable[[str], Path], damage: Callable[[Path], None], rank: int
+    settings, half: Callable[[str], Path], spoil: Callable[[Path], None], rank: int
 ) -> None:
     run_dir = half("tp2pp2")
     shard = checkpoint(run_dir, 10) / f"rank-{rank:05d}-000.safetensors"
-    damage(shard)
+    spoil(shard)
     refused(settings(run_dir, *CURVE, *CUT["tp2pp2"][1], "train.steps=20"), f"{shard}: tensor", ranks=4)
