@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
 import time
 import typing
 from collections.abc import Sequence
@@ -24,9 +23,7 @@ from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
 from megalite.config.load import read_yaml_file
-from megalite.hf.config import TRAINING, write_model
-from megalite.hf.folder import find_tokenizer, open_config, open_folder, require_new
-from megalite.hf.tokenizer import write_tokenizer
+from megalite.hf.keys import check_hf, with_hf
 from megalite.place import place
 from megalite.watch.metrics import require_tensorboard
 
@@ -63,7 +60,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path) -> int:
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
-        say(f"{request.preset or 'model'}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
+        name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
+        say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
@@ -105,44 +103,6 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def with_hf(request: Request) -> Request:
-    """With model.from_hf: the model of that folder, and its tokenizer. ConfigError where another key contradicts it."""
-    config, source = request.config, request.config.model.from_hf
-    if source is None:
-        return request
-    model, _ = open_config(source)
-    chosen: dict[str, typing.Any] = {"from_hf": source}
-    for key in sorted(request.explicit):
-        section, _, name = key.partition(".")
-        if section != "model" or name == "from_hf":
-            continue
-        asked, found = getattr(config.model, name), getattr(model, name)
-        if name in TRAINING:
-            chosen[name] = asked
-        elif asked != found and (asked is not None or name == "sliding_window"):
-            raise ConfigError(f"{key}={asked}, but {source}/config.json has {found}; leave {key} to model.from_hf")
-    tokenizer = config.data.tokenizer or find_tokenizer(Path(source))
-    data = dataclasses.replace(config.data, tokenizer=str(tokenizer) if tokenizer else None)
-    config = dataclasses.replace(config, model=dataclasses.replace(model, **chosen), data=data)
-    return dataclasses.replace(request, config=config)
-
-
-def check_hf(config: Config, resume: Path | None) -> None:
-    """ValueError where the folder to start from is damaged, or the one to write at the end could not be written."""
-    if config.model.from_hf is not None and resume is None:
-        open_folder(config.model.from_hf)
-    if config.train.export_hf is None:
-        return
-    target = Path(config.train.export_hf)
-    require_new(target, "train.export_hf")
-    if target.absolute() == Path(config.train.run_dir).absolute():
-        raise ConfigError(f"train.export_hf={target} is train.run_dir; name another folder, e.g. {target / 'export'}")
-    write_model(config.model, config.train.seq_len)
-    if config.model.from_hf is None and config.data.tokenizer is not None:
-        with tempfile.TemporaryDirectory() as trial:
-            write_tokenizer(Path(config.data.tokenizer), Path(trial))
 
 
 def configure(request: Request) -> tuple[Config, str]:

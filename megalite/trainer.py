@@ -25,8 +25,9 @@ from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
 from megalite.data.sets import DataSets
-from megalite.hf.folder import HFFolder, carry, open_folder
-from megalite.hf.load import read_local
+from megalite.hf.folder import open_folder
+from megalite.hf.keys import keep_hf
+from megalite.hf.load import fill, nothing
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import first_scale, next_scale
 from megalite.optim.lr import learning_rate
@@ -111,7 +112,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     run_dir, first = Path(config.train.run_dir), world.rank == 0
     same = "configurations, or chose different topologies by their memory; set parallel.tp and parallel.pp"
     _require_same(world, zlib.crc32(to_yaml(config).encode()), same)
-    engine = build(config, world, _nothing if config.model.from_hf else None)
+    engine = build(config, world, nothing if config.model.from_hf else None)
     state = State(data=data.fingerprint, loss_scale=first_scale(config))
     progress = Progress(first, config.train.steps, config.log.interval)
     source = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
@@ -127,11 +128,12 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
             progress.say(f"note: the data was {state.data} and is now {data.fingerprint}; the order of samples changes")
             state.data = data.fingerprint
     elif config.model.from_hf is not None:
-        load_hf(engine, open_folder(config.model.from_hf))
+        fill(engine.parameters, engine.shards, open_folder(config.model.from_hf))
+        engine.optimizer.adopt()
         progress.say(f"loaded {config.model.from_hf}")
     if first:
         run_dir.mkdir(parents=True, exist_ok=True)
-        _keep_hf(config, source, run_dir)
+        keep_hf(config, source, run_dir)
         for damaged in folders.after(source) if resume is not None and source is not None else []:
             progress.say(f"set aside {folders.set_aside(damaged)}")
         keep = run_dir / "config.yaml"
@@ -321,25 +323,6 @@ def _state_of(manifest: dict[str, Any], folder: Path) -> State:
             what = "missing" if value is field else one_line(repr(value))
             raise Damaged(f"{folder}/manifest.json: {field.name} is {what}; the checkpoint is damaged")
     return State(**{field.name: manifest[field.name] for field in dataclasses.fields(State)})
-
-
-def load_hf(engine: Engine, folder: HFFolder) -> None:
-    """Fill the engine's weights from a Hugging Face folder; of each tensor a rank reads what it holds."""
-    for name, parameter in engine.parameters.items():
-        parameter.data.copy_(read_local(folder, name, engine.shards[name]))
-    engine.optimizer.adopt()
-
-
-def _nothing(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A whole parameter that takes no memory and no time to draw, where weights are read after."""
-    return torch.zeros(()).expand(shape)
-
-
-def _keep_hf(config: Config, source: Path | None, run_dir: Path) -> None:
-    """Keep what came with the model beside its weights, for the day when it is exported."""
-    beside = Path(config.model.from_hf) if config.model.from_hf else source.parent.parent / "hf" if source else None
-    if beside is not None and beside.is_dir() and beside.resolve() != (run_dir / "hf").resolve():
-        carry(beside, run_dir / "hf")
 
 
 def _sum(engine: Engine, *values: float) -> Sequence[float]:

@@ -117,8 +117,15 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
     run_dir = step.parent.parent
     manifest = read_manifest(step)
     config = saved_config(step)
-    names = global_shapes(config.model)
-    stored = {name: getattr(torch, manifest["tensors"][f"weight.{name}"]["dtype"]) for name in names}
+    stored: dict[str, torch.dtype] = {}
+    for name, shape in global_shapes(config.model).items():
+        entry = manifest["tensors"].get(f"weight.{name}", {"shape": None})
+        if entry["shape"] != list(shape):
+            raise ValueError(
+                f"{step}: weight.{name} is {entry['shape'] or 'missing'}, config.yaml's model needs {list(shape)}; "
+                f"it is a checkpoint of another model"
+            )
+        stored[name] = getattr(torch, entry["dtype"])
     dtypes = dict.fromkeys(stored, DTYPES[dtype]) if dtype else stored
     carried = run_dir / "hf"
     return export(

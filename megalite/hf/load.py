@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,18 @@ from megalite.model.names import is_turned, names_there
 from megalite.parallel.cuts import Shard
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def fill(parameters: Mapping[str, Tensor], shards: Mapping[str, Shard], folder: HFFolder) -> None:
+    """Give a rank's parameters their values; of each tensor it reads what it holds."""
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(read_local(folder, name, shards[name]))
+
+
+def nothing(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A whole parameter that takes no memory and no time to draw, where `fill` comes after."""
+    return torch.zeros(()).expand(shape)
 
 
 def read_whole(folder: HFFolder, name: str) -> Tensor:

@@ -39,7 +39,8 @@ State = dict[str, Tensor]
 def from_megatron(source: Path, target: Path, allow_pickle: bool, dtype: str | None = None) -> Path:
     """Write the new run folder `target` of the folder `source`, of one iteration or of a run (its latest).
 
-    All shards are in memory at once. ValueError without `allow_pickle`, and for what is missing or not Llama's kind.
+    Shards are mapped, and read as parameters are joined of them. ValueError without `allow_pickle`, and for what is
+    missing or not Llama's kind.
     """
     iteration = _iteration(source)
     if not allow_pickle:

@@ -12,6 +12,7 @@ from torch import Tensor
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import load
 from megalite.hf.convert import saved_config
+from megalite.hf.load import nothing
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
 from megalite.parallel.groups import Group
@@ -72,7 +73,7 @@ def load_decoder(run: Path) -> Decoder:
         decoder,
         model,
         Group([0], 0),
-        lambda _, shape: torch.zeros(()).expand(shape),
+        nothing,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )

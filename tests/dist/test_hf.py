@@ -48,7 +48,9 @@ def test_from_a_folder_to_a_folder(settings: Settings, source: Path, tmp_path: P
 
     # a converted folder is a run folder to start from, and what came beside its weights goes with them
     again = settings(tmp_path / "again", f"checkpoint.load={from_hf_folder(out, tmp_path / 'converted')}")
-    ended = run_ranks(2, pretrain, [*again, "checkpoint.load_optim=false", "parallel.dp=2", "train.steps=1"])
+    ended = run_ranks(
+        2, pretrain, [*again, "model.num_kv_heads=4", "checkpoint.load_optim=false", "parallel.dp=2", "train.steps=1"]
+    )
     assert "weights only" in ended.out[0]
     assert (tmp_path / "again" / "hf" / "config.json").read_bytes() == (out / "config.json").read_bytes()
 

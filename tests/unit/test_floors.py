@@ -30,7 +30,7 @@ NEVER = [
     *(
         (f"megalite.{name}", "torch", ()) for name in ("config", "place", "plan", "activations")
     ),  # mistakes are told without torch
-    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder")),
+    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from assets import asset
-from folders import FAMILIES, VOCAB, Make
+from folders import FAMILIES, VOCAB, Make, change
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -21,7 +21,7 @@ from megalite.config import Config, ParallelConfig, TrainConfig, check, resolve
 from megalite.hf.convert import FRESH, from_hf_folder, to_hf_folder
 from megalite.hf.export import INDEX
 from megalite.hf.folder import open_config, open_folder
-from megalite.hf.load import read_local, read_whole
+from megalite.hf.load import fill, nothing, read_local, read_whole
 from megalite.hf.verify import load_decoder, verify
 from megalite.model.cut_table import cut_model, global_name, shard_of
 from megalite.model.decoder import Decoder
@@ -31,7 +31,7 @@ from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.threads import run_threads
 from megalite.plan import stage_layers
-from megalite.trainer import State, load_hf
+from megalite.trainer import State
 
 FRESH_MODEL = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 
@@ -74,7 +74,8 @@ def test_the_same_bits_come_back_from_tp_2_pp_2(family: str, folder_of: Make, tm
 
     def main(world: World) -> None:
         engine = build(config, world)
-        load_hf(engine, open_folder(source))
+        fill(engine.parameters, engine.shards, open_folder(source))
+        engine.optimizer.adopt()
         values = dataclasses.asdict(State(step=7))
         save(run_dir, config, engine.mesh, engine.shards, engine.spans(), engine.state(), values)
 
@@ -150,6 +151,24 @@ def test_nothing_is_overwritten_and_nothing_left_behind(folder_of: Make, tmp_pat
     assert dataclasses.asdict(State()) == FRESH
 
 
+def test_a_checkpoint_of_another_model_is_refused(folder_of: Make, tmp_path: Path) -> None:
+    run = from_hf_folder(folder_of("Llama"), tmp_path / "run")
+    config = run / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("ffn_hidden_size: 56", "ffn_hidden_size: 60"))
+    with pytest.raises(ValueError, match=r"gate_up.weight is \[112, 32\], config.yaml's model needs \[120, 32\]"):
+        to_hf_folder(run, tmp_path / "out")
+    config.write_text(text.replace("num_layers: 4", "num_layers: 5"))
+    with pytest.raises(ValueError, match=r"weight.layers.4.attn_norm.weight is missing"):
+        to_hf_folder(run, tmp_path / "out")
+    # and config.json, where it says something else than the checkpoint
+    config.write_text(text)
+    change(run / "hf", "config.json", rms_norm_eps=0.1)
+    with pytest.raises(ValueError, match=r"config.json: model.norm_eps is 0.1 there and 1e-05 in the checkpoint"):
+        to_hf_folder(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_changed_weight_is_found(folder_of: Make, tmp_path: Path) -> None:
     run = from_hf_folder(folder_of("Llama"), tmp_path / "run")
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder_of("Llama"))
@@ -215,12 +234,11 @@ def test_smollm2_has_the_perplexity_that_transformers_finds() -> None:
             with torch.device("meta"):
                 stage = Decoder(config.model, stage_layers(config)[mesh.pp.rank], first=first, last=last)
             cut_model(stage, config.model, mesh.tp, config.parallel.sp)
-            empty = lambda _, shape: torch.zeros(()).expand(shape)  # noqa: E731
-            shards = materialise(stage, config.model, mesh.tp, empty, dtype=torch.float32, device=mesh.device)
+            shards = materialise(stage, config.model, mesh.tp, nothing, dtype=torch.float32, device=mesh.device)
             x = tokens[:, :-1] if first else torch.empty(1, length, config.model.hidden_size)
             with torch.inference_mode():
-                for name, parameter in stage.named_parameters():
-                    parameter.copy_(read_local(folder, global_name(name, tied=True), shards[name]))
+                shards = {global_name(name, tied=True): shard for name, shard in shards.items()}
+                fill({global_name(n, tied=True): p for n, p in stage.named_parameters()}, shards, folder)
                 if not first:
                     world.receive(x, 0).wait()
                 out = stage(x, positions, None, tokens[:, 1:] if last else None, mask if last else None)

@@ -1,0 +1,67 @@
+"""What model.from_hf and train.export_hf mean to a run, but for the weights. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megalite.config import Config, ConfigError, Request
+from megalite.hf.config import TRAINING, write_model
+from megalite.hf.folder import carry, find_tokenizer, open_config, open_folder, require_new
+from megalite.hf.tokenizer import write_tokenizer
+
+
+def with_hf(request: Request) -> Request:
+    """With model.from_hf: the model of that folder, and its tokenizer. ConfigError where another key contradicts it."""
+    config, source = request.config, request.config.model.from_hf
+    if source is None:
+        return request
+    model, _ = open_config(source)
+    chosen: dict[str, Any] = {"from_hf": source}
+    for key in sorted(request.explicit):
+        section, _, name = key.partition(".")
+        if section != "model" or name == "from_hf":
+            continue
+        asked, found = getattr(config.model, name), getattr(model, name)
+        if name in TRAINING:
+            chosen[name] = asked
+        elif asked != found and (asked is not None or name == "sliding_window"):
+            raise ConfigError(f"{key}={asked}, but {source}/config.json has {found}; leave {key} to model.from_hf")
+    tokenizer = config.data.tokenizer or find_tokenizer(Path(source))
+    data = dataclasses.replace(config.data, tokenizer=str(tokenizer) if tokenizer else None)
+    config = dataclasses.replace(config, model=dataclasses.replace(model, **chosen), data=data)
+    return dataclasses.replace(request, config=config)
+
+
+def check_hf(config: Config, resume: Path | None) -> None:
+    """ValueError where the folder to start from is damaged, or the one to write at the end could not be written."""
+    if config.model.from_hf is not None and resume is None:
+        open_folder(config.model.from_hf)
+    if config.train.export_hf is None or config.train.eval_only:
+        return
+    target = Path(config.train.export_hf)
+    require_new(target, "train.export_hf")
+    if target.absolute() == Path(config.train.run_dir).absolute():
+        raise ConfigError(f"train.export_hf={target} is train.run_dir; name another folder, e.g. {target / 'export'}")
+    write_model(config.model, config.train.seq_len)
+    if _beside(config, None) is None and config.data.tokenizer is not None:
+        with tempfile.TemporaryDirectory() as trial:
+            write_tokenizer(Path(config.data.tokenizer), Path(trial))
+
+
+def keep_hf(config: Config, source: Path | None, run_dir: Path) -> None:
+    """Keep under `run_dir`/hf what came with the model beside its weights, for the day when it is exported.
+
+    `source`: the checkpoint that the run starts from, which may be one of a run that keeps such files.
+    """
+    beside = _beside(config, source)
+    if beside is not None and beside.is_dir() and beside.resolve() != (run_dir / "hf").resolve():
+        carry(beside, run_dir / "hf")
+
+
+def _beside(config: Config, source: Path | None) -> Path | None:
+    if config.model.from_hf is not None:
+        return Path(config.model.from_hf)
+    return source.parent.parent / "hf" if source is not None else None
