@@ -12,6 +12,7 @@ import torch
 from megalite.checkpoint.describe import state_of
 from megalite.checkpoint.folder import BUILDING, step_folder
 from megalite.checkpoint.load import read_tensor
+from megalite.checkpoint.publish import sync
 from megalite.checkpoint.save import write_whole
 from megalite.config import from_mapping, to_yaml
 
@@ -50,6 +51,7 @@ def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_on
             elif kept.is_file():
                 shutil.copyfile(kept, building / name)
         building.rename(target)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
