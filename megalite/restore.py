@@ -1,4 +1,4 @@
-"""What a run begins with: fresh weights, a checkpoint, a Hugging Face folder, or a base with LoRA's factors beside it."""
+"""What a run begins with: fresh weights, a checkpoint, a Hugging Face folder, or LoRA's factors beside a base."""
 
 from __future__ import annotations
 
