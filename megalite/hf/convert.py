@@ -31,7 +31,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # the counters of a run that has not begun (restore.State)
 FRESH = {
     **dict.fromkeys(("step", "consumed_samples", "skipped_steps", "scale_steps", "evals_without_gain"), 0),
-    **{"loss_scale": 1.0, "best_loss": None, "data": ""},
+    **{"loss_scale": 1.0, "best_loss": None, "data": "", "base": ""},
 }
 
 
