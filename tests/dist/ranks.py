@@ -161,9 +161,7 @@ def finetune(argv: Sequence[str]) -> int:
     from megalite import entry
 
     corpus = REPOSITORY / "examples" / "corpus"
-    return entry.pretrain(
-        ["--preset", "tiny", *argv], default_preset="sft-7b", corpus=corpus, instructions=corpus / "instructions.jsonl"
-    )
+    return entry.pretrain(["--preset", "tiny", *argv], default_preset="sft-7b", corpus=corpus, tuning=True)
 
 
 def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Signals) -> int:
