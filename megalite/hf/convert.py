@@ -23,8 +23,7 @@ from megalite.hf.export import export
 from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new
 from megalite.hf.load import read_whole, stored_dtype
 from megalite.model.names import global_shapes
-from megalite.tune.base import read_base
-from megalite.tune.merge import open_merged
+from megalite.tune.merge import open_merged, read_base
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

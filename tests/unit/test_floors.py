@@ -38,6 +38,7 @@ NEVER = [
             "generate.source",
             "generate.chat",
             "evaluate.rows",
+            "tune.base",
         )
     ),  # mistakes are told without torch
     *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),
