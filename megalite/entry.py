@@ -24,6 +24,7 @@ from megalite.config import Config, ConfigError, Request, check, parse_command_l
 from megalite.config.batch import steps_for, total_samples
 from megalite.config.load import read_yaml_file
 from megalite.config.tune import check_adapter, is_adapter
+from megalite.hf.folder import find_tokenizer
 from megalite.hf.keys import check_hf, with_hf
 from megalite.place import place
 from megalite.watch.metrics import require_tensorboard
@@ -64,7 +65,10 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
         request = one_length(request)
         if instructions is not None:
             request = apart(request)
-        config, why = configure(with_hf(request))
+        request = with_hf(request)
+        if instructions is not None:
+            request = with_tokenizer(request)
+        config, why = configure(request)
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
@@ -101,6 +105,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
                 + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
             )
             return 0
+        if instructions is not None and resume is None and not (config.checkpoint.load or config.model.from_hf):
+            say("note: neither checkpoint.load nor model.from_hf is set: training starts from fresh weights")
         check_hf(config, resume)
         make_run_folder(Path(config.train.run_dir))
     except (ConfigError, ValueError, OSError) as error:
@@ -169,6 +175,21 @@ def apart(request: Request) -> Request:
     folder = Path(config.train.run_dir)
     train = dataclasses.replace(config.train, run_dir=str(folder.with_name(f"sft-{folder.name}")))
     return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
+
+
+def with_tokenizer(request: Request) -> Request:
+    """With the tokenizer of the run it starts from, and so its chat template, where the request names none."""
+    config, load = request.config, request.config.checkpoint.load
+    if load is None or config.data.sft is None or config.data.tokenizer is not None:
+        return request
+    run_dir = find(load).parents[1]
+    tokenizer = find_tokenizer(run_dir)
+    if tokenizer is None:
+        return request
+    own = config.data.template is None and (run_dir / "chat_template.jinja").is_file()
+    say(f"data.tokenizer={tokenizer}" + (f", data.template={run_dir / 'chat_template.jinja'}" if own else ""))
+    data = dataclasses.replace(config.data, tokenizer=str(tokenizer))
+    return dataclasses.replace(request, config=dataclasses.replace(config, data=data))
 
 
 def with_epochs(config: Config, request: Request, samples: int) -> Config:

@@ -92,10 +92,13 @@ def write_run(
 
 
 def keep_beside(source: Path, run_dir: Path) -> None:
-    """Keep in a run folder what a Hugging Face folder holds beside weights: all under hf/, the tokenizer on top too."""
+    """Keep in a run folder what a Hugging Face folder holds beside weights: all under hf/.
+
+    Tokenizer and chat template are on top too, where a run has its own.
+    """
     carry(source, run_dir / "hf")
     if (tokenizer := find_tokenizer(source)) is not None:
-        for file in (tokenizer, source / "tokenizer_config.json"):
+        for file in (tokenizer, source / "tokenizer_config.json", source / "chat_template.jinja"):
             if file.is_file():
                 shutil.copyfile(file, run_dir / file.name)
 
@@ -131,7 +134,7 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
                 )
     stored = {name: dtype_of(name) for name in global_shapes(config.model)}
     dtypes = dict.fromkeys(stored, DTYPES[dtype]) if dtype else stored
-    carried = run_dir / "hf"
+    carried, template = run_dir / "hf", run_dir / "chat_template.jinja"
     return export(
         target,
         config.model,
@@ -140,6 +143,7 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
         context=config.train.seq_len,
         carried=carried if carried.is_dir() else None,
         tokenizer=find_tokenizer(run_dir),
+        template=template if template.is_file() else None,
         shard_bytes=shard_bytes,
     )
 

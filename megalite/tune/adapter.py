@@ -39,8 +39,8 @@ def merge_adapter(adapter: Path, target: Path, base: Path | None = None) -> Path
     found = write_run(
         target, config.model, get, dtypes, context=config.train.seq_len, beside=beside if beside.is_dir() else None
     )
-    for tokenizer in run_dir.glob("tokenizer*"):
-        shutil.copyfile(tokenizer, target / tokenizer.name)
+    for file in (*run_dir.glob("tokenizer*"), *run_dir.glob("chat_template.jinja")):
+        shutil.copyfile(file, target / file.name)
     return found
 
 
