@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, reso
 from megalite.config.load import read_yaml_file
 from megalite.config.tune import is_adapter
 from megalite.hf.export import export
-from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new
+from megalite.hf.folder import carry, find_tokenizer, new_folder, open_folder
 from megalite.hf.load import read_whole, stored_dtype
 from megalite.model.names import global_shapes
 from megalite.tune.merge import open_merged, read_base
@@ -30,7 +30,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # the counters of a run that has not begun (restore.State)
 FRESH = {
     **dict.fromkeys(("step", "consumed_samples", "skipped_steps", "scale_steps", "evals_without_gain"), 0),
-    **{"loss_scale": 1.0, "best_loss": None, "data": ""},
+    **{"loss_scale": 1.0, "best_loss": None, "data": "", "base": ""},
 }
 
 
@@ -60,21 +60,21 @@ def write_run(
     *,
     context: int,
     beside: Path | None = None,
+    files: Iterable[Path] = (),
 ) -> Path:
     """Write a run folder at step 0 whose parameter `name` is `get(name)`, to be stored as `dtypes[name]`.
 
-    `beside`: a Hugging Face folder whose other files are kept with it. The folder gets its name when it is whole.
+    `beside`: a Hugging Face folder whose other files are kept with it. `files`: others, laid on top. The folder gets
+    its name when it is whole.
     """
-    require_new(target, "the folder")
-    building = target.with_name(f".building-{target.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with new_folder(target) as building:
         train = TrainConfig(run_dir=str(target), seq_len=context, dtype=NAMES[next(iter(dtypes.values()))])
         config = resolve(Config(model=dataclasses.replace(model, from_hf=None), train=train), 1)
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         if beside is not None:
             keep_beside(beside, building)
+        for file in files:
+            shutil.copyfile(file, building / file.name)
         write_whole(
             step_folder(building, 0),
             config,
@@ -82,12 +82,6 @@ def write_run(
             lambda full: fitting(full.removeprefix("weight."), get, dtypes),
             FRESH,
         )
-        if target.exists():
-            target.rmdir()
-        building.rename(target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return target
 
 

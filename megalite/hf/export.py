@@ -17,7 +17,7 @@ from torch import Tensor
 from megalite.checkpoint.publish import sync
 from megalite.config import ModelConfig
 from megalite.hf.config import differing, read_json, read_model, write_model
-from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
+from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, new_folder, require_new
 from megalite.hf.load import DTYPES
 from megalite.hf.tokenizer import write_tokenizer
 from megalite.model.hf import to_hf
@@ -46,10 +46,7 @@ def export(
     """
     require_new(target, "the folder")
     config = _config_json(model, context, carried)
-    building = target.with_name(f".building-{target.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with new_folder(target) as building:
         if carried is not None:
             carry(carried, building)
         elif tokenizer is not None:
@@ -63,12 +60,6 @@ def export(
         _write_weights(building, model, get, there, shard_bytes)
         for file in (*building.rglob("*"), building):
             sync(file)
-        if target.exists():
-            target.rmdir()
-        building.rename(target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return target
 
 
