@@ -14,7 +14,7 @@ from assets import asset
 from megalite.checkpoint.manifest import digest
 from megalite.config import Request, parse_command_line
 from megalite.data.indexed import IndexedWriter
-from megalite.entry import apart, one_length, with_tokenizer
+from megalite.request import apart, one_length, with_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "pretrain_7b.py"
@@ -206,7 +206,9 @@ def test_a_run_lends_its_tokenizer_and_template(tmp_path: Path, capsys: pytest.C
 
     def tokenizer(*argv: str) -> str | None:
         words = ["data.sft=chats.jsonl", f"checkpoint.load={run_dir}", *argv]
-        return with_tokenizer(parse_command_line(words, default_preset="sft-7b", prog="test")).config.data.tokenizer
+        return with_tokenizer(
+            parse_command_line(words, default_preset="sft-7b", prog="test"), print
+        ).config.data.tokenizer
 
     assert tokenizer() is None
     (run_dir / "tokenizer.model").touch()
@@ -220,6 +222,8 @@ def test_a_run_lends_its_tokenizer_and_template(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out == told
     assert tokenizer("data.template=plain") == str(run_dir / "tokenizer.model")
     assert "data.template" not in capsys.readouterr().out
+    assert tokenizer("--print-config") == str(run_dir / "tokenizer.model")
+    assert capsys.readouterr().out == ""
 
 
 def test_the_plan_of_lora_beside_a_hugging_face_folder(tmp_path: Path) -> None:
