@@ -17,7 +17,7 @@ from torch import Tensor
 from megalite.checkpoint.publish import sync
 from megalite.config import ModelConfig
 from megalite.hf.config import differing, read_json, read_model, write_model
-from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
+from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, new_folder, require_new
 from megalite.hf.load import DTYPES
 from megalite.hf.tokenizer import write_tokenizer
 from megalite.model.hf import to_hf
@@ -35,23 +35,24 @@ def export(
     context: int,
     carried: Path | None = None,
     tokenizer: Path | None = None,
+    template: Path | None = None,
     shard_bytes: int = 2 * 10**9,
 ) -> Path:
     """Write the model whose parameter `name` is `get(name)`, of dtype `dtypes[name]`, to the new `target`.
 
     `carried`: a folder of the files that came with the model, config.json among them; else they are made of `tokenizer`
-    and `context`. ValueError where the model is of no family.
+    and `context`. `template`: a chat template in the place of the carried one. ValueError where the model is of no
+    family.
     """
     require_new(target, "the folder")
     config = _config_json(model, context, carried)
-    building = target.with_name(f".building-{target.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with new_folder(target) as building:
         if carried is not None:
             carry(carried, building)
         elif tokenizer is not None:
             config |= write_tokenizer(tokenizer, building)
+        if template is not None:
+            shutil.copyfile(template, building / "chat_template.jinja")
         spelled = "dtype" if "dtype" in config else "torch_dtype"
         config[spelled] = str(next(iter(dtypes.values()))).removeprefix("torch.")
         _write_json(building / "config.json", config)
@@ -59,12 +60,6 @@ def export(
         _write_weights(building, model, get, there, shard_bytes)
         for file in (*building.rglob("*"), building):
             sync(file)
-        if target.exists():
-            target.rmdir()
-        building.rename(target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return target
 
 

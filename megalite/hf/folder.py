@@ -11,7 +11,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,23 @@ def require_new(target: Path, key: str) -> None:
     parent = next(p for p in target.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{key}={target} cannot be written: {parent} is not a folder you may write to; name another")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write in: it gets the name `target` when it is left, and goes if that is by an error.
+
+    ValueError as in `require_new`.
+    """
+    require_new(target, "the folder")
+    building = target.with_name(f".building-{target.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        if target.exists():
+            target.rmdir()
+        building.rename(target)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise

@@ -122,10 +122,12 @@ class Ranks:
         return Ended([p.exitcode for p in self.processes], read("out"), read("err"))
 
 
-def run_ranks(size: int, function: Callable[..., int], *args: object, served: bool = True) -> Ended:
+def run_ranks(
+    size: int, function: Callable[..., int], *args: object, served: bool = True, timeout_s: float = 60.0
+) -> Ended:
     """Run `function(*args)` on `size` ranks to its end; AssertionError with all output unless each exits 0."""
     with Ranks(size, function, *args, served=served) as ranks:
-        ended = ranks.wait()
+        ended = ranks.wait(timeout_s)
     assert set(ended.codes) == {0}, f"\n{ended}"
     return ended
 
