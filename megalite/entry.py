@@ -38,6 +38,8 @@ RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
 
 def fail(message: object, speaks: bool = RANK == 0) -> int:
     """Tell the user once, not once a rank; the other ranks wait a moment so that the launcher lets that one speak."""
+    if isinstance(message, OSError) and message.filename and message.strerror:
+        message = f"{message.filename}: {message.strerror}"
     if speaks:
         sys.stdout.flush()
         print(f"error: {message}", file=sys.stderr, flush=True)

@@ -204,6 +204,11 @@ def _conversations(path: str, key: str, config: Config) -> Conversations:
         if d.tokenizer is None:
             raise ValueError(f"{key}={path}: text needs data.tokenizer, a sentencepiece .model or a tokenizer.json")
         tokenizer = load_tokenizer(d.tokenizer)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"data.tokenizer={d.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size="
+                f"{config.model.vocab_size}; name the tokenizer that the model was made with"
+            )
         template = ChatTemplate(*find_template(d.template, tokenizer), tokenizer)
         if not Path(path).is_file():
             raise ValueError(f"{key}={path}: no such file")

@@ -12,6 +12,7 @@ from megalite.config.check import valid_tp
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.hf.config import read_json
 from megalite.hf.folder import HFFolder, find_tokenizer, open_folder
+from megalite.plan import device_memory
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
@@ -63,6 +64,7 @@ def open_source(
     )
     config = resolve(config, world_size)
     check(config, world_size)
+    device_memory(device, world_size)  # a GPU that is not there is told now
     return dataclasses.replace(source, config=config)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.folder import find, read_manifest, step_folder
+from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.load import read_yaml_file
@@ -31,7 +32,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # the counters of a run that has not begun (restore.State)
 FRESH = {
     **dict.fromkeys(("step", "consumed_samples", "skipped_steps", "scale_steps", "evals_without_gain"), 0),
-    **{"loss_scale": 1.0, "best_loss": None, "data": ""},
+    **{"loss_scale": 1.0, "best_loss": None, "data": "", "base": ""},
 }
 
 
@@ -66,11 +67,8 @@ def write_run(
 
     `beside`: a Hugging Face folder whose other files are kept with it. The folder gets its name when it is whole.
     """
-    require_new(target, "the folder")
-    building = target.with_name(f".building-{target.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    require_new(target, "target")
+    with new_folder(target) as building:
         train = TrainConfig(run_dir=str(target), seq_len=context, dtype=NAMES[next(iter(dtypes.values()))])
         config = resolve(Config(model=dataclasses.replace(model, from_hf=None), train=train), 1)
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -83,12 +81,6 @@ def write_run(
             lambda full: fitting(full.removeprefix("weight."), get, dtypes),
             FRESH,
         )
-        if target.exists():
-            target.rmdir()
-        building.rename(target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return target
 
 

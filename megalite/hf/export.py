@@ -6,7 +6,6 @@ The folder gets its name when all of it is on disk. No more than one parameter i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.publish import sync
+from megalite.checkpoint.publish import new_folder
 from megalite.config import ModelConfig
 from megalite.hf.config import differing, read_json, read_model, write_model
 from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
@@ -42,12 +41,9 @@ def export(
     `carried`: a folder of the files that came with the model, config.json among them; else they are made of `tokenizer`
     and `context`. ValueError where the model is of no family.
     """
-    require_new(target, "the folder")
+    require_new(target, "target")
     config = _config_json(model, context, carried)
-    building = target.with_name(f".building-{target.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with new_folder(target) as building:
         if carried is not None:
             carry(carried, building)
         elif tokenizer is not None:
@@ -57,14 +53,6 @@ def export(
         _write_json(building / "config.json", config)
         there = {other: dtypes[name] for name in global_names(model) for other in names_there(name, model)}
         _write_weights(building, model, get, there, shard_bytes)
-        for file in (*building.rglob("*"), building):
-            sync(file)
-        if target.exists():
-            target.rmdir()
-        building.rename(target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return target
 
 

@@ -71,8 +71,13 @@ def open_config(path: str | Path) -> tuple[ModelConfig, int]:
 
 def open_folder(path: str | Path) -> HFFolder:
     """Open and check a folder. ValueError names what is missing, too much, of another shape, damaged or not built."""
-    model, context = open_config(path)
     folder = Path(path)
+    if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} is a run folder of megalite, no Hugging Face folder; use checkpoint.load={folder}, or convert "
+            f"--from megalite"
+        )
+    model, context = open_config(path)
     found: dict[str, Stored] = {}
     for file in _weight_files(folder):
         for key, stored in read_header(file).items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.load import read_tensor
+from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, TuneConfig, resolve, to_yaml
 from megalite.config.tune import adapted, adapter_shapes, projections, shapes
@@ -51,7 +51,7 @@ def export_peft(adapter: Path, target: Path, base_name: str = "") -> Path:
     there stand q, k and v here, so no row changes its place, but for GPT-2's c_attn.
     """
     folder = find_adapter(adapter)
-    require_new(target, "the folder")
+    require_new(target, "target")
     manifest = read_manifest(folder)
     config = config_of(manifest)
     tensors = {}
@@ -73,14 +73,9 @@ def export_peft(adapter: Path, target: Path, base_name: str = "") -> Path:
         "bias": "none",
         "inference_mode": True,
     }
-    building = target.with_name(f".building-{target.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
-    (building / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    if target.exists():
-        target.rmdir()
-    os.rename(building, target)
+    with new_folder(target) as building:
+        save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
+        (building / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return target
 
 
@@ -90,7 +85,7 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
     Start from it with tune.mode=lora, checkpoint.load=target and checkpoint.load_optim=false. ValueError, by name, for
     what is not LoRA as built here.
     """
-    require_new(target, "the folder")
+    require_new(target, "target")
     base = base if is_hf(base) else find(base)
     settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     _require_plain(settings, source)
@@ -121,12 +116,12 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
             factor: Tensor = file.get_tensor(known[full.removeprefix("weight.")])
             return factor[_fused_rows(config).argsort()] if full.endswith(".lora_qkv.b") else factor
 
-        final = step_folder(target, 0)
-        final.parent.mkdir(parents=True)
         state = FRESH | {"base": name_of(base)}
-        write_whole(final, config, {f"weight.{name}": (dtype, shape) for name, shape in expected.items()}, get, state)
-    (target / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    return final
+        tensors = {f"weight.{name}": (dtype, shape) for name, shape in expected.items()}
+        with new_folder(target) as building:
+            write_whole(step_folder(building, 0), config, tensors, get, state)
+            (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return step_folder(target, 0)
 
 
 def _peft_names(config: Config) -> dict[str, str]:

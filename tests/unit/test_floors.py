@@ -17,7 +17,7 @@ FLOORS = {
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf"),
     2: ("parallel", "data", "watch", "plan", "activations", "batches"),
-    1: ("config", "log", "ops", "place"),
+    1: ("config", "ops", "place", "arguments"),
     0: ("megalite",),  # the version alone
 }
 

@@ -315,7 +315,7 @@ def test_memory_of_this_machine_is_shared_among_its_ranks() -> None:
 
 def test_a_gpu_asked_for_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "gpu_memory", list)
-    with pytest.raises(ConfigError, match=r"train\.device=cuda: .* use train\.device=cpu or auto"):
+    with pytest.raises(ConfigError, match=r"train\.device=cuda: .* use cpu or auto"):
         plan.device_memory("cuda", 1)
     assert plan.device_memory("auto", 1)[0] == "cpu"
     monkeypatch.setattr(plan, "gpu_memory", lambda: [80 * GIB, 40 * GIB])
