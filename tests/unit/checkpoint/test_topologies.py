@@ -3,6 +3,7 @@
 Every rank is a thread; engine, save and load are the real ones. tests/dist/test_resume.py has real processes.
 """
 
+import dataclasses
 import functools
 import os
 from dataclasses import dataclass
@@ -89,8 +90,7 @@ def take_step(engine: Engine, step: int) -> float:
 
 
 def write(engine: Engine, run_dir: Path, step: int) -> Path:
-    values = {"step": step, "consumed_samples": 0, "skipped_steps": 0, "loss_scale": 1.0, "scale_steps": 0}
-    values |= {"best_loss": None, "evals_without_gain": 0, "data": ""}
+    values = dataclasses.asdict(restore.State(step=step))
     return save(run_dir, engine.config, engine.mesh, engine.shards, engine.spans(), engine.state(), values)
 
 
