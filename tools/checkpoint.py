@@ -235,7 +235,12 @@ def convert(options: argparse.Namespace) -> int:
         from megalite.hf.verify import require_transformers
 
         require_transformers()
+    from megalite.hf.folder import open_folder, require_new
+
+    # these load no torch, and are where most go wrong
+    require_new(Path(target), "target")
     if there == "hf":
+        open_folder(source)
         from megalite.hf.convert import from_hf_folder
 
         written = from_hf_folder(Path(source), Path(target), options.dtype)
