@@ -139,6 +139,8 @@ def describe(config: Config, need: plan.Memory) -> str:
     microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
     tokens = t.global_batch_size * t.seq_len
     flops = plan.run_flops(config)
+    # how many steps an epoch has is not known before the data are read
+    length = f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens" if t.epochs is None else f"{t.epochs:g} epochs"
     return (
         f"plan:\n"
         f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
@@ -146,7 +148,7 @@ def describe(config: Config, need: plan.Memory) -> str:
         f"{(pp - 1) / (microbatches + pp - 1):.1%}\n"
         f"  memory of the fullest rank: {need.table()}\n"
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
-        f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens in all"
+        f"{length} in all"
     )
 
 

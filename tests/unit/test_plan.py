@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from megalite import plan
-from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, parse_command_line, resolve
+from megalite.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    check,
+    parse_command_line,
+    resolve,
+)
 from megalite.model.decoder import Decoder
 from megalite.parallel.groups import SoloWorld
 from megalite.plan import GIB, check_memory, choose_topology, head_flops, layer_flops, memory, parameters, stage_layers
@@ -86,6 +95,7 @@ def test_known_sizes() -> None:
         ("llama3-8b", 8_030_261_248),
         ("qwen2.5-7b", 7_615_616_512),
         ("qwen3-8b", 8_190_735_360),
+        ("sft-7b", 6_738_415_616),
     ],
 )
 def test_presets_are_the_published_models(preset: str, count: int) -> None:
@@ -232,6 +242,16 @@ def chosen(ranks: int, explicit: frozenset[str] = frozenset(), local: int = 8, *
     config = Config(model=model, parallel=ParallelConfig(**parallel), train=train)
     config, said = choose_topology(config, ranks, local, explicit)
     return (config.parallel.tp, config.parallel.pp), said
+
+
+def test_instruction_tuning_of_a_7b_fits_eight_gpus_of_80_gib(gpu: Any) -> None:
+    gpu(0.94 * 80)
+    request = parse_command_line(["--preset", "sft-7b"], default_preset=None, prog="")
+    config, _ = choose_topology(request.config, 8, 8, request.explicit)
+    config = resolve(config, 8)
+    check(config, 8)
+    assert (config.parallel.tp, config.parallel.pp, config.parallel.dp, config.parallel.zero) == (1, 1, 8, 1)
+    assert 70 * GIB < check_memory(config, 8, 8).total < 75.2 * GIB
 
 
 def test_the_smallest_topology_that_fits_is_chosen(gpu: Any) -> None:
