@@ -1,4 +1,4 @@
-"""Forty things a user gets wrong: what is printed, and how soon. Writes results/wrong-inputs.md.
+"""Things a user gets wrong: what is printed, and how soon. Writes results/wrong-inputs.md.
 
 python benchmarks/wrong_inputs.py
 """
@@ -19,6 +19,12 @@ from megalite.data.indexed import IndexedWriter
 ROOT = Path(__file__).resolve().parent.parent
 PRETRAIN = ["examples/pretrain_7b.py", "--preset", "tiny"]
 ONE = [*PRETRAIN, "parallel.tp=1", "parallel.pp=1", "train.steps=2"]
+SFT = ["examples/sft_7b.py", "--preset", "tiny", "parallel.tp=1", "parallel.pp=1", "train.steps=2"]
+CHATS = [*SFT, "data.sft={work}/chats.jsonl", "data.tokenizer={work}/run/tokenizer.model"]
+LORA = [*ONE, "tune.mode=lora", "checkpoint.load={work}/run"]
+DATA = ["tools/data.py", "inspect-sft", "--tokenizer", "{work}/run/tokenizer.model"]
+GENERATE = ["tools/generate.py", "{work}/run", "--prompt", "x"]
+EVALUATE, CHECKPOINT = "tools/evaluate.py", "tools/checkpoint.py"
 PREPROCESS = [
     "tools/preprocess_data.py",
     "--tokenizer-model",
@@ -67,6 +73,73 @@ CASES: list[tuple[str, str, list[str], dict[str, str]]] = [
     ("checkpoint", "load from nowhere", [*ONE, "checkpoint.load={work}/none"], {}),
     ("checkpoint", "folder with other files", [*ONE, "train.run_dir={work}/other"], {}),
     ("checkpoint", "sample without a checkpoint", ["tools/generate.py", "{work}/other"], {}),
+    ("instructions", "no such file", [*SFT, "data.sft=none.jsonl", "data.tokenizer={work}/run/tokenizer.model"], {}),
+    ("instructions", "no tokenizer", [*SFT, "data.sft={work}/chats.jsonl"], {}),
+    ("instructions", "no chat template", CHATS, {}),
+    ("instructions", "misspelt template", [*CHATS, "data.template=chatlm"], {}),
+    ("instructions", "whom to train on", [*CHATS, "data.template=plain", "data.train_on=user"], {}),
+    (
+        "instructions",
+        "a row of an unknown role",
+        [*CHATS, "data.template=plain", "data.sft={work}/role.jsonl"],
+        {},
+    ),
+    ("instructions", "steps and epochs", [*CHATS, "data.template=plain", "train.epochs=1"], {}),
+    ("instructions", "rows of another kind", [*DATA, "{work}/questions.jsonl", "--template", "plain"], {}),
+    (
+        "instructions",
+        "a template that is no Jinja",
+        [*DATA, "{work}/chats.jsonl", "--template", "{work}/broken.jinja"],
+        {},
+    ),
+    ("instructions", "an empty file", [*DATA, "{work}/empty.jsonl", "--template", "plain"], {}),
+    ("tune", "LoRA without a base", [*ONE, "tune.mode=lora"], {}),
+    ("tune", "a rank without the mode", [*ONE, "tune.lora_rank=8"], {}),
+    ("tune", "a target the model has not", [*LORA, "tune.lora_targets=c_attn"], {}),
+    ("tune", "a name that freezes nothing", [*LORA, "tune.freeze=encoder.*"], {}),
+    ("tune", "biases of a model without", [*ONE, "tune.mode=bitfit"], {}),
+    ("tune", "unknown mode", [*ONE, "tune.mode=qlora"], {}),
+    ("Hugging Face", "folder without weights", ["tools/generate.py", "{work}/bare", "--prompt", "x"], {}),
+    ("Hugging Face", "folder that is not there", [*ONE, "model.from_hf={work}/none"], {}),
+    ("Hugging Face", "another size asked for", [*ONE, "model.from_hf={work}/bare", "model.num_layers=7"], {}),
+    ("Hugging Face", "a family that is not built", [*ONE, "model.from_hf={work}/mixtral"], {}),
+    ("Hugging Face", "loaded as a checkpoint", [*ONE, "checkpoint.load={work}/bare"], {}),
+    (
+        "Hugging Face",
+        "a run folder as a source",
+        [CHECKPOINT, "convert", "--from", "hf", "{work}/run", "--to", "megalite", "{work}/x"],
+        {},
+    ),
+    (
+        "Hugging Face",
+        "target that is not empty",
+        [CHECKPOINT, "convert", "--from", "megalite", "{work}/run", "--to", "hf", "{work}/other"],
+        {},
+    ),
+    (
+        "Hugging Face",
+        "unknown kind",
+        [CHECKPOINT, "convert", "--from", "gguf", "{work}/x", "--to", "megalite", "{work}/y"],
+        {},
+    ),
+    ("generate", "no such model", ["tools/generate.py", "{work}/none", "--prompt", "x"], {}),
+    ("generate", "tp does not divide", [*GENERATE, "--tp", "3"], {"WORLD_SIZE": "3"}),
+    ("generate", "no torchrun", [*GENERATE, "--tp", "2"], {}),
+    ("generate", "chat without a template", [*GENERATE[:2], "--chat", "hi"], {}),
+    ("generate", "chat and a prompt", [*GENERATE, "--chat", "hi"], {}),
+    ("generate", "negative temperature", [*GENERATE, "--temperature", "-1"], {}),
+    ("generate", "no file of prompts", [*GENERATE[:2], "--prompts", "{work}/none.txt"], {}),
+    ("generate", "no tokenizer", ["tools/generate.py", "{work}/mute", "--prompt", "x"], {}),
+    ("generate", "CUDA asked for, none here", [*GENERATE, "--device", "cuda"], {}),
+    ("evaluate", "no verb", [EVALUATE, "{work}/run", "{work}/rows.jsonl"], {}),
+    ("evaluate", "rows of another kind", [EVALUATE, "choices", "{work}/run", "{work}/questions.jsonl"], {}),
+    ("evaluate", "more shots than rows", [EVALUATE, "answers", "{work}/run", "{work}/rows.jsonl", "--shots", "9"], {}),
+    ("evaluate", "text of another suffix", [EVALUATE, "loss", "{work}/run", "{work}/text.md"], {}),
+    ("evaluate", "no window", [EVALUATE, "loss", "{work}/run", "{work}/text.txt", "--seq-len", "0"], {}),
+    ("checkpoint", "tool: no such run", [CHECKPOINT, "info", "{work}/none"], {}),
+    ("checkpoint", "tool: no such tensor", [CHECKPOINT, "info", "{work}/run", "--tensors", "bias"], {}),
+    ("checkpoint", "tool: keep none", [CHECKPOINT, "prune", "{work}/run", "--keep", "0"], {}),
+    ("checkpoint", "tool: misspelt verb", [CHECKPOINT, "verfy", "{work}/run"], {}),
     ("environment", "CUDA asked for, none here", [*ONE, "train.device=cuda"], {}),
     ("environment", "disk or folder not writable", [*ONE, "train.run_dir=/proc/run"], {}),
 ]
@@ -77,6 +150,19 @@ def prepare(work: Path) -> None:
     (work / "twice.yaml").write_text("train:\n  steps: 3\n  steps: 4\n")
     (work / "broken.yaml").write_text("train: {steps: 3\n")
     (work / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (work / "chats.jsonl").write_text('{"prompt": "Name a prime.", "completion": "7"}\n' * 9)
+    (work / "role.jsonl").write_text('{"messages": [{"role": "robot", "content": "7"}]}\n')
+    (work / "questions.jsonl").write_text('{"question": "Name a prime."}\n')
+    (work / "rows.jsonl").write_text('{"prompt": "Name a prime.", "answer": "7"}\n' * 3)
+    (work / "empty.jsonl").touch()
+    (work / "broken.jinja").write_text("{{ messages")
+    for name in ("text.md", "text.txt"):
+        (work / name).write_text("In the beginning God created the heaven and the earth.\n")
+    llama = {"model_type": "llama", "vocab_size": 600, "hidden_size": 128, "intermediate_size": 352}
+    llama |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    for name, config in (("bare", llama), ("mixtral", llama | {"model_type": "mixtral"})):
+        (work / name).mkdir()
+        (work / name / "config.json").write_text(json.dumps(config))
     (work / "other").mkdir()
     (work / "other" / "thesis.tex").touch()
     for name, documents in (("short", [[1] * 100] * 50), ("empty", []), ("large", [[1, 2, 700]] * 500)):
@@ -90,6 +176,7 @@ def prepare(work: Path) -> None:
     command = [sys.executable, *ONE, f"train.run_dir={work / 'run'}", "train.eval_samples=8", "log.plot=false"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     shutil.copytree(work / "run", work / "damaged")
+    shutil.copytree(work / "run", work / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     for shard in work.glob("damaged/checkpoints/*/*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:1000])
 
@@ -97,7 +184,7 @@ def prepare(work: Path) -> None:
 def ask(work: Path, arguments: list[str], environment: dict[str, str]) -> tuple[str, float, bool]:
     """(what was printed to standard error, seconds, whether it is well-behaved)."""
     words = [word.replace("{work}", str(work)) for word in arguments]
-    if "pretrain" in words[0] and not any("run_dir" in word for word in words):
+    if words[0].startswith("examples/") and not any("run_dir" in word for word in words):
         words.append(f"train.run_dir={work / 'fresh'}")
     began = time.monotonic()
     done = subprocess.run(
@@ -118,7 +205,10 @@ def main() -> int:
             said, seconds, well = ask(work, arguments, environment)
             rows.append((kind, what, said, seconds, well))
             print(f"{'ok ' if well else 'BAD'} {seconds:5.2f} s  {kind}: {what}\n      {said}", flush=True)
-    lines = ["# Forty wrong inputs\n", "`python benchmarks/wrong_inputs.py`. Seconds are of the whole process.\n"]
+    lines = [
+        f"# {len(rows)} wrong inputs\n",
+        "`python benchmarks/wrong_inputs.py`. Seconds are of the whole process.\n",
+    ]
     lines += ["| | what is wrong | what is printed | s |", "|---|---|---|---|"]
     for kind, what, said, seconds, _ in rows:
         text = said.replace("|", "\\|").replace("\n", "<br>")

@@ -36,6 +36,8 @@ RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
 
 def fail(message: object, speaks: bool = RANK == 0) -> int:
     """Tell the user once, not once a rank; the other ranks wait a moment so that the launcher lets that one speak."""
+    if isinstance(message, OSError) and message.filename and message.strerror:
+        message = f"{message.filename}: {message.strerror}"
     if speaks:
         sys.stdout.flush()
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -102,7 +104,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
                 + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
             )
             return 0
-        if instructions is not None and resume is None and not (config.checkpoint.load or config.model.from_hf):
+        if tuning and resume is None and not (config.checkpoint.load or config.model.from_hf):
             say("note: neither checkpoint.load nor model.from_hf is set: training starts from fresh weights")
         check_hf(config, resume)
         if RANK == 0:
@@ -141,6 +143,8 @@ def describe(config: Config, need: plan.Memory) -> str:
     microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
     tokens = t.global_batch_size * t.seq_len
     flops = plan.run_flops(config)
+    # how many steps an epoch has is not known before the data are read
+    length = f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens" if t.epochs is None else f"{t.epochs:g} epochs"
     return (
         f"plan:\n"
         f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
@@ -148,7 +152,7 @@ def describe(config: Config, need: plan.Memory) -> str:
         f"{(pp - 1) / (microbatches + pp - 1):.1%}\n"
         f"  memory of the fullest rank: {need.table()}\n"
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
-        f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens in all"
+        f"{length} in all"
     )
 
 

@@ -210,7 +210,7 @@ def device_memory(device: str, local_ranks: int) -> tuple[str, int]:
             # what fragmentation and other processes take is not for the plan
             return "cuda", int(0.94 * min(gpus))
         if device == "cuda":
-            raise ConfigError("train.device=cuda: NVML finds no NVIDIA GPU here; use train.device=cpu or auto")
+            raise ConfigError("train.device=cuda: NVML finds no NVIDIA GPU here; use cpu or auto")
     return "cpu", available_memory() // max(1, local_ranks)
 
 
@@ -290,7 +290,11 @@ def choose_topology(config: Config, world_size: int, local_ranks: int, explicit:
 
 
 def _said(tp: int, pp: int, world_size: int, why: str) -> str:
-    return f"tp {tp} x pp {pp} x dp {world_size // (tp * pp)} on {world_size} ranks ({why})"
+    return f"tp {tp} x pp {pp} x dp {world_size // (tp * pp)} on {_ranks(world_size)} ({why})"
+
+
+def _ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
 
 
 def check_memory(config: Config, world_size: int, local_ranks: int) -> Memory:
@@ -313,7 +317,7 @@ def check_memory(config: Config, world_size: int, local_ranks: int) -> Memory:
     ranks = next((world_size << k for k in range(1, 8) if least(world_size << k) <= free), None)
     more = f"{ranks} such ranks" if ranks else f"{where}s with more memory"
     raise ConfigError(
-        f"a model of {parameters(config.model) / 1e9:.2f}e9 parameters does not fit {world_size} ranks of "
+        f"a model of {parameters(config.model) / 1e9:.2f}e9 parameters does not fit {_ranks(world_size)} of "
         f"{free / GIB:.1f} GiB per {where}: tp {p.tp} x pp {p.pp} x dp {p.dp} needs {need.table()} per rank; "
         f"what would fit: {more}, ranks of {math.ceil(need.total / GIB)} GiB, a smaller model (--preset tiny, 125m, "
         f"1b), {'' if p.recompute == 'full' else 'parallel.recompute=full, '}or less "

@@ -13,10 +13,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megalite.arguments import Parser
 from megalite.checkpoint.describe import describe, describe_lines, many, size
 from megalite.checkpoint.folder import complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
@@ -34,18 +35,12 @@ EXAMPLES = """examples:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
 # argparse makes the class generic for type checkers alone
 Verbs = Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for add in (add_info, add_verify, add_diff, add_convert, add_merge, add_consolidate, add_prune):
         add(verbs)
@@ -194,10 +189,10 @@ def prune(options: argparse.Namespace) -> int:
     from megalite.checkpoint.verify import require_good
 
     if options.keep < 1 or options.keep_every < 0:
-        raise ValueError(f"--keep {options.keep} --keep-every {options.keep_every}: at least 1 stays; 0 of M is none")
+        raise ValueError(f"--keep {options.keep}: at least 1 stays; --keep-every {options.keep_every} is not negative")
     folders = complete(options.run_dir)
     if not folders:
-        raise ValueError(f"{options.run_dir} is not a run folder with checkpoints")
+        raise ValueError(f"{options.run_dir} is not a run folder with checkpoints; name one, e.g. runs/tiny")
     going = surplus(folders, options.keep, options.keep_every)
     if going:
         require_good(folders[-1], read_manifest(folders[-1]))
@@ -264,6 +259,12 @@ def convert(options: argparse.Namespace) -> int:
         from megalite.hf.verify import require_transformers
 
         require_transformers()
+    from megalite.hf.folder import open_folder, require_new
+
+    # these load no torch, and are where most go wrong
+    require_new(Path(options.target[1]), "target")
+    if there == "hf":
+        open_folder(options.source[1])
     print(f"wrote {written(options)}")
     if options.verify:
         from megalite.hf.verify import verify

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megalite.arguments import Parser
 from megalite.data.chat import ChatTemplate, find_template, template_names
 from megalite.data.indexed import paths
 from megalite.data.instructions import Example, Options, Report, examples, write_indexed
@@ -22,9 +23,7 @@ TRAINED, PLAIN = "\033[32m", "\033[0m"
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     make = commands.add_parser("sft", help="render, tokenise and mask a file once, for data.sft=PREFIX")
     look = commands.add_parser("inspect-sft", help="show what is trained, lengths, packing, and what looks wrong")
@@ -60,8 +59,8 @@ def make(args: argparse.Namespace) -> None:
 
 
 def inspect(args: argparse.Namespace) -> None:
-    if args.seq_len < 1:
-        raise ValueError(f"--seq-len {args.seq_len} must be at least 1")
+    if args.seq_len < 1 or args.rows < 0:
+        raise ValueError(f"--seq-len {args.seq_len} must be at least 1, and --rows {args.rows} not negative")
     tokenizer = load_tokenizer(args.tokenizer)
     template = ChatTemplate(*find_template(args.template, tokenizer), tokenizer)
     options, report = Options(args.train_on, args.control_tokens, bad_rows="skip"), Report()
@@ -77,7 +76,7 @@ def inspect(args: argparse.Namespace) -> None:
 
     counts = survey(shown(), tokenizer, template, args.seq_len)
     if not counts.lengths:
-        raise ValueError(f"{args.file}: no conversation in it" + "".join(f"; {line}" for line in report.bad[:1]))
+        raise ValueError(f"{args.file}: no conversation in it; {report.bad[0] if report.bad else 'write one a line'}")
     told = ", ".join(f"{count} {name}" for name, count in report.formats.items())
     rows, filled = efficiency(counts.lengths, args.seq_len)
     total = sum(counts.lengths)

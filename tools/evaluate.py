@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite import entry
+from megalite.arguments import Parser
 from megalite.config import check
 from megalite.data.dataset import check_vocabulary, heldout_windows
 from megalite.data.native import open_indexed
@@ -42,10 +43,8 @@ SEQ_LEN = 2048
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(description=__doc__)
+    common = Parser(add_help=False)
     common.add_argument("model", help="run folder, one of its checkpoints/step-NNNNNNNN, or a Hugging Face folder")
     common.add_argument("data", help="what to measure it on")
     common.add_argument("--tp", type=int, help="tensor-parallel ranks (default: as many as there are, if they fit)")
@@ -53,7 +52,7 @@ def parse() -> argparse.Namespace:
     common.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     common.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="(default: the model's)")
     common.add_argument("--json", metavar="FILE", help="write the figures, and what was said of each row, to FILE")
-    rows = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    rows = Parser(add_help=False)
     rows.add_argument("--shots", type=int, default=0, metavar="K", help="solved rows shown before each (default: 0)")
     rows.add_argument("--shots-from", metavar="FILE", help="rows to show (default: some of those to test, left out)")
     rows.add_argument("--seed", type=int, default=0, help="which rows are shown")
@@ -117,9 +116,13 @@ def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Sou
             [options.data], f"{scratch}/rank-{entry.RANK}", source.tokenizer, append_eod=eod, log_interval=0
         )
         prefix = str(report.written[0].prefix)
+    elif Path(prefix).is_file():
+        raise ValueError(f"{prefix}: text is *.jsonl or *.txt; of indexed data name the prefix")
     indexed = open_indexed(prefix)
     check_vocabulary(indexed, source.config.model.vocab_size)
     seq_len = options.seq_len or min(source.config.train.seq_len, SEQ_LEN)
+    if options.seq_len is not None and options.seq_len < 1:
+        raise ValueError(f"--seq-len {options.seq_len} must be at least 1")
     if source.limit is not None and seq_len > source.limit:
         raise ValueError(f"--seq-len {seq_len} is more than the {source.limit} positions of the model; use fewer")
     train = dataclasses.replace(source.config.train, seq_len=seq_len, micro_batch_size=options.batch_size)

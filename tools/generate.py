@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite import entry
+from megalite.arguments import Parser
 from megalite.generate.chat import Chat
 from megalite.generate.source import Source, open_source
 from megalite.generate.text import Reply, Settings, in_order
@@ -32,9 +33,7 @@ WEEK_S = 7 * 24 * 3600.0
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("model", help="run folder, one of its checkpoints/step-NNNNNNNN, or a Hugging Face folder")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
@@ -107,6 +106,8 @@ def main() -> int:
 
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line, or under "prompt" of each row of a *.jsonl file."""
+    if not path.is_file():
+        raise ValueError(f"--prompts {path}: no such file; write one prompt a line into it, or ask with --prompt TEXT")
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megalite.arguments import Parser
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
@@ -25,9 +26,7 @@ TOKENIZER_TYPES = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="*.jsonl or *.txt, either may end in .gz")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one output for each (default: text)")

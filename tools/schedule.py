@@ -8,10 +8,10 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megalite.arguments import Parser
 from megalite.pipeline.draw import save_png, text_grid
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedule import SCHEDULES, forward_only, make_plan
@@ -24,13 +24,8 @@ EXAMPLES = """examples:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def build_parser() -> Parser:
-    parser = Parser(description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("schedule", help=f"{', '.join(SCHEDULES)} or forward_only")
     add("--stages", type=int, required=True, metavar="P", help="pipeline stages, one a rank")
@@ -78,12 +73,12 @@ def show(args: argparse.Namespace) -> None:
 def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us without a traceback
-    parser = build_parser()
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     try:
         show(args)
     except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from megalite.checkpoint.describe import state_of
-from megalite.checkpoint.folder import BUILDING, step_folder
+from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.load import read_tensor
-from megalite.checkpoint.publish import sync
+from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.config import from_mapping, to_yaml
 
@@ -38,9 +38,7 @@ def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_on
     }
     if not tensors:
         raise ValueError(f"{source} has no weights; leave out --weights-only")
-    building = target.with_name(f"{BUILDING}{target.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    try:
+    with new_folder(target) as building:
         new = step_folder(building, manifest["step"])
         write_whole(new, config, tensors, lambda name: read_tensor(source, manifest, name), state_of(manifest))
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -50,11 +48,6 @@ def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_on
                 shutil.copytree(kept, building / name)
             elif kept.is_file():
                 shutil.copyfile(kept, building / name)
-        building.rename(target)
-        sync(target.parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return step_folder(target, manifest["step"])
 
 

@@ -61,6 +61,8 @@ def describe_lines(what: dict[str, Any]) -> list[str]:
     sizes = [f"{axis} {parallel[axis]}" for axis in ("tp", "pp", "dp") if parallel.get(axis) is not None]
     row("topology", " x ".join(sizes) + (", ZeRO-1" if parallel.get("zero") else "") + " when saved; loads at any")
     row("data", state.pop("data", "") or "not recorded")
+    if base := state.pop("base", ""):
+        row("base", base)
     for kind, counted in what["kinds"].items():
         amount = f"{many(counted['tensors'], 'tensor')}, {counted['elements']:,} elements"
         row(kind, f"{amount}, {size(counted['bytes'])}, {', '.join(counted['dtypes'])}")

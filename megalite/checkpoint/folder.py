@@ -73,6 +73,11 @@ def find(path: str | Path) -> Path:
     newest = latest(folder)
     if newest is None:
         what = "no such folder" if not folder.is_dir() else "neither a checkpoint nor a run folder with one"
+        if (folder / "config.json").is_file():
+            raise ValueError(
+                f"{folder} is a Hugging Face folder and no run folder; train from it with model.from_hf={folder}, or "
+                f"make a run folder of it with tools/checkpoint.py convert --from hf {folder} --to megalite NEW"
+            )
         raise ValueError(f"{folder}: {what}; name a run folder or one of its checkpoints/step-NNNNNNNN")
     return newest
 

@@ -10,7 +10,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,28 @@ def remove_leftovers(run_dir: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder to write into; once the block has ended it is on the disk and named `target`.
+
+    `target` may be there and empty. Where the block fails nothing is left.
+    """
+    building = target.with_name(f"{BUILDING}{target.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        for path in (*building.rglob("*"), building):
+            sync(path)
+        if target.exists():
+            target.rmdir()
+        building.rename(target)
+        sync(target.parent)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
 
 
 def sync(path: Path) -> None:

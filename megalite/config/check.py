@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from megalite.config.batch import total_samples
 from megalite.config.groups import parse_groups
 from megalite.config.load import ConfigError
-from megalite.config.schema import Config, ModelConfig
+from megalite.config.schema import Config, ModelConfig, TuneConfig
 from megalite.config.tune import trained
 
 
@@ -305,10 +305,11 @@ def _check_optim(config: Config) -> None:
 
 def _check_tune(config: Config) -> None:
     t, base = config.tune, config.checkpoint.load or config.model.from_hf
-    for key in ("lora_targets", "lora_dropout"):
+    for key in ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout"):
         value = getattr(t, key)
         _require(
-            t.mode == "lora" or not value, f"tune.{key}={value} has no effect with tune.mode={t.mode}; use lora for it"
+            t.mode == "lora" or value == getattr(TuneConfig(), key),
+            f"tune.{key}={value} has no effect with tune.mode={t.mode}; set tune.mode=lora too",
         )
     _require(
         t.mode != "lora" or base is not None,

@@ -7,6 +7,7 @@ templates without it the assistant's turns are what a longer conversation adds t
 from __future__ import annotations
 
 import datetime
+import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -44,7 +45,11 @@ def find_template(name: str | None, tokenizer: Tokenizer) -> tuple[str, str]:
         if name in template_names():
             return name, (BUILT_IN / f"{name}.jinja").read_text("utf-8")
         if not Path(name).is_file():
-            raise ValueError(f"no chat template {name}: name a .jinja file or one of {', '.join(template_names())}")
+            near = difflib.get_close_matches(name, template_names(), n=1)
+            raise ValueError(
+                f"no chat template {name}: name a .jinja file or one of {', '.join(template_names())}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
         return Path(name).name, Path(name).read_text("utf-8")
     own = tokenizer.path.with_name("chat_template.jinja")
     if own.is_file():
@@ -58,7 +63,8 @@ def find_template(name: str | None, tokenizer: Tokenizer) -> tuple[str, str]:
             return f"chat_template of {config.name}", found
     raise ValueError(
         f"{tokenizer.path} has no chat template beside it (chat_template.jinja, or chat_template in "
-        f"tokenizer_config.json); name a .jinja file or one of {', '.join(template_names())}"
+        f"tokenizer_config.json); with --template or data.template name a .jinja file or one of "
+        f"{', '.join(template_names())}"
     )
 
 

@@ -58,7 +58,8 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a .jsonl or .json file (lines, or one array) or a .parquet file, in order."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; instruction data is a .jsonl, .json or .parquet file")
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise ValueError(f"{file}: {what}; instruction data is a .jsonl, .json or .parquet file")
     if file.suffix == ".parquet":
         yield from _parquet_rows(file)
     elif file.suffix not in (".jsonl", ".json"):

@@ -84,7 +84,10 @@ def texts(row: Row, keys: Sequence[str]) -> list[str]:
         raise ValueError(f"{row.where}: holds a {type(found).__name__}, expected a JSON object")
     for key in keys:
         if key not in found:
-            raise ValueError(f"{row.where}: has no key {key!r}; choose the keys with --json-keys")
+            there = ", ".join(map(repr, found)) or "none"
+            raise ValueError(
+                f"{row.where}: has no key {key!r}, its keys are {there}; preprocess_data.py --json-keys takes others"
+            )
         if not isinstance(found[key], str):
             raise ValueError(f"{row.where}: {key!r} is a {type(found[key]).__name__}, expected a string")
         # A lone surrogate is valid JSON but no text.

@@ -60,7 +60,12 @@ class IndexedWriter:
         self.final = paths(prefix)
         self.final[0].parent.mkdir(parents=True, exist_ok=True)
         self.temporary = [path.with_name(f"{path.name}.tmp-{os.getpid()}") for path in self.final]
-        self.bin = self.temporary[0].open("wb")
+        try:
+            self.bin = self.temporary[0].open("wb")
+        except OSError as error:
+            raise ValueError(
+                f"{prefix} cannot be written ({error.strerror}); name a prefix in a folder that you may write to"
+            ) from None
 
     def add_document(self, *sequences: Tokens) -> None:
         """Append one document made of any number of token sequences; none at all is an empty document."""

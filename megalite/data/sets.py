@@ -203,10 +203,15 @@ def _conversations(path: str, key: str, config: Config) -> Conversations:
     if path.endswith((".jsonl", ".json", ".parquet")):
         if d.tokenizer is None:
             raise ValueError(f"{key}={path}: text needs data.tokenizer, a sentencepiece .model or a tokenizer.json")
-        tokenizer = load_tokenizer(d.tokenizer)
-        template = ChatTemplate(*find_template(d.template, tokenizer), tokenizer)
         if not Path(path).is_file():
-            raise ValueError(f"{key}={path}: no such file")
+            raise ValueError(f"{key}={path}: no such file; name a .jsonl, .json or .parquet file of conversations")
+        tokenizer = load_tokenizer(d.tokenizer)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"data.tokenizer={d.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size="
+                f"{config.model.vocab_size}; name the tokenizer that the model was made with"
+            )
+        template = ChatTemplate(*find_template(d.template, tokenizer), tokenizer)
         prefix = prepare(path, d.cache_dir, tokenizer, template, Options(d.train_on, d.control_tokens, d.bad_rows))
     elif Path(path).is_file():
         raise ValueError(

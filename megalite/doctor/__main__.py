@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from megalite import __version__, doctor
+from megalite.arguments import Parser
 from megalite.doctor import Finding, Findings, machine, ranks, said, software
 
 Probe = Callable[[], Findings]
@@ -34,7 +34,7 @@ def guarded(probe: Probe) -> Findings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report, each line as soon as it is known; gives the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m megalite.doctor", description=(doctor.__doc__ or "").split(":")[0])
+    parser = Parser(prog="python -m megalite.doctor", description=(doctor.__doc__ or "").split(":")[0])
     parser.add_argument("--json", action="store_true", help="the same as JSON, for a bug report")
     as_json = parser.parse_args(argv).json
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -13,6 +13,7 @@ from megalite.config.tune import is_adapter
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.hf.config import read_json
 from megalite.hf.folder import HFFolder, find_tokenizer, open_folder
+from megalite.plan import device_memory
 from megalite.tune.base import base_of
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
@@ -65,6 +66,7 @@ def open_source(
     )
     config = resolve(config, world_size)
     check(config, world_size)
+    device_memory(device, world_size)  # a GPU that is not there is told now
     return dataclasses.replace(source, config=config)
 
 

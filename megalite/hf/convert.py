@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.folder import find, read_manifest, step_folder
+from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.load import read_yaml_file
 from megalite.config.tune import is_adapter
 from megalite.hf.export import export
-from megalite.hf.folder import carry, find_tokenizer, new_folder, open_folder
+from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new
 from megalite.hf.load import read_whole, stored_dtype
 from megalite.model.names import global_shapes
 from megalite.tune.merge import open_merged, read_base
@@ -67,6 +68,7 @@ def write_run(
     `beside`: a Hugging Face folder whose other files are kept with it. `files`: others, laid on top. The folder gets
     its name when it is whole.
     """
+    require_new(target, "target")
     with new_folder(target) as building:
         train = TrainConfig(run_dir=str(target), seq_len=context, dtype=NAMES[next(iter(dtypes.values()))])
         config = resolve(Config(model=dataclasses.replace(model, from_hf=None), train=train), 1)

@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.publish import sync
+from megalite.checkpoint.publish import new_folder
 from megalite.config import ModelConfig
 from megalite.hf.config import differing, read_json, read_model, write_model
-from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, new_folder, require_new
+from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
 from megalite.hf.load import DTYPES
 from megalite.hf.tokenizer import write_tokenizer
 from megalite.model.hf import to_hf
@@ -44,7 +44,7 @@ def export(
     and `context`. `template`: a chat template in the place of the carried one. ValueError where the model is of no
     family.
     """
-    require_new(target, "the folder")
+    require_new(target, "target")
     config = _config_json(model, context, carried)
     with new_folder(target) as building:
         if carried is not None:
@@ -58,8 +58,6 @@ def export(
         _write_json(building / "config.json", config)
         there = {other: dtypes[name] for name in global_names(model) for other in names_there(name, model)}
         _write_weights(building, model, get, there, shard_bytes)
-        for file in (*building.rglob("*"), building):
-            sync(file)
     return target
 
 

@@ -11,8 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,13 @@ def open_config(path: str | Path) -> tuple[ModelConfig, int]:
 
 def open_folder(path: str | Path) -> HFFolder:
     """Open and check a folder. ValueError names what is missing, too much, of another shape, damaged or not built."""
-    model, context = open_config(path)
     folder = Path(path)
+    if (folder / "checkpoints").is_dir() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} is a run folder of megalite, no Hugging Face folder; use checkpoint.load={folder}, or convert "
+            f"--from megalite"
+        )
+    model, context = open_config(path)
     found: dict[str, Stored] = {}
     for file in _weight_files(folder):
         for key, stored in read_header(file).items():
@@ -234,23 +238,3 @@ def require_new(target: Path, key: str) -> None:
     parent = next(p for p in target.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{key}={target} cannot be written: {parent} is not a folder you may write to; name another")
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write in: it gets the name `target` when it is left, and goes if that is by an error.
-
-    ValueError as in `require_new`.
-    """
-    require_new(target, "the folder")
-    building = target.with_name(f".building-{target.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-        if target.exists():
-            target.rmdir()
-        building.rename(target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise

@@ -83,7 +83,9 @@ def load_decoder(run: Path) -> Decoder:
 
 def _transformers_logits(folder: Path, tokens: Tensor) -> Tensor:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     # a local folder, and no code out of it
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"

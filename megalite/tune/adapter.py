@@ -18,12 +18,13 @@ from torch import Tensor
 
 from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.load import read_tensor
+from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, TrainConfig, TuneConfig, resolve, to_yaml
 from megalite.config.tune import adapted, adapter_shapes, projections, shapes
 from megalite.hf.config import read_json
 from megalite.hf.convert import FRESH, keep_beside, write_run
-from megalite.hf.folder import new_folder, open_folder
+from megalite.hf.folder import open_folder, require_new
 from megalite.model.names import names_there
 from megalite.tune.base import is_hf, name_of
 from megalite.tune.merge import config_of, find_adapter, open_merged
@@ -48,6 +49,7 @@ def export_peft(adapter: Path, target: Path, base_name: str | None = None) -> Pa
     for GPT-2's c_attn.
     """
     folder = find_adapter(adapter)
+    require_new(target, "target")
     manifest = read_manifest(folder)
     config = config_of(manifest)
     if base_name is None:
@@ -85,6 +87,7 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
     with tune.mode=lora, checkpoint.load=target and checkpoint.load_optim=false. ValueError, by name, for what is not
     LoRA as built here.
     """
+    require_new(target, "target")
     base = base if is_hf(base) else find(base)
     settings = read_json(source / "adapter_config.json")
     _require_plain(settings, source)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ranks import REPOSITORY, finetune, run_ranks
+from ranks import finetune, run_ranks
 
 from megalite.config.load import read_yaml_file
 from megalite.data.questions import prepare_questions
@@ -65,9 +65,8 @@ def test_it_goes_on_from_pretrained_weights_and_from_itself(tmp_path: Path, cach
     run_ranks(2, finetune, [*halves, "train.steps=4", "parallel.tp=1", "parallel.pp=2"])
     assert losses(tmp_path / "halves", "train") == pytest.approx(losses(tmp_path / "again", "train"), rel=1e-5)
     # weights alone: another run, from its first step, with the tokenizer and the template of the one before
-    instructions = REPOSITORY / "examples" / "corpus" / "instructions.jsonl"
     load = [
-        f"data.sft={instructions}",
+        f"data.sft={prepare_questions(CORPUS, cache).train}",
         f"checkpoint.load={tmp_path / 'halves'}",
         "checkpoint.load_optim=false",
         "train.steps=1",

@@ -196,7 +196,7 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
     assert "has no chat template beside it" in refusal(tmp_path, *argv, seconds=30, script=SFT)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(rows[0]) + "\n" for _ in range(9)))
     said = refusal(tmp_path, *argv[:4], "data.template=plain", seconds=30, script=SFT)
-    assert "is not in 0..599 as model.vocab_size=600 asks" in said
+    assert "has 32000 tokens, model.vocab_size=600; name the tokenizer that the model was made with" in said
 
 
 def test_a_run_lends_its_tokenizer_and_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

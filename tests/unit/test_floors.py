@@ -4,6 +4,7 @@ A new module of megalite needs a floor. Of two that would do, take the lower: mo
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ FLOORS = {
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request"),
     2: ("parallel", "data", "watch", "plan", "activations", "batches"),
-    1: ("config", "log", "ops", "place"),
+    1: ("config", "ops", "place", "arguments"),
     0: ("megalite",),  # the version alone
 }
 
@@ -30,6 +31,7 @@ NEVER = [
     *(
         (f"megalite.{name}", "torch", ())
         for name in (
+            "arguments",
             "config",
             "place",
             "plan",
@@ -40,6 +42,8 @@ NEVER = [
             "evaluate.rows",
             "tune.base",
             "request",
+            "checkpoint.folder",
+            "checkpoint.describe",
         )
     ),  # mistakes are told without torch
     *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),
@@ -109,6 +113,15 @@ def test_floors(module: str) -> None:
 def test_no_import_circle(module: str) -> None:
     found = reach(module)
     assert module not in found, f"{module} is imported, by way of others, by {found[module]}"
+
+
+def test_the_page_on_design_has_these_floors() -> None:
+    table = re.findall(
+        r"^\| (\d) \| ([\w, ]+)", (ROOT / "docs" / "design.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert {int(number): tuple(units.strip().split(", ")) for number, units in table} == {
+        number: units for number, units in FLOORS.items() if number > 0
+    }
 
 
 def test_the_graph_is_not_empty() -> None:

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from megalite import plan
-from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, parse_command_line, resolve
+from megalite.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    check,
+    parse_command_line,
+    resolve,
+)
 from megalite.model.decoder import Decoder
 from megalite.parallel.groups import SoloWorld
 from megalite.plan import GIB, check_memory, choose_topology, head_flops, layer_flops, memory, parameters, stage_layers
@@ -86,6 +95,7 @@ def test_known_sizes() -> None:
         ("llama3-8b", 8_030_261_248),
         ("qwen2.5-7b", 7_615_616_512),
         ("qwen3-8b", 8_190_735_360),
+        ("sft-7b", 6_738_415_616),
     ],
 )
 def test_presets_are_the_published_models(preset: str, count: int) -> None:
@@ -234,6 +244,16 @@ def chosen(ranks: int, explicit: frozenset[str] = frozenset(), local: int = 8, *
     return (config.parallel.tp, config.parallel.pp), said
 
 
+def test_instruction_tuning_of_a_7b_fits_eight_gpus_of_80_gib(gpu: Any) -> None:
+    gpu(0.94 * 80)
+    request = parse_command_line(["--preset", "sft-7b"], default_preset=None, prog="")
+    config, _ = choose_topology(request.config, 8, 8, request.explicit)
+    config = resolve(config, 8)
+    check(config, 8)
+    assert (config.parallel.tp, config.parallel.pp, config.parallel.dp, config.parallel.zero) == (1, 1, 8, 1)
+    assert 70 * GIB < check_memory(config, 8, 8).total < 75.2 * GIB
+
+
 def test_the_smallest_topology_that_fits_is_chosen(gpu: Any) -> None:
     sizes = {}
     for gib in (24, 40, 80, 200):
@@ -315,7 +335,7 @@ def test_memory_of_this_machine_is_shared_among_its_ranks() -> None:
 
 def test_a_gpu_asked_for_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "gpu_memory", list)
-    with pytest.raises(ConfigError, match=r"train\.device=cuda: .* use train\.device=cpu or auto"):
+    with pytest.raises(ConfigError, match=r"train\.device=cuda: .* use cpu or auto"):
         plan.device_memory("cuda", 1)
     assert plan.device_memory("auto", 1)[0] == "cpu"
     monkeypatch.setattr(plan, "gpu_memory", lambda: [80 * GIB, 40 * GIB])

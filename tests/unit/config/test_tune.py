@@ -71,6 +71,7 @@ def test_mistakes() -> None:
     assert "leaves nothing of tune.mode=full to train" in refused(config("full", freeze="*"))
     assert "this model has none (model.qkv_bias, linear_bias and norm=layernorm" in refused(config("bitfit"))
     assert "name it with checkpoint.load=RUN" in refused(dataclasses.replace(config(), checkpoint=CheckpointConfig()))
+    assert "tune.lora_rank=8 has no effect with tune.mode=full" in refused(config("full", lora_rank=8))
     assert "tune.lora_targets=q_proj has no effect with tune.mode=full" in refused(
         config("full", lora_targets="q_proj")
     )

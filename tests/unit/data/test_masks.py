@@ -223,7 +223,10 @@ def test_which_template(tmp_path: Path) -> None:
     assert find_template("llama3", smollm2)[0] == "llama3"
     (tmp_path / "mine.jinja").write_text("{{ 1 }}")
     assert find_template(str(tmp_path / "mine.jinja"), smollm2) == ("mine.jinja", "{{ 1 }}")
-    with pytest.raises(ValueError, match=r"no chat template beside it .* name a \.jinja file or one of alpaca, chatml"):
+    with pytest.raises(
+        ValueError,
+        match=r"no chat template beside it .* data\.template name a \.jinja file or one of alpaca",
+    ):
         find_template(None, mistral)
     with pytest.raises(ValueError, match=r"no chat template chatlm: name a \.jinja file or one of"):
         find_template("chatlm", smollm2)

@@ -8,11 +8,14 @@ import pytest
 import torch
 from assets import asset
 
+from megalite import plan
+from megalite.checkpoint.folder import find
 from megalite.config import ModelConfig
 from megalite.generate.chat import Chat
 from megalite.generate.decode import load_stage, stream
 from megalite.generate.source import open_source
 from megalite.generate.text import Reply, Settings
+from megalite.hf.folder import open_folder
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
 
@@ -123,9 +126,20 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
         open_source(tmp_path / "none")
     with pytest.raises(ValueError, match="neither a checkpoint nor a run folder"):
         open_source(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="is a run folder of megalite, no Hugging Face folder"):
+        open_folder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     with pytest.raises(ValueError, match=r'model_type="mixtral" is not built'):
         open_source(tmp_path)
+    with pytest.raises(ValueError, match=r"is a Hugging Face folder and no run folder; .* model.from_hf="):
+        find(tmp_path)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "gpu_memory", list)
+    with pytest.raises(ValueError, match="NVML finds no NVIDIA GPU here; use cpu or auto"):
+        open_source(asset("smollm2"), device="cuda")
 
 
 def test_learned_positions_are_a_bound(tmp_path: Path) -> None:

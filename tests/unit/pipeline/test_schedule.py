@@ -270,7 +270,7 @@ def test_the_tool() -> None:
     ):
         refused = tool(*mistake)
         assert refused.returncode == 2
-        assert refused.stderr.startswith("schedule.py: ")
+        assert refused.stderr.startswith("error: ")
         assert refused.stderr.count("\n") == 1
 
 
