@@ -32,7 +32,7 @@ PROMPTS = {"en": "And the LORD said unto ", "zh": "春"}
 LANGUAGES = {"en": "English (King James Bible)", "zh": "Chinese (Tang and Song poems)"}
 # many small steps: what a question asks for is learned by being corrected often
 SFT = [
-    *("parallel.tp=1", "parallel.pp=1", "train.steps=800", "train.global_batch_size=8", "train.micro_batch_size=4"),
+    *("parallel.tp=1", "parallel.pp=1", "train.steps=1200", "train.global_batch_size=8", "train.micro_batch_size=4"),
     *("optim.lr=3e-3", "optim.min_lr=1e-4", "optim.warmup_samples=400", "train.eval_interval=0", "log.interval=100"),
     *("data.valid_fraction=0.005", "checkpoint.interval=0"),
 ]
