@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from megalite import plan
-from megalite.checkpoint.folder import check_model, complete, find, read_manifest
-from megalite.checkpoint.manifest import Damaged
+from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
-from megalite.config.batch import steps_for, total_samples
-from megalite.config.load import read_yaml_file
-from megalite.config.tune import check_adapter, is_adapter
+from megalite.config.batch import total_samples
 from megalite.hf.keys import check_hf, with_hf
 from megalite.place import place
+from megalite.request import apart, make_run_folder, one_length, resume_from, with_epochs, with_tokenizer
 from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
@@ -66,7 +64,10 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
         request = one_length(request)
         if instructions is not None:
             request = apart(request)
-        config, why = configure(with_hf(request))
+        request = with_hf(request)
+        if instructions is not None:
+            request = with_tokenizer(request, say)
+        config, why = configure(request)
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
@@ -94,8 +95,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
         from megalite.data.sets import open_data
 
         data = open_data(config, scan=RANK == 0)
-        config = with_epochs(config, request, len(data.train))
-        resume = resume_from(config)
+        config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
+        resume = resume_from(config, say)
         if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:
             say(
                 f"{config.train.run_dir} is complete: step {read_manifest(resume)['step']} of {config.train.steps}; "
@@ -103,8 +104,11 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
                 + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
             )
             return 0
+        if instructions is not None and resume is None and not (config.checkpoint.load or config.model.from_hf):
+            say("note: neither checkpoint.load nor model.from_hf is set: training starts from fresh weights")
         check_hf(config, resume)
-        make_run_folder(Path(config.train.run_dir))
+        if RANK == 0:
+            make_run_folder(Path(config.train.run_dir))
     except (ConfigError, ValueError, OSError) as error:
         return fail(error)
     return run(config, data, resume)
@@ -152,40 +156,6 @@ def describe(config: Config, need: plan.Memory) -> str:
     )
 
 
-def one_length(request: Request) -> Request:
-    """The request with train.steps or train.epochs, whichever the user set; the other is the preset's."""
-    config, both = request.config, {"train.steps", "train.epochs"} & request.explicit
-    if config.train.epochs is None or "train.steps" not in both:
-        return request
-    if len(both) == 2:
-        raise ConfigError(
-            f"train.steps={config.train.steps} and train.epochs={config.train.epochs:g} are both set; set one of them"
-        )
-    train = dataclasses.replace(config.train, epochs=None)
-    return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
-
-
-def apart(request: Request) -> Request:
-    """The request with a run folder of its own where its preset also pretrains: else it would go on from there."""
-    if (request.preset or "").startswith("sft-") or "train.run_dir" in request.explicit:
-        return request
-    config = request.config
-    folder = Path(config.train.run_dir)
-    train = dataclasses.replace(config.train, run_dir=str(folder.with_name(f"sft-{folder.name}")))
-    return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
-
-
-def with_epochs(config: Config, request: Request, samples: int) -> Config:
-    """train.epochs as train.steps, now that one epoch is known to have so many samples."""
-    if config.train.epochs is None:
-        return config
-    steps = steps_for(config, config.train.epochs * samples)
-    say(f"train.epochs={config.train.epochs:g} of {samples} samples: {steps} steps")
-    train = dataclasses.replace(config.train, steps=steps, epochs=None)
-    optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
-    return resolve(dataclasses.replace(config, train=train, optim=optim), WORLD_SIZE)
-
-
 def with_corpus(config: Config, corpus: Path, request: Request, instructions: Path | None = None) -> Config:
     """For the preset tiny without data: the committed corpus, prepared once and cached.
 
@@ -215,90 +185,6 @@ def with_corpus(config: Config, corpus: Path, request: Request, instructions: Pa
         tokenizer=str(found.tokenizer),
     )
     return dataclasses.replace(config, data=data)
-
-
-def resume_from(config: Config) -> Path | None:
-    """The checkpoint that train.run_dir goes on from; ConfigError where the folder must not be touched."""
-    run_dir, resume = Path(config.train.run_dir), config.checkpoint.resume
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError(f"train.run_dir={run_dir} is a file; name a folder")
-    newest = newest_readable(run_dir)
-    if resume == "never" and run_dir.is_dir() and any(run_dir.iterdir()):
-        raise ConfigError(
-            f"train.run_dir={run_dir} is not empty and checkpoint.resume=never; choose another folder, "
-            f"or checkpoint.resume=auto to go on"
-        )
-    if newest is None:
-        if resume == "must":
-            raise ConfigError(f"checkpoint.resume=must, but {run_dir} has no finished checkpoint")
-        if run_dir.is_dir() and not (run_dir / "config.yaml").is_file() and any(run_dir.iterdir()):
-            raise ConfigError(f"train.run_dir={run_dir} holds other files; choose a new or empty folder")
-        if config.checkpoint.load is not None:
-            source = find(config.checkpoint.load)
-            manifest = read_manifest(source)
-            check_model(manifest, dataclasses.asdict(config.model), source)
-            check_adapter(manifest, config, source, resume=False)
-            goes_on = config.checkpoint.load_optim and (config.tune.mode != "lora" or is_adapter(manifest))
-            if manifest["step"] >= config.train.steps and goes_on and not config.train.eval_only:
-                raise ConfigError(
-                    f"{source} is at step {manifest['step']}, of train.steps={config.train.steps} none is left; raise "
-                    f"train.steps, or take the weights alone with checkpoint.load_optim=false"
-                )
-        return None
-    check_model(read_manifest(newest), dataclasses.asdict(config.model), newest)
-    check_adapter(read_manifest(newest), config, newest, resume=True)
-    saved = run_dir / "config.yaml"
-    for line in changed_keys(saved, config) if saved.is_file() else []:
-        say(f"changed since the last run: {line}")
-    return newest
-
-
-def newest_readable(run_dir: Path) -> Path | None:
-    """The newest checkpoint whose manifest can be read, telling of each that is passed over; None if there is none.
-
-    Damaged where there are some and none can be read.
-    """
-    damage: list[str] = []
-    for folder in reversed(complete(run_dir)):
-        try:
-            read_manifest(folder)
-        except Damaged as error:
-            damage.append(str(error))
-            continue
-        for line in damage:
-            say(f"note: {line}")
-        return folder
-    if damage:
-        raise Damaged("; ".join(damage))
-    return None
-
-
-def make_run_folder(run_dir: Path) -> None:
-    """One rank makes the folder, before the ranks spend seconds on starting; ConfigError where it cannot be written."""
-    if RANK != 0:
-        return
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"train.run_dir={run_dir} cannot be written ({error.strerror}); name a folder on a disk with room"
-        ) from None
-
-
-def changed_keys(saved: Path, config: Config) -> list[str]:
-    """`section.key: old -> new` of every key in which `config` differs from the saved one."""
-    from megalite.config import from_mapping
-
-    old, new = dataclasses.asdict(from_mapping(read_yaml_file(saved), str(saved))), dataclasses.asdict(config)
-    return [
-        f"{section}.{key}: {old[section][key]} -> {value}"
-        for section, values in new.items()
-        for key, value in values.items()
-        if old[section][key] != value
-    ]
 
 
 def export(config: Config) -> None:

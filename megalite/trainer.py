@@ -118,8 +118,8 @@ def _fill_run_folder(run_dir: Path, config: Config, data: DataSets, state: State
     for name in ("STOP", "REQUEUE"):
         (run_dir / name).unlink(missing_ok=True)
     remove_leftovers(run_dir)
-    if config.data.tokenizer is not None:
-        tokenizer = Path(config.data.tokenizer)
+    tokenizer = None if config.data.tokenizer is None else Path(config.data.tokenizer)
+    if tokenizer is not None and tokenizer.resolve().parent != run_dir.resolve():
         shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
         names = tokenizer.with_name("tokenizer_config.json")
         if tokenizer.suffix == ".json" and names.is_file():

@@ -28,6 +28,8 @@ EXAMPLES = """examples:
   python tools/checkpoint.py verify runs/tiny
   python tools/checkpoint.py diff runs/a runs/b --kinds weight
   python tools/checkpoint.py convert --from hf SmolLM2-135M --to megalite runs/smol
+  python tools/checkpoint.py convert --from megalite runs/lora --to peft adapter
+  python tools/checkpoint.py merge runs/lora runs/merged
   python tools/checkpoint.py consolidate runs/tiny released --weights-only
   python tools/checkpoint.py prune runs/tiny --keep 2 --keep-every 1000 --dry-run
 """
@@ -40,7 +42,7 @@ Verbs = Any
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__, epilog=EXAMPLES)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (add_info, add_verify, add_diff, add_convert, add_consolidate, add_prune):
+    for add in (add_info, add_verify, add_diff, add_convert, add_merge, add_consolidate, add_prune):
         add(verbs)
     options = parser.parse_args(argv)
     try:
@@ -207,12 +209,31 @@ def prune(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_merge(verbs: Verbs) -> None:
+    parser = verbs.add_parser("merge", help="write LoRA's factors and their base as a run folder of whole weights")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="a LoRA run or one of its checkpoints")
+    parser.add_argument("target", type=Path, metavar="DST", help="a new folder, at step 0, in the base's dtypes")
+    base = "where its base lies now: a run, a checkpoint or a Hugging Face folder (default: where it lay)"
+    parser.add_argument("--base", type=Path, metavar="DIR", help=base)
+    parser.set_defaults(run=merge)
+
+
+def merge(options: argparse.Namespace) -> int:
+    """Write the new run folder."""
+    from megalite.tune.adapter import merge_adapter
+
+    print(f"wrote {merge_adapter(options.adapter, options.target, options.base)}")
+    return 0
+
+
 def add_convert(verbs: Verbs) -> None:
-    parser = verbs.add_parser("convert", help="from or to a Hugging Face folder; from Megatron-LM's old layout")
+    parser = verbs.add_parser("convert", help="from or to a Hugging Face folder or peft's; from Megatron-LM's layout")
     parser.add_argument("--from", dest="source", nargs=2, required=True, metavar=("KIND", "DIR"),
-                        help="hf DIR; megalite RUN or RUN/checkpoints/step-NNNNNNNN; megatron DIR")  # fmt: skip
+                        help="hf, peft or megatron DIR; megalite RUN or RUN/checkpoints/step-NNNNNNNN")  # fmt: skip
     parser.add_argument("--to", dest="target", nargs=2, required=True, metavar=("KIND", "DIR"),
-                        help="megalite DIR or hf DIR: a new folder")  # fmt: skip
+                        help="megalite DIR, hf DIR or (of a LoRA run) peft DIR: a new folder")  # fmt: skip
+    base = "peft: the run or Hugging Face folder that the adapter is for; to peft: what peft is told of it"
+    parser.add_argument("--base", metavar="DIR", help=base)
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of all weights; else as stored")
     parser.add_argument("--shard-gb", type=float, default=2.0, metavar="N", help="to hf: largest file, at most 5")
     parser.add_argument("--verify", action="store_true", help="then run both sides in fp32 and compare their logits")
@@ -222,13 +243,16 @@ def add_convert(verbs: Verbs) -> None:
 
 def convert(options: argparse.Namespace) -> int:
     """Write the new folder; exit status 1 where --verify finds that the two sides compute differently."""
-    (there, source), (here, target) = options.source, options.target
-    ways = ("hf to megalite", "megalite to hf", "megatron to megalite")
-    way = f"{there} to {here}"
-    if way not in ways:
-        raise ValueError(f"convert from {way}: there is {', '.join(ways)}")
+    (there, _), (here, _) = options.source, options.target
+    ways = ("hf to megalite", "megalite to hf", "megalite to peft", "peft to megalite", "megatron to megalite")
+    if f"{there} to {here}" not in ways:
+        raise ValueError(f"convert from {there} to {here}: there is {', '.join(ways)}")
     if not 0 < options.shard_gb <= 5:
         raise ValueError(f"--shard-gb {options.shard_gb} must be greater than 0 and at most 5")
+    if "peft" in (there, here) and (options.dtype or options.verify):
+        raise ValueError("--dtype and --verify are for whole weights; merge the adapter first")
+    if options.base and "peft" not in (there, here):
+        raise ValueError(f"--base {options.base} is for peft; `merge` takes one too")
     if options.verify:
         if there == "megatron":
             raise ValueError("--verify needs a Hugging Face folder on one side; convert to hf and verify that")
@@ -237,30 +261,43 @@ def convert(options: argparse.Namespace) -> int:
         require_transformers()
     from megalite.hf.folder import open_folder, require_new
 
-    # these load no torch, and are where most go wrong
-    require_new(Path(target), "target")
+    # these load no torch, and are where most goes wrong
+    require_new(Path(options.target[1]), "target")
     if there == "hf":
-        open_folder(source)
-        from megalite.hf.convert import from_hf_folder
-
-        written = from_hf_folder(Path(source), Path(target), options.dtype)
-    elif there == "megatron":
-        from megalite.hf.megatron import from_megatron
-
-        written = from_megatron(Path(source), Path(target), options.allow_pickle, options.dtype)
-    else:
-        from megalite.hf.convert import to_hf_folder
-
-        written = to_hf_folder(Path(source), Path(target), options.dtype, int(options.shard_gb * 10**9))
-    print(f"wrote {written}")
+        open_folder(options.source[1])
+    print(f"wrote {written(options)}")
     if options.verify:
         from megalite.hf.verify import verify
 
-        hf, megalite = (source, target) if there == "hf" else (target, source)
-        found = verify(Path(hf), Path(megalite))
+        hf, megalite = (options.source, options.target) if there == "hf" else (options.target, options.source)
+        found = verify(Path(hf[1]), Path(megalite[1]))
         print(found)
         return 0 if found.equal else 1
     return 0
+
+
+def written(options: argparse.Namespace) -> Path:
+    """The new folder, by one of the ways that there are."""
+    (there, source), (here, target) = ((kind, Path(path)) for kind, path in (options.source, options.target))
+    if there == "hf":
+        from megalite.hf.convert import from_hf_folder
+
+        return from_hf_folder(source, target, options.dtype)
+    if there == "megatron":
+        from megalite.hf.megatron import from_megatron
+
+        return from_megatron(source, target, options.allow_pickle, options.dtype)
+    if here == "hf":
+        from megalite.hf.convert import to_hf_folder
+
+        return to_hf_folder(source, target, options.dtype, int(options.shard_gb * 10**9))
+    from megalite.tune.adapter import export_peft, import_peft
+
+    if here == "peft":
+        return export_peft(source, target, options.base)
+    if options.base is None:
+        raise ValueError("convert from peft: name the run or Hugging Face folder that it is for with --base DIR")
+    return import_peft(source, Path(options.base), target)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from megalite.checkpoint.save import write_whole
 from megalite.config import from_mapping, to_yaml
 
 # what a run folder has beside its checkpoints that generating and exporting read
-BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "hf")
+BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "hf")
 
 
 def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_only: bool = False) -> Path:

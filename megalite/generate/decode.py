@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,16 @@ from torch import Tensor, nn
 from megalite.build import Stage, build_stage
 from megalite.checkpoint.folder import read_manifest
 from megalite.checkpoint.load import load
+from megalite.config.tune import is_adapter
 from megalite.generate.sampling import choose
 from megalite.generate.source import Source
 from megalite.generate.text import Reply, Settings
-from megalite.hf.load import read_local
+from megalite.hf.folder import HFFolder
+from megalite.hf.load import fill, nothing
 from megalite.model.attention import Attention
 from megalite.model.decoder import Decoder
 from megalite.parallel.groups import Group, World
+from megalite.tune.merge import open_merged
 
 BLOCK = 256
 """Tokens by which a cache grows: copying it then costs little, and little of it is empty."""
@@ -85,14 +87,20 @@ def decoding(model: Decoder) -> Iterator[None]:
 
 
 def load_stage(source: Source, world: World) -> Stage:
-    """This rank's part of the model, with its weights; ValueError where they are damaged or of another one."""
-    stage = build_stage(source.config, world, lambda _, shape: torch.zeros(shape))
-    if isinstance(source.weights, Path):
-        load(source.weights, read_manifest(source.weights), stage.shards, {"weight": dict(stage.parameters)})
+    """This rank's part of the model, with its weights, into which LoRA's factors are merged.
+
+    ValueError where they are damaged or of another model.
+    """
+    if isinstance(source.weights, HFFolder):
+        stage = build_stage(source.config, world, nothing)
+        fill(stage.parameters, stage.shards, source.weights)
         return stage
-    for name, parameter in stage.parameters.items():
-        with torch.no_grad():
-            parameter.copy_(read_local(source.weights, name, stage.shards[name]))
+    manifest = read_manifest(source.weights)
+    if is_adapter(manifest):
+        _, merged, _ = open_merged(source.weights)
+        return build_stage(source.config, world, lambda name, _: merged(name))
+    stage = build_stage(source.config, world, nothing)
+    load(source.weights, manifest, stage.shards, {"weight": dict(stage.parameters)})
     return stage
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.config.check import valid_tp
+from megalite.config.tune import is_adapter
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.hf.config import read_json
 from megalite.hf.folder import HFFolder, find_tokenizer, open_folder
 from megalite.plan import device_memory
+from megalite.tune.base import base_of
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
@@ -21,8 +23,8 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 class Source:
     """A model's weights and tokenizer, and the configuration of this run of it: no dp, no sp.
 
-    `weights`: a checkpoint, or a Hugging Face folder. `start`: ids that a text begins with. `stops`: ids that end one.
-    `limit`: positions the model has, None: no bound.
+    `weights`: a checkpoint, of LoRA too, or a Hugging Face folder. `start`: ids that a text begins with. `stops`: ids
+    that end one. `limit`: positions the model has, None: no bound.
     """
 
     weights: Path | HFFolder
@@ -70,7 +72,10 @@ def open_source(
 
 def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
     """The model of a checkpoint by its manifest, and the tokenizer in the folder of its run."""
-    saved = read_manifest(folder)["config"]
+    manifest = read_manifest(folder)
+    if is_adapter(manifest):
+        base_of(folder)
+    saved = manifest["config"]
     run_dir = folder.parent.parent
     file = next((f for name in TOKENIZERS if (f := run_dir / name).is_file()), None)
     if file is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,8 +24,7 @@ from megalite.hf.export import export
 from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new
 from megalite.hf.load import read_whole, stored_dtype
 from megalite.model.names import global_shapes
-from megalite.tune.base import read_base
-from megalite.tune.merge import open_merged
+from megalite.tune.merge import open_merged, read_base
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -62,10 +61,12 @@ def write_run(
     *,
     context: int,
     beside: Path | None = None,
+    files: Iterable[Path] = (),
 ) -> Path:
     """Write a run folder at step 0 whose parameter `name` is `get(name)`, to be stored as `dtypes[name]`.
 
-    `beside`: a Hugging Face folder whose other files are kept with it. The folder gets its name when it is whole.
+    `beside`: a Hugging Face folder whose other files are kept with it. `files`: others, laid on top. The folder gets
+    its name when it is whole.
     """
     require_new(target, "target")
     with new_folder(target) as building:
@@ -74,6 +75,8 @@ def write_run(
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         if beside is not None:
             keep_beside(beside, building)
+        for file in files:
+            shutil.copyfile(file, building / file.name)
         write_whole(
             step_folder(building, 0),
             config,
@@ -85,10 +88,13 @@ def write_run(
 
 
 def keep_beside(source: Path, run_dir: Path) -> None:
-    """Keep in a run folder what a Hugging Face folder holds beside weights: all under hf/, the tokenizer on top too."""
+    """Keep in a run folder what a Hugging Face folder holds beside weights: all under hf/.
+
+    Tokenizer and chat template are on top too, where a run has its own.
+    """
     carry(source, run_dir / "hf")
     if (tokenizer := find_tokenizer(source)) is not None:
-        for file in (tokenizer, source / "tokenizer_config.json"):
+        for file in (tokenizer, source / "tokenizer_config.json", source / "chat_template.jinja"):
             if file.is_file():
                 shutil.copyfile(file, run_dir / file.name)
 
@@ -124,7 +130,7 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
                 )
     stored = {name: dtype_of(name) for name in global_shapes(config.model)}
     dtypes = dict.fromkeys(stored, DTYPES[dtype]) if dtype else stored
-    carried = run_dir / "hf"
+    carried, template = run_dir / "hf", run_dir / "chat_template.jinja"
     return export(
         target,
         config.model,
@@ -133,6 +139,7 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
         context=config.train.seq_len,
         carried=carried if carried.is_dir() else None,
         tokenizer=find_tokenizer(run_dir),
+        template=template if template.is_file() else None,
         shard_bytes=shard_bytes,
     )
 

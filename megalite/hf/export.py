@@ -6,6 +6,7 @@ The folder gets its name when all of it is on disk. No more than one parameter i
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,12 +35,14 @@ def export(
     context: int,
     carried: Path | None = None,
     tokenizer: Path | None = None,
+    template: Path | None = None,
     shard_bytes: int = 2 * 10**9,
 ) -> Path:
     """Write the model whose parameter `name` is `get(name)`, of dtype `dtypes[name]`, to the new `target`.
 
     `carried`: a folder of the files that came with the model, config.json among them; else they are made of `tokenizer`
-    and `context`. ValueError where the model is of no family.
+    and `context`. `template`: a chat template in the place of the carried one. ValueError where the model is of no
+    family.
     """
     require_new(target, "target")
     config = _config_json(model, context, carried)
@@ -48,6 +51,8 @@ def export(
             carry(carried, building)
         elif tokenizer is not None:
             config |= write_tokenizer(tokenizer, building)
+        if template is not None:
+            shutil.copyfile(template, building / "chat_template.jinja")
         spelled = "dtype" if "dtype" in config else "torch_dtype"
         config[spelled] = str(next(iter(dtypes.values()))).removeprefix("torch.")
         _write_json(building / "config.json", config)

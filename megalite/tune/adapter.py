@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
-from megalite.config import Config, TuneConfig, resolve, to_yaml
+from megalite.config import Config, TrainConfig, TuneConfig, resolve, to_yaml
 from megalite.config.tune import adapted, adapter_shapes, projections, shapes
-from megalite.hf.convert import FRESH, write_run
+from megalite.hf.config import read_json
+from megalite.hf.convert import FRESH, keep_beside, write_run
 from megalite.hf.folder import open_folder, require_new
 from megalite.model.names import names_there
 from megalite.tune.base import is_hf, name_of
@@ -34,26 +35,26 @@ PREFIX = "base_model.model."
 def merge_adapter(adapter: Path, target: Path, base: Path | None = None) -> Path:
     """Write the new run folder `target`, at step 0, of a LoRA run's merged weights. `base` as in `open_merged`."""
     config, get, dtype_of = open_merged(adapter, base)
-    run_dir = find_adapter(adapter).parent.parent
-    beside, dtypes = run_dir / "hf", {name: dtype_of(name) for name in shapes(config.model)}
-    found = write_run(
-        target, config.model, get, dtypes, context=config.train.seq_len, beside=beside if beside.is_dir() else None
-    )
-    for tokenizer in run_dir.glob("tokenizer*"):
-        shutil.copyfile(tokenizer, target / tokenizer.name)
-    return found
+    run_dir = find_adapter(adapter).parents[1]
+    dtypes = {name: dtype_of(name) for name in shapes(config.model)}
+    beside, files = _with_model(run_dir)
+    return write_run(target, config.model, get, dtypes, context=config.train.seq_len, beside=beside, files=files)
 
 
-def export_peft(adapter: Path, target: Path, base_name: str = "") -> Path:
+def export_peft(adapter: Path, target: Path, base_name: str | None = None) -> Path:
     """Write a LoRA checkpoint's factors to the new folder `target`, as PeftModel.from_pretrained reads them.
 
-    `base_name`: of the model that peft should put them beside, a name or folder of Hugging Face's. Beside q, k and v
-    there stand q, k and v here, so no row changes its place, but for GPT-2's c_attn.
+    `base_name`: of the model that peft should put them beside, a name or folder of Hugging Face's; None: where the
+    adapter's base lay, if that is one. Beside q, k and v there stand q, k and v here, so no row changes its place, but
+    for GPT-2's c_attn.
     """
     folder = find_adapter(adapter)
     require_new(target, "target")
     manifest = read_manifest(folder)
     config = config_of(manifest)
+    if base_name is None:
+        place = manifest["base"].partition(" ")[2]
+        base_name = place if is_hf(Path(place)) else ""
     tensors = {}
     for ours, theirs in _peft_names(config).items():
         factor = read_tensor(folder, manifest, f"weight.{ours}")
@@ -82,46 +83,72 @@ def export_peft(adapter: Path, target: Path, base_name: str = "") -> Path:
 def import_peft(source: Path, base: Path, target: Path) -> Path:
     """Write peft's adapter folder `source` as a checkpoint of the new run folder `target`, to weights at `base`.
 
-    Start from it with tune.mode=lora, checkpoint.load=target and checkpoint.load_optim=false. ValueError, by name, for
-    what is not LoRA as built here.
+    `base`: a Hugging Face folder, a run or its checkpoint, whose tokenizer and chat template come along. Start from it
+    with tune.mode=lora, checkpoint.load=target and checkpoint.load_optim=false. ValueError, by name, for what is not
+    LoRA as built here.
     """
     require_new(target, "target")
     base = base if is_hf(base) else find(base)
-    settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(source / "adapter_config.json")
     _require_plain(settings, source)
-    if is_hf(base):
-        config = resolve(Config(model=dataclasses.replace(open_folder(base).model, from_hf=str(base.resolve()))), 1)
-    else:
-        config = config_of(read_manifest(base))
-        config = dataclasses.replace(
-            config, checkpoint=dataclasses.replace(config.checkpoint, load=str(base.resolve()))
-        )
-    with safe_open(source / "adapter_model.safetensors", framework="pt") as file:
-        names = set(file.keys())
-        tune = TuneConfig(
-            mode="lora",
-            lora_rank=settings["r"],
-            lora_alpha=float(settings["lora_alpha"]),
-            lora_dropout=float(settings.get("lora_dropout", 0.0)),
-        )
-        tune = dataclasses.replace(tune, lora_targets=_targets(dataclasses.replace(config, tune=tune), names, source))
-        config = dataclasses.replace(config, tune=tune)
-        known, expected = _peft_names(config), adapter_shapes(config)
-        lost = sorted(names ^ set(known.values()))
-        if lost:
-            raise ValueError(f"{source}: tensor {lost[0]} has no place beside {base}, or is missing")
-        dtype = file.get_tensor(next(iter(names))).dtype
+    tune = TuneConfig(
+        mode="lora",
+        lora_rank=settings["r"],
+        lora_alpha=float(settings["lora_alpha"]),
+        lora_dropout=float(settings.get("lora_dropout", 0.0)),
+    )
+    config = dataclasses.replace(_config_beside(base, target), tune=tune)
+    factors = _read_factors(source / "adapter_model.safetensors")
+    tune = dataclasses.replace(tune, lora_targets=_targets(config, set(factors), source))
+    config = dataclasses.replace(config, tune=tune)
+    known, expected = _peft_names(config), adapter_shapes(config)
+    if lost := sorted(set(factors) ^ set(known.values())):
+        raise ValueError(f"{source}: tensor {lost[0]} has no place beside {base}, or is missing")
+    for ours, theirs in known.items():
+        if tuple(factors[theirs].shape) != expected[ours]:
+            raise ValueError(
+                f"{source}: tensor {theirs} is {list(factors[theirs].shape)}, beside {base} it has to be "
+                f"{list(expected[ours])}; is that the right base?"
+            )
 
-        def get(full: str) -> Tensor:
-            factor: Tensor = file.get_tensor(known[full.removeprefix("weight.")])
-            return factor[_fused_rows(config).argsort()] if full.endswith(".lora_qkv.b") else factor
+    def get(full: str) -> Tensor:
+        factor = factors[known[full.removeprefix("weight.")]]
+        return factor[_fused_rows(config).argsort()] if full.endswith(".lora_qkv.b") else factor
 
-        state = FRESH | {"base": name_of(base)}
-        tensors = {f"weight.{name}": (dtype, shape) for name, shape in expected.items()}
-        with new_folder(target) as building:
-            write_whole(step_folder(building, 0), config, tensors, get, state)
-            (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    beside, files = (base, []) if is_hf(base) else _with_model(base.parents[1])
+    with new_folder(target) as building:
+        if beside is not None:
+            keep_beside(beside, building)
+        for file in files:
+            shutil.copyfile(file, building / file.name)
+        described = {f"weight.{name}": (factors[known[name]].dtype, shape) for name, shape in expected.items()}
+        write_whole(step_folder(building, 0), config, described, get, FRESH | {"base": name_of(base)})
+        (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return step_folder(target, 0)
+
+
+def _with_model(run_dir: Path) -> tuple[Path | None, list[Path]]:
+    """What a run keeps of the model beside its weights: its folder hf/, if it has one, and tokenizer and template."""
+    beside = run_dir / "hf"
+    return beside if beside.is_dir() else None, [*run_dir.glob("tokenizer*"), *run_dir.glob("chat_template.jinja")]
+
+
+def _config_beside(base: Path, run_dir: Path) -> Config:
+    """The configuration of a run in `run_dir` that starts from the weights `base`."""
+    if is_hf(base):
+        folder = open_folder(base)
+        model = dataclasses.replace(folder.model, from_hf=str(base.resolve()))
+        return resolve(Config(model=model, train=TrainConfig(run_dir=str(run_dir), seq_len=folder.context)), 1)
+    config = config_of(read_manifest(base))
+    load = dataclasses.replace(config.checkpoint, load=str(base.resolve()))
+    return dataclasses.replace(config, checkpoint=load, train=dataclasses.replace(config.train, run_dir=str(run_dir)))
+
+
+def _read_factors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); save the adapter again as safetensors") from None
 
 
 def _peft_names(config: Config) -> dict[str, str]:
@@ -169,3 +196,6 @@ def _require_plain(settings: dict[str, Any], source: Path) -> None:
     for key, values in plain.items():
         if settings.get(key, values[0]) not in values:
             raise ValueError(f"{source}/adapter_config.json: {key}={settings[key]} is not built; use {values[0]}")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(settings.get(key), int | float):
+            raise ValueError(f"{source}/adapter_config.json: {key}={settings.get(key)} is no number; save it again")

@@ -1,20 +1,16 @@
-"""The weights that LoRA's factors belong to: where they lie, and a fingerprint by which others are refused."""
+"""The weights that LoRA's factors belong to: where they lie, and a fingerprint by which others are refused.
+
+No torch: that a base is gone or another is told first.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from megalite.checkpoint.folder import find, read_manifest
-from megalite.checkpoint.load import read_tensor
 from megalite.config import Config
 from megalite.config.tune import is_adapter
-from megalite.hf.folder import open_folder
-from megalite.hf.load import read_whole, stored_dtype
 
 # of each end of a file of Hugging Face's, which has no checksums: its header and some of its values
 _SAMPLE = 2**20
@@ -81,15 +77,3 @@ def base_of(adapter: Path, base: Path | None = None) -> Path:
     if fingerprint(found) != known:
         raise ValueError(f"{adapter} holds adapters to the weights {known}, and {found} is {fingerprint(found)}")
     return found
-
-
-def read_base(base: Path) -> tuple[Callable[[str], Tensor], Callable[[str], torch.dtype]]:
-    """Two functions of a parameter's name: its whole value, and the dtype that it is stored in."""
-    if is_hf(base):
-        folder = open_folder(base)
-        return (lambda name: read_whole(folder, name)), (lambda name: stored_dtype(folder, name))
-    manifest = read_manifest(base)
-    return (
-        lambda name: read_tensor(base, manifest, f"weight.{name}"),
-        lambda name: getattr(torch, manifest["tensors"][f"weight.{name}"]["dtype"]),
-    )

@@ -14,7 +14,9 @@ from megalite.checkpoint.load import read_tensor
 from megalite.config import Config
 from megalite.config.schema import SECTIONS
 from megalite.config.tune import Projection, adapted, is_adapter, projections
-from megalite.tune.base import base_of, read_base
+from megalite.hf.folder import open_folder
+from megalite.hf.load import read_whole, stored_dtype
+from megalite.tune.base import base_of, is_hf
 from megalite.tune.lora import join
 
 Get = Callable[[str], Tensor]
@@ -49,6 +51,18 @@ def merged(config: Config, get: Get) -> Get:
         return (weight.to(torch.promote_types(weight.dtype, change.dtype)) + change).to(weight.dtype)
 
     return found
+
+
+def read_base(base: Path) -> tuple[Get, Callable[[str], torch.dtype]]:
+    """Two functions of a parameter's name: its whole value, and the dtype that it is stored in."""
+    if is_hf(base):
+        folder = open_folder(base)
+        return (lambda name: read_whole(folder, name)), (lambda name: stored_dtype(folder, name))
+    manifest = read_manifest(base)
+    return (
+        lambda name: read_tensor(base, manifest, f"weight.{name}"),
+        lambda name: getattr(torch, manifest["tensors"][f"weight.{name}"]["dtype"]),
+    )
 
 
 def open_merged(adapter: Path, base: Path | None = None) -> tuple[Config, Get, Callable[[str], torch.dtype]]:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ranks import finetune, run_ranks
+from ranks import REPOSITORY, finetune, run_ranks
 
 from megalite.config.load import read_yaml_file
 from megalite.watch.metrics import read_metrics
@@ -25,6 +25,7 @@ def test_four_ranks_and_one_learn_alike(tmp_path: Path, cache: Path) -> None:
     ended = run_ranks(4, finetune, [*common, f"train.run_dir={tmp_path / 'four'}"])
     assert "1010 messages rows, template plain" in ended.out[0]
     assert "train.epochs=0.1 of" in ended.out[0]
+    assert "training starts from fresh weights" in ended.out[0]
     assert ended.out[1:] == [""] * 3
     run_ranks(1, finetune, [*common, f"train.run_dir={tmp_path / 'one'}", "parallel.tp=1", "parallel.pp=1"])
     for kind in ("train", "eval"):
@@ -49,8 +50,17 @@ def test_it_goes_on_from_pretrained_weights_and_from_itself(tmp_path: Path, cach
     run_ranks(4, finetune, [*halves, "train.steps=2"])
     run_ranks(2, finetune, [*halves, "train.steps=4", "parallel.tp=1", "parallel.pp=2"])
     assert losses(tmp_path / "halves", "train") == pytest.approx(losses(tmp_path / "again", "train"), rel=1e-5)
-    # weights alone: another run, from its first step
-    load = [f"checkpoint.load={tmp_path / 'halves'}", "checkpoint.load_optim=false", "train.steps=1"]
-    run_ranks(2, finetune, [*common, *load, f"train.run_dir={tmp_path / 'next'}", "parallel.tp=2", "parallel.pp=1"])
+    # weights alone: another run, from its first step, with the tokenizer and the template of the one before
+    instructions = REPOSITORY / "examples" / "corpus" / "instructions.jsonl"
+    load = [
+        f"data.sft={instructions}",
+        f"checkpoint.load={tmp_path / 'halves'}",
+        "checkpoint.load_optim=false",
+        "train.steps=1",
+    ]
+    load += ["parallel.tp=2", "parallel.pp=1", f"train.run_dir={tmp_path / 'next'}"]
+    ended = run_ranks(2, finetune, [*common, *load])
+    assert f"data.tokenizer={tmp_path / 'halves' / 'tokenizer.model'}, data.template=" in ended.out[0]
+    assert "fresh weights" not in ended.out[0]
     assert losses(tmp_path / "next", "eval")[0] == pytest.approx(losses(tmp_path / "halves", "eval")[-1], rel=1e-5)
     assert json.loads((tmp_path / "next" / "metrics.jsonl").read_text().splitlines()[0])["at_step"] == 0

@@ -14,7 +14,7 @@ from assets import asset
 from megalite.checkpoint.manifest import digest
 from megalite.config import Request, parse_command_line
 from megalite.data.indexed import IndexedWriter
-from megalite.entry import apart, one_length
+from megalite.request import apart, one_length, with_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "pretrain_7b.py"
@@ -197,3 +197,46 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(rows[0]) + "\n" for _ in range(9)))
     said = refusal(tmp_path, *argv[:4], "data.template=plain", seconds=30, script=SFT)
     assert "has 32000 tokens, model.vocab_size=600; name the tokenizer that the model was made with" in said
+
+
+def test_a_run_lends_its_tokenizer_and_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = tmp_path / "pretrained"
+    (run_dir / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (run_dir / "checkpoints" / "step-00000003" / "manifest.json").touch()
+
+    def tokenizer(*argv: str) -> str | None:
+        words = ["data.sft=chats.jsonl", f"checkpoint.load={run_dir}", *argv]
+        return with_tokenizer(
+            parse_command_line(words, default_preset="sft-7b", prog="test"), print
+        ).config.data.tokenizer
+
+    assert tokenizer() is None
+    (run_dir / "tokenizer.model").touch()
+    assert tokenizer("data.tokenizer=mine.json") == "mine.json"
+    assert capsys.readouterr().out == ""
+    assert tokenizer() == str(run_dir / "tokenizer.model")
+    assert capsys.readouterr().out == f"data.tokenizer={run_dir}/tokenizer.model\n"
+    (run_dir / "chat_template.jinja").touch()
+    told = f"data.tokenizer={run_dir}/tokenizer.model, data.template={run_dir}/chat_template.jinja\n"
+    assert tokenizer(f"checkpoint.load={run_dir}/checkpoints/step-00000003") == str(run_dir / "tokenizer.model")
+    assert capsys.readouterr().out == told
+    assert tokenizer("data.template=plain") == str(run_dir / "tokenizer.model")
+    assert "data.template" not in capsys.readouterr().out
+    assert tokenizer("--print-config") == str(run_dir / "tokenizer.model")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_plan_of_lora_beside_a_hugging_face_folder(tmp_path: Path) -> None:
+    """What `--dry-run` shows: the preset's tuning, the folder's model and tokenizer; nothing is written."""
+    model = asset("smollm2")
+    words = ["--preset", "sft-7b-lora", f"model.from_hf={model}", "data.sft=chats.jsonl", "train.device=cpu"]
+    ended = subprocess.run(
+        [sys.executable, SFT, *words, "--dry-run"], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "tune.mode=lora trains 4.884e6 of 139.4e6 parameters (3.50%)" in ended.stdout
+    for line in ("lora_rank: 16", "lora_alpha: 32.0", "lora_dropout: 0.05", "recompute: full", "zero: 1", "lr: 0.0002"):
+        assert f"\n  {line}\n" in ended.stdout
+    assert f"\n  tokenizer: {model / 'tokenizer.json'}\n" in ended.stdout
+    assert "\nplan:\n" in ended.stdout
+    assert os.listdir(tmp_path) == []

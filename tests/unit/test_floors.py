@@ -16,7 +16,7 @@ FLOORS = {
     6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
     5: ("trainer", "restore", "generate", "evaluate"),
     4: ("build",),  # the only place where the tables meet
-    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf"),
+    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request"),
     2: ("parallel", "data", "watch", "plan", "activations", "batches"),
     1: ("config", "ops", "place", "arguments"),
     0: ("megalite",),  # the version alone
@@ -42,6 +42,8 @@ NEVER = [
             "evaluate.rows",
             "checkpoint.folder",
             "checkpoint.describe",
+            "tune.base",
+            "request",
         )
     ),  # mistakes are told without torch
     *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalite.build import build
-from megalite.checkpoint.folder import read_manifest
+from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.save import save
 from megalite.config import (
@@ -33,9 +33,11 @@ from megalite.model.init import draw
 from megalite.optim.adamw import clip_scale
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
+from megalite.tune import adapter as adapter_module
 from megalite.tune.adapter import export_peft, import_peft, merge_adapter
 from megalite.tune.base import base_of, name_of
 from megalite.tune.merge import merged, open_merged
+from tools import checkpoint
 
 STEPS, LR, RANK, ALPHA = 20, 1e-2, 4, 8.0
 peft = pytest.importorskip("peft")
@@ -98,7 +100,9 @@ def make_config(source: Path, run_dir: Path, parallel: dict[str, Any], tune: dic
     return config
 
 
-def ours(config: Config, weights: dict[str, Tensor], save_to: Path | None = None) -> list[float]:
+def ours(
+    config: Config, weights: dict[str, Tensor], save_to: Path | None = None, base: Path | None = None
+) -> list[float]:
     """The mean losses of STEPS steps, each on all of `batches`; then a checkpoint."""
 
     def main(world: World) -> list[tuple[float, float]]:
@@ -119,7 +123,8 @@ def ours(config: Config, weights: dict[str, Tensor], save_to: Path | None = None
             engine.update(LR, clip_scale(config.optim, squares, tokens)[1])
             found.append(loss / tokens)
         if save_to is not None:
-            state = {"step": STEPS, "consumed_samples": STEPS * BATCH, "base": name_of(Path(config.model.from_hf))}
+            state = {"step": STEPS, "consumed_samples": STEPS * BATCH}
+            state |= {"base": name_of(base or Path(config.model.from_hf))}
             save(save_to, config, engine.mesh, engine.shards, engine.spans(), engine.state(), state)
         return found
 
@@ -263,3 +268,74 @@ def test_another_base_is_refused(root: Path, tmp_path: Path) -> None:
         open_merged(run_dir, other)
     with pytest.raises(ValueError, match="holds whole weights"):
         export_peft(other, tmp_path / "peft")
+
+
+def test_the_verbs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """merge and convert of the tool; the base has moved, and what fails leaves nothing behind."""
+    base, run_dir = from_hf_folder(folder("Llama", root), tmp_path / "base"), tmp_path / "run"
+    (base / "chat_template.jinja").write_text("its template")
+    config = make_config(folder("Llama", root), run_dir, {})
+    weights = {key: p.detach() for key, p in theirs(folder("Llama", root)).named_parameters()}
+    ours(config, weights, run_dir, base=find(base))
+    (run_dir / "chat_template.jinja").write_text("the run's template")
+    base = base.rename(tmp_path / "moved")
+
+    def call(*words: object, status: int = 0) -> str:
+        capsys.readouterr()
+        assert checkpoint.main([str(word) for word in words]) == status
+        out, err = capsys.readouterr()
+        assert not list(tmp_path.glob(".*"))
+        assert out if status == 0 else err.startswith("error: ")
+        return out + err
+
+    def convert(there: str, source: Path, here: str, target: Path, *more: object, status: int = 0) -> str:
+        return call("convert", "--from", there, source, "--to", here, target, *more, status=status)
+
+    target, adapter, back = tmp_path / "target", tmp_path / "adapter", tmp_path / "back"
+    assert "their base is not there" in call("merge", run_dir, target, status=2)
+    assert "holds whole weights" in call("merge", base, target, status=2)
+    assert call("merge", run_dir, target, "--base", base) == f"wrote {target}\n"
+    assert (target / "chat_template.jinja").read_text() == "the run's template"
+    assert "nothing is overwritten" in call("merge", run_dir, target, "--base", base, status=2)
+
+    assert convert("megalite", run_dir, "peft", adapter) == f"wrote {adapter}\n"
+    assert '"base_model_name_or_path": ""' in (adapter / "adapter_config.json").read_text()
+    assert "--base DIR" in convert("peft", adapter, "megalite", back, status=2)
+    assert "merge the adapter first" in convert("peft", adapter, "megalite", back, "--verify", status=2)
+    assert "--base x is for peft" in convert("megalite", run_dir, "hf", back, "--base", "x", status=2)
+    told = convert("peft", adapter, "megalite", back, "--base", base)
+    assert told == f"wrote {back / 'checkpoints' / 'step-00000000'}\n"
+    assert (back / "chat_template.jinja").read_text() == "its template"
+    _, one, _ = open_merged(back)
+    _, other, _ = open_merged(run_dir, base)
+    assert torch.equal(one("layers.1.mlp.gate_up.weight"), other("layers.1.mlp.gate_up.weight"))
+    assert f"run_dir: {back}\n" in (back / "config.yaml").read_text()
+
+    # another model's linears, files that are damaged, a disk that is full
+    other_base = ("--base", wider(root / "wider"))
+    told = convert("peft", adapter, "megalite", tmp_path / "x", *other_base, status=2)
+    assert "lora_A.weight is [4, 24], beside" in told
+    assert "is that the right base?" in told
+    monkeypatch.setattr(adapter_module, "write_whole", full)
+    monkeypatch.setattr(adapter_module, "save_file", full)
+    assert "no space" in convert("peft", adapter, "megalite", tmp_path / "x", "--base", base, status=2)
+    assert "no space" in convert("megalite", run_dir, "peft", tmp_path / "x", status=2)
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert "cannot be read" in convert("peft", adapter, "megalite", tmp_path / "x", "--base", base, status=2)
+    settings = adapter / "adapter_config.json"
+    settings.write_text(settings.read_text().replace('"r": 4', '"r": null'))
+    assert "r=None is no number" in convert("peft", adapter, "megalite", tmp_path / "x", "--base", base, status=2)
+    settings.unlink()
+    assert "no such file" in convert("peft", adapter, "megalite", tmp_path / "x", "--base", base, status=2)
+    assert not (tmp_path / "x").exists()
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError("no space left on device")
+
+
+def wider(target: Path) -> Path:
+    config = transformers.LlamaConfig(**COMMON, **LLAMA | {"hidden_size": 32})
+    transformers.LlamaForCausalLM(config).save_pretrained(target)
+    return target

@@ -21,9 +21,9 @@ from megalite.checkpoint.folder import complete, latest, read_manifest
 from megalite.config import Config, ConfigError, check, resolve
 from megalite.data.indexed import IndexedWriter
 from megalite.data.sets import open_data
-from megalite.entry import resume_from
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import SoloWorld
+from megalite.request import resume_from
 from megalite.restore import State
 from megalite.trainer import train
 from megalite.watch.metrics import read_metrics
@@ -228,9 +228,9 @@ def test_a_checkpoint_that_leaves_no_steps_is_refused(make: Make, tmp_path: Path
     run(source)
     load = {"checkpoint__load": source.train.run_dir, "train__run_dir": str(tmp_path / "again")}
     with pytest.raises(ConfigError, match=r"is at step 4, of train\.steps=4 none is left; raise train\.steps, or take"):
-        resume_from(make(**load))
+        resume_from(make(**load), print)
     for more in ({"train__steps": 5}, {"checkpoint__load_optim": False}, {"train__eval_only": True}):
-        assert resume_from(make(**load, **more)) is None
+        assert resume_from(make(**load, **more), print) is None
 
 
 # when it stops

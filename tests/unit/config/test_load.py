@@ -223,7 +223,7 @@ def test_an_unknown_preset() -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_valid(name: str) -> None:
-    request = parse("--preset", name)
+    request = parse("--preset", name, *(["model.from_hf=base"] if name.endswith("-lora") else []))
     assert request.preset == name
     tp, pp = request.config.parallel.tp or 1, request.config.parallel.pp or 1
     check(resolve(request.config, tp * pp), tp * pp)
