@@ -9,5 +9,4 @@ from megalite.entry import leave, pretrain
 
 if __name__ == "__main__":
     corpus = Path(__file__).resolve().parent / "corpus"
-    instructions = corpus / "instructions.jsonl"
-    leave(pretrain(sys.argv[1:], default_preset="sft-7b", corpus=corpus, instructions=instructions))
+    leave(pretrain(sys.argv[1:], default_preset="sft-7b", corpus=corpus, tuning=True))

@@ -51,10 +51,10 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instructions: Path | None = None) -> int:
-    """Run `examples/pretrain_7b.py`; gives the exit status. `corpus`: what the preset tiny learns from by itself.
+def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: bool = False) -> int:
+    """Run `examples/pretrain_7b.py`, or with `tuning` `examples/sft_7b.py`; gives the exit status.
 
-    `instructions`: what it learns from where this is `examples/sft_7b.py`.
+    `corpus`: what the preset tiny learns from by itself.
     """
     # which kernel and which reader were chosen is said once, by one rank
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
@@ -62,10 +62,10 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
     try:
         request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
         request = one_length(request)
-        if instructions is not None:
+        if tuning:
             request = apart(request)
         request = with_hf(request)
-        if instructions is not None:
+        if tuning:
             request = with_tokenizer(request, say)
         config, why = configure(request)
         if request.print_config:
@@ -86,8 +86,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
                 f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set: before srun, "
                 f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
             )
-        config = with_corpus(config, corpus, request, instructions)
-        if instructions is not None and config.data.sft is None:
+        config = with_corpus(config, corpus, request, tuning)
+        if tuning and config.data.sft is None:
             raise ConfigError(
                 "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
                 "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b checkpoint.load_optim=false"
@@ -104,7 +104,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, instruct
                 + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
             )
             return 0
-        if instructions is not None and resume is None and not (config.checkpoint.load or config.model.from_hf):
+        if tuning and resume is None and not (config.checkpoint.load or config.model.from_hf):
             say("note: neither checkpoint.load nor model.from_hf is set: training starts from fresh weights")
         check_hf(config, resume)
         if RANK == 0:
@@ -156,15 +156,13 @@ def describe(config: Config, need: plan.Memory) -> str:
     )
 
 
-def with_corpus(config: Config, corpus: Path, request: Request, instructions: Path | None = None) -> Config:
-    """For the preset tiny without data: the committed corpus, prepared once and cached.
-
-    With `instructions` it gives the tokenizer, and they are the data.
-    """
+def with_corpus(config: Config, corpus: Path, request: Request, tuning: bool = False) -> Config:
+    """For the preset tiny without data: the committed corpus, or with `tuning` questions on it; prepared once."""
     chosen = config.data.path is not None or config.data.sft is not None or config.model.from_hf is not None
     if chosen or request.preset != "tiny":
         return config
     from megalite.data.corpus import prepare
+    from megalite.data.questions import prepare_questions
 
     cache = Path(config.data.cache_dir)
     cache.mkdir(parents=True, exist_ok=True)
@@ -172,10 +170,11 @@ def with_corpus(config: Config, corpus: Path, request: Request, instructions: Pa
         # the first rank to come prepares, the others find it done
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = prepare(corpus, cache, config.model.vocab_size)
-    if instructions is not None:
+        questions = prepare_questions(corpus, cache) if tuning else None
+    if questions is not None:
         template = config.data.template or "plain"
         data = dataclasses.replace(
-            config.data, sft=str(instructions), tokenizer=str(found.tokenizer), template=template
+            config.data, sft=str(questions.train), tokenizer=str(found.tokenizer), template=template
         )
         return dataclasses.replace(config, data=data)
     data = dataclasses.replace(

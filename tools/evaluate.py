@@ -63,8 +63,13 @@ def parse() -> argparse.Namespace:
     loss.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows of one forward (default: 1)")
     answers = verbs.add_parser("answers", parents=[common, rows], help="exact match and F1 of greedy answers")
     answers.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
-    answers.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer (default: a new line)")
+    answers.add_argument(
+        "--stop", action="append", metavar="TEXT", help="ends an answer (default: a new line; with --chat none)"
+    )
     answers.add_argument("--chat", action="store_true", help="ask by the chat template")
+    answers.add_argument(
+        "--template", metavar="NAME", help="with --chat: built-in name or .jinja file (default: the tokenizer's own)"
+    )
     answers.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers at a time (default: 8)")
     verbs.add_parser("choices", parents=[common, rows], help="accuracy of the likeliest choice")
     return parser.parse_args()
@@ -141,17 +146,20 @@ def answers(options: argparse.Namespace, source: Source, scratch: str) -> tuple[
     """Greedy answers, and how they match the right ones."""
     pool = None if options.shots_from is None else read_questions(options.shots_from)
     shots, rows = choose_shots(read_questions(options.data), pool, options.shots, options.seed)
-    settings = Settings(options.max_new_tokens, stop=tuple(["\n"] if options.stop is None else options.stop))
+    chat = Chat(source.tokenizer, options.template) if options.chat else None
+    usual = [] if chat else ["\n"]
+    settings = Settings(options.max_new_tokens, stop=tuple(usual if options.stop is None else options.stop))
+    stops = source.stops | (chat.stops if chat else frozenset())
     replies = []
     for number, row in enumerate(rows, start=1):
         prompt = with_shots(shots, row.prompt, options.delimiter)
         try:
-            if options.chat:
-                chat = Chat(source.tokenizer, None)
-                reply = Reply(source.tokenizer, chat.ask(prompt), settings, source.stops | chat.stops, source.limit)
-            else:
-                ids = [*source.start, *source.tokenizer.encode(prompt)]
-                reply = Reply(source.tokenizer, ids, settings, source.stops, source.limit)
+            ids = (
+                chat.prompt([{"role": "user", "content": prompt}])
+                if chat
+                else [*source.start, *source.tokenizer.encode(prompt)]
+            )
+            reply = Reply(source.tokenizer, ids, settings, stops, source.limit)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from None
         replies.append(reply)
@@ -166,7 +174,8 @@ def answers(options: argparse.Namespace, source: Source, scratch: str) -> tuple[
             for row, reply in zip(rows, replies, strict=True)
         ]
         means = {name: sum(each[name] for each in said) / len(said) for name in ("exact_match", "f1")}
-        return {"shots": len(shots), "tested": len(rows), **means, "rows": said}
+        stopped = sum(each["ended"] == "stop token" for each in said) / len(said)
+        return {"shots": len(shots), "tested": len(rows), **means, "ended_by_token": stopped, "rows": said}
 
     return source, run
 

@@ -1,4 +1,4 @@
-"""Regenerates the three .jsonl files from the Debian packages bible-kjv, bible-kjv-text and fortunes-zh.
+"""Regenerates kjv.jsonl and poems.jsonl from the Debian packages bible-kjv, bible-kjv-text and fortunes-zh.
 
 apt-get install bible-kjv bible-kjv-text fortunes-zh
 python examples/corpus/make_corpus.py
@@ -9,13 +9,10 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 FORTUNES = Path("/usr/share/games/fortunes")
 CHAPTERS = 1189
-CONVERSATIONS = 1010
-Row = dict[str, Any]
 POEMS = {"tang300": 313, "song100": 96}
 
 
@@ -54,23 +51,7 @@ def poems(name: str) -> Iterator[dict[str, str]]:
         }
 
 
-def conversations(chapters: list[Row], verse: list[Row]) -> Iterator[Row]:
-    """Questions that the two texts answer: how a chapter begins, who wrote a poem and how it begins."""
-    for row in chapters:
-        first = row["text"].split("\n")[0]
-        if len(first) <= 120:
-            yield chat(f"How does {row['id']} begin?", first)
-    for row in verse:
-        yield chat(f"谁写了{row['title']}？", f"{row['author']}。", "它怎样开头？", row["text"].split("\n")[0])
-
-
-def chat(*turns: str) -> Row:
-    """The user and the assistant in turns."""
-    roles = ("user", "assistant")
-    return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]}
-
-
-def write(path: Path, rows: list[Row], expected: int) -> None:
+def write(path: Path, rows: list[dict[str, str]], expected: int) -> None:
     if len(rows) != expected:
         raise SystemExit(f"{path.name}: found {len(rows)} documents, expected {expected}")
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
@@ -78,7 +59,5 @@ def write(path: Path, rows: list[Row], expected: int) -> None:
 
 
 if __name__ == "__main__":
-    chapters, verse = list(bible_chapters()), [row for name in POEMS for row in poems(name)]
-    write(HERE / "kjv.jsonl", chapters, CHAPTERS)
-    write(HERE / "poems.jsonl", verse, sum(POEMS.values()))
-    write(HERE / "instructions.jsonl", list(conversations(chapters, verse)), CONVERSATIONS)
+    write(HERE / "kjv.jsonl", list(bible_chapters()), CHAPTERS)
+    write(HERE / "poems.jsonl", [row for name in POEMS for row in poems(name)], sum(POEMS.values()))

@@ -122,10 +122,12 @@ class Ranks:
         return Ended([p.exitcode for p in self.processes], read("out"), read("err"))
 
 
-def run_ranks(size: int, function: Callable[..., int], *args: object, served: bool = True) -> Ended:
+def run_ranks(
+    size: int, function: Callable[..., int], *args: object, served: bool = True, timeout_s: float = 60.0
+) -> Ended:
     """Run `function(*args)` on `size` ranks to its end; AssertionError with all output unless each exits 0."""
     with Ranks(size, function, *args, served=served) as ranks:
-        ended = ranks.wait()
+        ended = ranks.wait(timeout_s)
     assert set(ended.codes) == {0}, f"\n{ended}"
     return ended
 
@@ -161,9 +163,7 @@ def finetune(argv: Sequence[str]) -> int:
     from megalite import entry
 
     corpus = REPOSITORY / "examples" / "corpus"
-    return entry.pretrain(
-        ["--preset", "tiny", *argv], default_preset="sft-7b", corpus=corpus, instructions=corpus / "instructions.jsonl"
-    )
+    return entry.pretrain(["--preset", "tiny", *argv], default_preset="sft-7b", corpus=corpus, tuning=True)
 
 
 def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Signals) -> int:

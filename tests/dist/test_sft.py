@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from ranks import REPOSITORY, finetune, run_ranks
+from ranks import finetune, run_ranks
 
 from megalite.config.load import read_yaml_file
+from megalite.data.questions import prepare_questions
 from megalite.watch.metrics import read_metrics
+
+CORPUS = Path(__file__).parents[2] / "examples" / "corpus"
 
 
 def losses(run_dir: Path, kind: str) -> list[float]:
@@ -16,15 +19,26 @@ def losses(run_dir: Path, kind: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    """A cache whose questions are the first thousand."""
+    folder = tmp_path_factory.mktemp("cache")
+    found = prepare_questions(CORPUS, folder)
+    lines = found.train.read_text("utf-8").splitlines(keepends=True)
+    found.train.write_text("".join(lines[:1000]), "utf-8")
+    return folder
 
 
 def test_four_ranks_and_one_learn_alike(tmp_path: Path, cache: Path) -> None:
     common = ["train.device=cpu", f"data.cache_dir={cache}", "train.micro_batch_size=4", "log.plot=false"]
-    common += ["data.valid_fraction=0.01", "train.epochs=0.1", "optim.warmup_samples=0", "train.seq_len=64"]
+    common += [
+        "data.valid_fraction=0.01",
+        "train.epochs=0.5",
+        "optim.lr=1e-3",
+        "optim.warmup_samples=0",
+        "train.seq_len=64",
+    ]
     ended = run_ranks(4, finetune, [*common, f"train.run_dir={tmp_path / 'four'}"])
-    assert "1010 messages rows, template plain" in ended.out[0]
-    assert "train.epochs=0.1 of" in ended.out[0]
+    assert "1000 messages rows, template plain" in ended.out[0]
+    assert "train.epochs=0.5 of" in ended.out[0]
     assert "training starts from fresh weights" in ended.out[0]
     assert ended.out[1:] == [""] * 3
     run_ranks(1, finetune, [*common, f"train.run_dir={tmp_path / 'one'}", "parallel.tp=1", "parallel.pp=1"])
@@ -51,9 +65,8 @@ def test_it_goes_on_from_pretrained_weights_and_from_itself(tmp_path: Path, cach
     run_ranks(2, finetune, [*halves, "train.steps=4", "parallel.tp=1", "parallel.pp=2"])
     assert losses(tmp_path / "halves", "train") == pytest.approx(losses(tmp_path / "again", "train"), rel=1e-5)
     # weights alone: another run, from its first step, with the tokenizer and the template of the one before
-    instructions = REPOSITORY / "examples" / "corpus" / "instructions.jsonl"
     load = [
-        f"data.sft={instructions}",
+        f"data.sft={prepare_questions(CORPUS, cache).train}",
         f"checkpoint.load={tmp_path / 'halves'}",
         "checkpoint.load_optim=false",
         "train.steps=1",

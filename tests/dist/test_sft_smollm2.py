@@ -44,7 +44,8 @@ def test_tp3_and_pp2_learn_alike_and_transformers_says_the_same(rows: Path, tmp_
         words += ["data.valid_fraction=0", "train.seq_len=126", "train.steps=3"]
         words += ["train.global_batch_size=2", "train.eval_interval=0", "train.device=cpu", "train.threads=1"]
         words += ["train.dtype=fp32", "optim.lr=1e-5", "optim.min_lr=0", "optim.warmup_samples=0", "log.plot=false"]
-        ended = run_ranks(ranks, finetune, [*words, *more, f"train.run_dir={tmp_path / name}"])
+        words += [*more, f"train.run_dir={tmp_path / name}"]
+        ended = run_ranks(ranks, finetune, words, timeout_s=240.0)
         assert "4 Alpaca rows, template chat_template.jinja" in ended.out[0]
         assert "; 2 rows of 126" in ended.out[0]
         shutil.rmtree(tmp_path / name / "checkpoints")  # 1.6 GB
