@@ -261,7 +261,7 @@ def convert(options: argparse.Namespace) -> int:
         require_transformers()
     from megalite.hf.folder import open_folder, require_new
 
-    # these load no torch, and are where most go wrong
+    # these load no torch, and are where most goes wrong
     require_new(Path(options.target[1]), "target")
     if there == "hf":
         open_folder(options.source[1])

@@ -40,10 +40,10 @@ NEVER = [
             "generate.source",
             "generate.chat",
             "evaluate.rows",
-            "tune.base",
-            "request",
             "checkpoint.folder",
             "checkpoint.describe",
+            "tune.base",
+            "request",
         )
     ),  # mistakes are told without torch
     *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),
