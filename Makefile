@@ -1,5 +1,5 @@
 # make install   .venv with pinned dependencies and the compiled extensions
-# make demo      train a small model on real text over tp 2 x pp 2 on a CPU, and sample from it
+# make demo      train a small model on real text over tp 2 x pp 2 on a CPU, tune it on questions, and ask it some
 # make test      all tests (fetches 110 MB of real tokenizers and weights once: make assets)
 # make soak      ranks killed at random while they save, a hundred times (2 to 5 minutes)
 # make check     lint, types, formats
@@ -38,12 +38,18 @@ endif
 demo: install
 	@$(BIN)/python examples/demo.py
 
-# real tokenizers, weights and instruction rows, fetched once into ~/.cache/megalite/assets
-assets: install
+# what tests compare with; real tokenizers, weights and instruction rows, fetched once into ~/.cache/megalite/assets
+assets: install $(VENV)/.assets
 	@$(BIN)/python tests/assets.py
 
+$(VENV)/.assets: $(STAMP) requirements-test.txt
+	$(BIN)/python -m pip install -q -r requirements-test.txt
+	@touch $@
+
+# tests of one process share the cores; those that start ranks take them all in turn
 test: assets
-	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest tests/unit -n 2
+	@$(BIN)/python -m pytest tests/dist
 
 soak: install
 	@KILLS=50 $(BIN)/python -m pytest -s tests/dist/test_checkpoint_kills.py
