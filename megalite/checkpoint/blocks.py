@@ -77,9 +77,9 @@ def write_parts(
                 assert value.shape == part.block.size, (part, value.shape)
                 assert str(value.dtype) == f"torch.{part.dtype}", (part, value.dtype)
                 raw = _bytes(value)
-                faults.at("file.before_block")
+                faults.at("save.before_block")
                 file.write(raw[: len(raw) // 2])
-                faults.at("file.in_block", file)
+                faults.at("save.in_block", file)
                 file.write(raw[len(raw) // 2 :])
                 new = {"shape": list(part.whole), "dtype": part.dtype, "blocks": []}
                 entries.setdefault(part.full, new)["blocks"].append(
@@ -92,9 +92,9 @@ def write_parts(
                     }
                 )
             file.flush()
-            faults.at("file.before_fsync")
+            faults.at("save.before_fsync")
             os.fsync(file.fileno())
-            faults.at("file.after_fsync")
+            faults.at("save.after_fsync")
             files[name] = file.tell()
     return {"files": files, "tensors": entries}
 

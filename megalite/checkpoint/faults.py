@@ -7,27 +7,27 @@ import signal
 from collections import Counter
 from typing import BinaryIO
 
-# in the order in which a save passes them; up to part.after on every rank, from there on rank 0 alone
+# in the order in which a save passes them; up to save.after_part on every rank, from there on rank 0 alone
 POINTS = (
-    "folder.before",
-    "folder.after",
-    "file.before_block",
-    "file.in_block",
-    "file.before_fsync",
-    "file.after_fsync",
-    "part.before",
-    "part.after",
-    "manifest.before",
-    "manifest.in",
-    "manifest.before_fsync",
-    "manifest.after",
-    "rename.before",
-    "rename.after",
-    "pointer.before",
-    "pointer.in",
-    "prune.before",
-    "prune.in",
-    "prune.after",
+    "save.before_folder",
+    "save.after_folder",
+    "save.before_block",
+    "save.in_block",
+    "save.before_fsync",
+    "save.after_fsync",
+    "save.before_part",
+    "save.after_part",
+    "save.before_manifest",
+    "save.in_manifest",
+    "save.before_manifest_fsync",
+    "save.after_manifest",
+    "save.before_rename",
+    "save.after_rename",
+    "save.before_pointer",
+    "save.in_pointer",
+    "save.before_prune",
+    "save.in_prune",
+    "save.after_prune",
 )
 
 

@@ -29,13 +29,13 @@ from megalite.config import Config
 
 def write_rank(building: Path, rank: int, parts: list[Part], tensors: Iterable[Tensor], faults: Faults) -> None:
     """This rank's files, and beside them what the manifest will say of them."""
-    faults.at("folder.before")
+    faults.at("save.before_folder")
     building.mkdir(parents=True, exist_ok=True)
-    faults.at("folder.after")
+    faults.at("save.after_folder")
     written = write_parts(building, f"rank-{rank:05d}", parts, tensors, faults)
-    faults.at("part.before")
+    faults.at("save.before_part")
     _write_text(building / f"rank-{rank:05d}.json", json.dumps(written))
-    faults.at("part.after")
+    faults.at("save.after_part")
 
 
 def publish(building: Path, final: Path, config: Config, state: dict[str, Any], faults: Faults) -> None:
@@ -58,34 +58,34 @@ def publish(building: Path, final: Path, config: Config, state: dict[str, Any], 
     }
     manifest = {"digest": digest(manifest), **manifest}
     text = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
-    faults.at("manifest.before")
+    faults.at("save.before_manifest")
     with open(building / "manifest.json", "wb") as file:
         file.write(text[: len(text) // 2])
-        faults.at("manifest.in", file)
+        faults.at("save.in_manifest", file)
         file.write(text[len(text) // 2 :])
         file.flush()
-        faults.at("manifest.before_fsync")
+        faults.at("save.before_manifest_fsync")
         os.fsync(file.fileno())
     sync(building)
-    faults.at("manifest.after")
+    faults.at("save.after_manifest")
     # what another process changed or lost since is found before the folder has its name
     check_files(building, read_manifest(building))
-    faults.at("rename.before")
+    faults.at("save.before_rename")
     aside = final.with_name(f"replaced-{final.name}")
     if final.exists():
         final.rename(aside)
     building.rename(final)
     sync(final.parent)
-    faults.at("rename.after")
+    faults.at("save.after_rename")
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def point_at(final: Path, faults: Faults) -> None:
     """Move the pointer `latest`, which is only a hint."""
-    faults.at("pointer.before")
+    faults.at("save.before_pointer")
     pointer = final.parent / f"{BUILDING}latest"
     _write_text(pointer, final.name + "\n")
-    faults.at("pointer.in")
+    faults.at("save.in_pointer")
     pointer.rename(final.parent / "latest")
     sync(final.parent)
 
@@ -95,11 +95,11 @@ def prune(final: Path, keep: int, keep_every: int, faults: Faults) -> None:
 
     Those whose step is a multiple of `keep_every` (0: none) stay too.
     """
-    faults.at("prune.before")
+    faults.at("save.before_prune")
     here = [folder for folder in complete(final.parent.parent) if step_of(folder) <= step_of(final)]
     for old in surplus(here, keep, keep_every):
-        remove(old, lambda: faults.at("prune.in"))
-    faults.at("prune.after")
+        remove(old, lambda: faults.at("save.in_prune"))
+    faults.at("save.after_prune")
 
 
 def remove_leftovers(run_dir: Path) -> None:

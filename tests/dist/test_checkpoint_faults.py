@@ -14,7 +14,7 @@ from megalite.watch.metrics import read_metrics
 STEPS = 4
 # both ranks own a part of everything: ZeRO shares end within rows
 CUT = ["parallel.dp=2", "parallel.zero=1", f"train.steps={STEPS}", "checkpoint.interval=1"]
-ALONE = POINTS.index("manifest.before")  # from here on rank 0 works alone
+ALONE = POINTS.index("save.before_manifest")  # from here on rank 0 works alone
 CASES = [(point, rank) for n, point in enumerate(POINTS) for rank in ((0, 1) if n < ALONE else (0,))]
 
 
@@ -28,9 +28,9 @@ def straight(settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def nth(point: str, rank: int, run_dir: Path) -> int:
     """The passage of `point` that lies in the middle of the third save, when two checkpoints are there."""
-    if point == "prune.in":
+    if point == "save.in_prune":
         return 1  # the first two saves have nothing to prune
-    if not point.startswith("file.") or "fsync" in point:
+    if not point.endswith("_block"):
         return 3
     tensors = read_manifest(complete(run_dir)[-1])["tensors"].values()
     blocks = sum(block["file"].startswith(f"rank-{rank:05d}") for tensor in tensors for block in tensor["blocks"])
@@ -55,7 +55,7 @@ def test_a_kill_at_any_point_loses_nothing(
     assert ended.codes[1 - rank] in (0, 1), ended
 
     left = [folder.name for folder in complete(tmp_path)]
-    published = POINTS.index(point) >= POINTS.index("rename.after")
+    published = POINTS.index(point) >= POINTS.index("save.after_rename")
     assert left[-1] == ("step-00000003" if published else "step-00000002")
     ended = run_ranks(2, pretrain, argv)
     assert f"loaded {tmp_path}/checkpoints/{left[-1]}, at step" in ended.out[0]
@@ -71,8 +71,10 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def test_an_unknown_point_is_refused_in_one_line(settings, tmp_path: Path) -> None:
-    with Ranks(1, faulty, settings(tmp_path, "train.steps=1"), "rename.befor:0:1") as ranks:
+    with Ranks(1, faulty, settings(tmp_path, "train.steps=1"), "save.before_renam:0:1") as ranks:
         ended = ranks.wait()
     assert ended.codes == [2]
     (line,) = ended.err[0].splitlines()
-    assert line.startswith("error: MEGALITE_FAULT=rename.befor:0:1 is not POINT:RANK:N; the points are folder.before, ")
+    assert line.startswith(
+        "error: MEGALITE_FAULT=save.before_renam:0:1 is not POINT:RANK:N; the points are save.before_folder, "
+    )

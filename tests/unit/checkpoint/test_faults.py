@@ -21,13 +21,17 @@ def test_each_point_is_passed_somewhere() -> None:
     assert {*re.findall(r'faults\.at\("([^"]+)"', code)} == set(POINTS)
 
 
-@pytest.mark.parametrize("order", ["rename", "rename.before", "rename.before:0", "rename.before:x:1", "x:0:1", ":0:1"])
+@pytest.mark.parametrize(
+    "order", ["rename", "save.before_rename", "save.before_rename:0", "save.before_rename:x:1", "x:0:1", ":0:1"]
+)
 def test_an_order_that_means_nothing_is_refused(order: str) -> None:
-    with pytest.raises(ValueError, match=r"is not POINT:RANK:N; the points are folder\.before, .*prune\.after$"):
+    with pytest.raises(
+        ValueError, match=r"is not POINT:RANK:N; the points are save\.before_folder, .*save\.after_prune$"
+    ):
         Faults(0, order)
 
 
 def test_another_rank_lives() -> None:
-    faults = Faults(1, "rename.before:0:1")
-    faults.at("rename.before")
-    Faults(0, "").at("rename.before")
+    faults = Faults(1, "save.before_rename:0:1")
+    faults.at("save.before_rename")
+    Faults(0, "").at("save.before_rename")
