@@ -5,7 +5,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -40,24 +40,33 @@ def prepare(corpus_dir: str | Path, cache_dir: str | Path, vocab_size: int = 600
         raise ValueError(f"zh_repeat={zh_repeat} must be 0 or more")
     rows = {language: _rows(Path(corpus_dir) / name) for language, name in LANGUAGES.items()}
     folder = Path(cache_dir) / f"corpus-{_key(rows, vocab_size, zh_repeat)}"
-    if not folder.is_dir():
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache_dir))
-        try:
-            _build(building, rows, vocab_size, zh_repeat)
-            building.chmod(0o755)
-            building.rename(folder)
-        except OSError:
-            # Another process was first: its files are the same.
-            if not folder.is_dir():
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    build_once(folder, lambda building: _build(building, rows, vocab_size, zh_repeat))
     return Corpus(
         folder / "tokenizer.model",
         folder / "train_text_document",
         {language: folder / f"heldout_{language}_text_document" for language in LANGUAGES},
     )
+
+
+def build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Make `folder`, if it is not there, of what `build` writes into an empty one; whole or not at all.
+
+    Several processes may do so at once, if their files are the same.
+    """
+    if folder.is_dir():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        build(building)
+        building.chmod(0o755)
+        building.rename(folder)
+    except OSError:
+        # another process was first
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
 
 
 def _rows(path: Path) -> list[bytes]:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megalite.data.corpus import HELDOUT_EVERY, LANGUAGES
+from megalite.data.corpus import HELDOUT_EVERY, LANGUAGES, build_once
 
 # the last phrasing of each task is held out
 PHRASINGS = {
@@ -92,20 +90,12 @@ def prepare_questions(corpus_dir: str | Path, cache_dir: str | Path) -> Question
         "heldout": _lines({"prompt": row.question, "answer": row.answer, "task": row.task} for row in chosen),
     }
     folder = Path(cache_dir) / f"questions-{hashlib.sha256(b''.join(files.values())).hexdigest()[:16]}"
-    if not folder.is_dir():
-        Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache_dir))
-        try:
-            for name, content in files.items():
-                (building / f"{name}.jsonl").write_bytes(content)
-            building.chmod(0o755)
-            building.rename(folder)
-        except OSError:
-            # another process was first: its files are the same
-            if not folder.is_dir():
-                raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+
+    def write(building: Path) -> None:
+        for name, content in files.items():
+            (building / f"{name}.jsonl").write_bytes(content)
+
+    build_once(folder, write)
     return Questions(folder / "train.jsonl", folder / "heldout.jsonl")
 
 
