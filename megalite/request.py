@@ -19,6 +19,9 @@ from megalite.hf.folder import find_tokenizer
 
 Say = Callable[[str], None]
 
+# what rank 0 writes for a moment to see that a run folder can be written
+PROBE = ".writable"
+
 
 def one_length(request: Request) -> Request:
     """The request with train.steps or train.epochs, whichever the user set; the other is the preset's."""
@@ -76,7 +79,7 @@ def resume_from(config: Config, say: Say) -> Path | None:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"train.run_dir={run_dir} is a file; name a folder")
     newest = newest_readable(run_dir, say)
-    if resume == "never" and run_dir.is_dir() and any(run_dir.iterdir()):
+    if resume == "never" and run_dir.is_dir() and _holds_files(run_dir):
         raise ConfigError(
             f"train.run_dir={run_dir} is not empty and checkpoint.resume=never; choose another folder, "
             f"or checkpoint.resume=auto to go on"
@@ -84,7 +87,7 @@ def resume_from(config: Config, say: Say) -> Path | None:
     if newest is None:
         if resume == "must":
             raise ConfigError(f"checkpoint.resume=must, but {run_dir} has no finished checkpoint")
-        if run_dir.is_dir() and not (run_dir / "config.yaml").is_file() and any(run_dir.iterdir()):
+        if run_dir.is_dir() and not (run_dir / "config.yaml").is_file() and _holds_files(run_dir):
             raise ConfigError(f"train.run_dir={run_dir} holds other files; choose a new or empty folder")
         if config.checkpoint.load is not None:
             source = find(config.checkpoint.load)
@@ -104,6 +107,11 @@ def resume_from(config: Config, say: Say) -> Path | None:
     for line in changed_keys(saved, config) if saved.is_file() else []:
         say(f"changed since the last run: {line}")
     return newest
+
+
+def _holds_files(run_dir: Path) -> bool:
+    # rank 0 may already try whether it can write here, while another rank still looks
+    return any(path.name != PROBE for path in run_dir.iterdir())
 
 
 def newest_readable(run_dir: Path, say: Say) -> Path | None:
@@ -141,7 +149,7 @@ def make_run_folder(run_dir: Path) -> None:
     """Make the folder before the ranks spend seconds on starting; ConfigError where it cannot be written."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".writable"
+        probe = run_dir / PROBE
         probe.touch()
         probe.unlink()
     except OSError as error:

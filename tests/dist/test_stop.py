@@ -97,6 +97,9 @@ def test_a_killed_rank_ends_the_others(settings, tmp_path: Path, rank: int, serv
     argv = settings(tmp_path, *CUT, "train.steps=1000000", "checkpoint.interval=2")
     with Ranks(RANKS, pretrain, argv, served=served) as ranks:
         wait_for_step(tmp_path, 3)
+        # a save beside the training is there some steps later
+        while not complete(tmp_path) and any(process.is_alive() for process in ranks.processes):
+            time.sleep(0.01)
         ranks.send(signal.SIGKILL, rank)
         killed = time.monotonic()
         ended = ranks.wait(20)

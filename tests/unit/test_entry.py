@@ -14,7 +14,7 @@ from assets import asset
 from megalite.checkpoint.manifest import digest
 from megalite.config import Request, parse_command_line
 from megalite.data.indexed import IndexedWriter
-from megalite.request import apart, one_length, with_tokenizer
+from megalite.request import PROBE, apart, one_length, resume_from, with_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "pretrain_7b.py"
@@ -240,3 +240,14 @@ def test_the_plan_of_lora_beside_a_hugging_face_folder(tmp_path: Path) -> None:
     assert f"\n  tokenizer: {model / 'tokenizer.json'}\n" in ended.stdout
     assert "\nplan:\n" in ended.stdout
     assert os.listdir(tmp_path) == []
+
+
+def test_the_probe_of_another_rank_is_no_file_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / PROBE).touch()
+    words = [f"train.run_dir={tmp_path / 'run'}"]
+    config = parse_command_line(words, default_preset="tiny", prog="test").config
+    assert resume_from(config, print) is None
+    (tmp_path / "run" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        resume_from(config, print)
