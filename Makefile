@@ -1,7 +1,7 @@
 # make install   .venv with pinned dependencies and the compiled extensions
 # make demo      train a small model on real text over tp 2 x pp 2 on a CPU, tune it on questions, and ask it some
 # make test      all tests (fetches 110 MB of real tokenizers and weights once: make assets)
-# make soak      ranks killed at random while they save, a hundred times (2 to 5 minutes)
+# make soak      ranks killed at random a hundred times, and every campaign of random variations in full
 # make check     lint, types, formats
 # make slurm     a preempted job on a two-node Slurm cluster within this machine (root, Debian; 1 to 2 minutes)
 # make format    mend formats         make clean    remove what the others made (not runs/)
@@ -51,8 +51,9 @@ test: assets
 	@$(BIN)/python -m pytest tests/unit -n 2
 	@$(BIN)/python -m pytest tests/dist
 
-soak: install
+soak: assets
 	@KILLS=50 $(BIN)/python -m pytest -s tests/dist/test_checkpoint_kills.py
+	@SOAK=1 $(BIN)/python -m pytest -s --timeout 3600 $(shell find tests -name 'test_*_campaign.py')
 
 slurm: install
 	@$(BIN)/python tests/slurm/two_nodes.py
