@@ -75,6 +75,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
         if config.tune.mode != "full" or config.tune.freeze:
             say(plan.describe_trained(config))
+        if config.optim.name == "muon":
+            say(plan.describe_muon(config))
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))

@@ -9,7 +9,7 @@ from megalite.config.batch import total_samples
 from megalite.config.groups import parse_groups
 from megalite.config.load import ConfigError
 from megalite.config.schema import Config, ModelConfig, TuneConfig
-from megalite.config.tune import trained
+from megalite.config.tune import hidden_matrices, trained
 
 
 def _require(condition: bool, message: str) -> None:
@@ -317,8 +317,10 @@ def _check_tune(config: Config) -> None:
         "model.from_hf=DIR",
     )
     _require(
-        config.optim.name != "muon" or t.mode in ("full", "ffn_only"),
-        f"optim.name=muon is for hidden matrices, and tune.mode={t.mode} trains none; use optim.name=adamw",
+        config.optim.name != "muon" or bool(hidden_matrices(config)),
+        f"optim.name=muon is for hidden matrices, and tune.mode={t.mode}"
+        + (f" with tune.freeze={t.freeze}" if t.freeze else "")
+        + " trains none; use optim.name=adamw",
     )
     trained(config)
 
