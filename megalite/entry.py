@@ -23,7 +23,7 @@ from megalite.config import Config, ConfigError, Request, check, parse_command_l
 from megalite.config.batch import total_samples
 from megalite.hf.keys import check_hf, with_hf
 from megalite.place import place
-from megalite.request import apart, make_run_folder, one_length, resume_from, with_epochs, with_tokenizer
+from megalite.request import apart, make_run_folder, one_length, resume_from, with_curve, with_epochs, with_tokenizer
 from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
@@ -98,6 +98,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
 
         data = open_data(config, scan=RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
+        config = with_curve(config, request, say)
         resume = resume_from(config, say)
         if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:
             say(

@@ -146,7 +146,12 @@ class OptimConfig:
     )
     wsd_decay_fraction: float = _key(0.1, "wsd: share of decay_samples, at their end, over which lr falls to min_lr")
     warmup_samples: int = _key(0, "samples of linear warm-up from 0 to lr")
-    decay_samples: int | None = _key(None, "samples until min_lr is reached; null: all of train.steps")
+    decay_samples: int | None = _key(None, "samples until min_lr is reached; null: the end of the run")
+    lr_on_resume: str = _key(
+        "new",
+        "which curve a resumed run follows: that of its own keys, or the one saved in the checkpoint",
+        choices=("new", "keep"),
+    )
     beta1: float = _key(0.9, "decay of the first moment")
     beta2: float = _key(0.95, "decay of the second moment")
     eps: float = _key(1e-8, "added to the root of the second moment")
