@@ -21,7 +21,7 @@ from megalite import plan
 from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
-from megalite.hf.keys import check_hf, with_hf
+from megalite.hf.keys import check_hf, context_warning, with_hf
 from megalite.place import place
 from megalite.request import apart, make_run_folder, one_length, resume_from, with_curve, with_epochs, with_tokenizer
 from megalite.watch.metrics import require_tensorboard
@@ -77,6 +77,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
             say(plan.describe_trained(config))
         if config.optim.name == "muon":
             say(plan.describe_muon(config))
+        if warning := context_warning(config):
+            say(warning)
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))

@@ -22,6 +22,7 @@ from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
+from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
 from megalite.hf.keys import keep_hf
 from megalite.optim.adamw import clip_scale
@@ -181,11 +182,12 @@ def evaluate(run: Run) -> dict[str, float]:
     losses: dict[str, float] = {}
     for name, windows in run.data.heldout.items():
         count = min(len(windows), t.eval_samples or len(windows))
+        chosen = Spread(windows, count)
         chunk = EVAL_MICROBATCHES * t.micro_batch_size * run.engine.mesh.dp.size
         loss_sum = tokens = 0.0
         for first in range(0, count, chunk):
             samples = range(first, min(first + chunk, count))
-            microbatches = load_microbatches(windows, samples, c, run.engine.mesh)
+            microbatches = load_microbatches(chosen, samples, c, run.engine.mesh)
             sums = run.engine.evaluate(microbatches)
             loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
         loss_sum, tokens = _sum(run.engine, loss_sum, tokens)

@@ -151,7 +151,8 @@ def _check_model(config: Config) -> None:
         _require(
             config.train.seq_len <= m.max_positions,
             f"train.seq_len={config.train.seq_len} is more than model.max_positions={m.max_positions} learned "
-            f"positions; use train.seq_len={m.max_positions} or less, or model.position=rope",
+            f"positions; use train.seq_len={m.max_positions} or less"
+            + (", or model.position=rope" if m.from_hf is None else ""),
         )
         _require(
             m.rope_scaling == "none",

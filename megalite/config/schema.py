@@ -212,7 +212,7 @@ class TrainConfig:
     )
     threads: int = _key(0, "CPU threads of one rank; 0: cores / local ranks, or OMP_NUM_THREADS")
     eval_interval: int = _key(0, "steps between held-out evaluations; 0: only before the first and after the last")
-    eval_samples: int = _key(0, "samples of each held-out set; 0: all of it")
+    eval_samples: int = _key(0, "samples of each held-out set, evenly spread over it; 0: all of it")
     eval_only: bool = _key(False, "evaluate the loaded weights and end")
     patience: int = _key(0, "stop after so many evaluations without a better mean held-out loss; 0: never")
     time_limit_s: float = _key(0.0, "save and stop cleanly after so many seconds; 0: none")
