@@ -9,21 +9,22 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megalite.batches import TrainingError, load_microbatches
+from megalite.batches import Microbatch, TrainingError, load_microbatches
 from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.config import Config, to_yaml
-from megalite.config.batch import batch_size
+from megalite.config.batch import batch_size, is_skipped
 from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
+from megalite.divergence import Spikes, advice, locate, spike_warning
 from megalite.hf.keys import keep_hf
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import next_scale
@@ -56,6 +57,7 @@ class Run:
     stop: Stop
     saver: Saver
     saved_step: int = -1
+    spikes: Spikes = field(default_factory=Spikes)
 
 
 def train(config: Config, data: DataSets, world: World, resume: Path | None) -> State:
@@ -136,10 +138,14 @@ def train_step(run: Run) -> str:
     rate = learning_rate(c.optim, state.consumed_samples)
     batch = batch_size(c, state.consumed_samples)
     samples = range(state.consumed_samples, state.consumed_samples + batch)
-    microbatches = load_microbatches(run.data.train, samples, c, engine.mesh)
-    loss_sum, tokens = engine.forward_backward(microbatches, state.loss_scale)
+    microbatches: list[Microbatch] = []
+    loss_sum = tokens = squares = 0.0
+    if not is_skipped(c, samples):
+        microbatches = load_microbatches(run.data.train, samples, c, engine.mesh)
+        loss_sum, tokens = engine.forward_backward(microbatches, state.loss_scale)
+        squares = engine.gradient_squares()
     stop = run.stop.asked()
-    sums = _sum(engine, loss_sum, tokens, engine.gradient_squares(), float(stop), *run.saver.progress())
+    sums = _sum(engine, loss_sum, tokens, squares, float(stop), *run.saver.progress())
     loss_sum, tokens, squares, stops, saves_over, saves_failed = sums
     norm, scale = clip_scale(c.optim, squares, tokens, state.loss_scale)
     loss = loss_sum / max(tokens, 1.0)
@@ -152,28 +158,48 @@ def train_step(run: Run) -> str:
                 f"last checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
             )
         state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
-    except TrainingError:
-        # all ranks end alike, so the save under way can be had
+    except TrainingError as error:
+        # every rank takes this path, so waiting for the pending save is safe
         with _save_may_fail(run):
             _saved(run, run.saver.finish())
-        raise
-    if finite:
+        where = locate(engine, microbatches, run.data.train, math.isfinite(loss))
+        text = f"{error}. First not finite: {where}; {advice(c, samples)}"
+        run.metrics.write("diverged", step=state.step + 1, error=text)
+        raise TrainingError(text) from None
+    trained = finite and bool(microbatches)
+    if trained:
         engine.update(rate, scale)
-    state.skipped_steps += not finite
+    state.skipped_steps += not trained
     state.step += 1
     state.consumed_samples += batch
-    seconds = time.monotonic() - began
-    speed = batch * c.train.seq_len / seconds
-    row = {"step": state.step, "loss": loss, "lr": rate, "tokens_per_s": speed}
-    row |= {"grad_norm": norm} if finite else {"skipped": 1}
-    row |= {"loss_scale": loss_scale} if c.train.dtype == "fp16" else {}
-    usage = run.meter.read(speed)
-    run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
-    text = f"loss {loss:.4f}  grad norm {norm:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {flops.describe(usage)}"
-    run.progress.step(state.step, text if finite else f"{text}  skipped: gradients overflow at scale {loss_scale:g}")
+    if microbatches:
+        _report(run, samples, time.monotonic() - began, {"loss": loss, "lr": rate, "grad_norm": norm}, loss_scale)
+    else:
+        run.metrics.write("passed_over", step=state.step, lr=rate, samples=state.consumed_samples)
+        run.progress.say(f"step {state.step}: train.skip_samples passes over samples {samples.start} to {samples[-1]}")
     with _save_may_fail(run):
         _saved(run, run.saver.settle(saves_over, saves_failed))
-    return (run.stop.reason or "another rank was told to") if stops else ""
+    return (run.stop.reason or "another rank received a stop signal") if stops else ""
+
+
+def _report(run: Run, samples: range, seconds: float, figures: dict[str, float], loss_scale: float) -> None:
+    """Write and show what a step was like."""
+    c, state, loss, norm = run.config, run.state, figures["loss"], figures["grad_norm"]
+    finite, speed = math.isfinite(norm), len(samples) * c.train.seq_len / seconds
+    row: dict[str, float] = {"step": state.step, **figures, "tokens_per_s": speed}
+    if not finite:
+        row = {key: value for key, value in row.items() if key != "grad_norm"} | {"skipped": 1}
+    row |= {"loss_scale": loss_scale} if c.train.dtype == "fp16" else {}
+    if spike := run.spikes.ratio(loss):
+        row["loss_spike"] = spike
+    if run.spikes.begins(spike):
+        run.progress.say(spike_warning(c, state.step, samples, loss, spike, norm))
+    usage = run.meter.read(speed)
+    run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
+    fields = [f"grad norm {norm:.3f}", f"lr {figures['lr']:.2e}", f"{speed:,.0f} tokens/s", flops.describe(usage)]
+    if not finite:
+        fields.append(f"skipped: gradients overflow at scale {loss_scale:g}")
+    run.progress.step(state.step, loss, fields)
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -199,10 +225,13 @@ def evaluate(run: Run) -> dict[str, float]:
             row["bits_per_byte"] = losses[name] / math.log(2) / per_token
             text += f", {row['bits_per_byte']:.4f} bits/byte"
         run.metrics.write("eval", **row)
+        if not math.isfinite(losses[name]):
+            text = f"WARNING: {text.split(': ')[0]}: the loss is {losses[name]}; these weights are of no use for it"
         run.progress.say(f"step {run.state.step:>{len(str(c.train.steps))}}/{c.train.steps}  {text}")
     if losses:
         mean = sum(losses.values()) / len(losses)
-        better = run.state.best_loss is None or mean < run.state.best_loss
+        best = math.inf if run.state.best_loss is None else run.state.best_loss
+        better = mean < best
         run.state.evals_without_gain = 0 if better else run.state.evals_without_gain + 1
         run.state.best_loss = mean if better else run.state.best_loss
     return losses
