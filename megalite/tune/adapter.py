@@ -22,8 +22,8 @@ from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, TrainConfig, TuneConfig, resolve, to_yaml
 from megalite.config.tune import adapted, adapter_shapes, projections, shapes
-from megalite.hf.config import read_json
 from megalite.hf.convert import FRESH, keep_beside, write_run
+from megalite.hf.fields import read_json
 from megalite.hf.folder import open_folder, require_new
 from megalite.model.names import names_there
 from megalite.tune.base import is_hf, name_of

@@ -46,7 +46,7 @@ NEVER = [
             "request",
         )
     ),  # mistakes are told without torch
-    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),
+    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "fields", "folder", "keys", "rope")),
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 
