@@ -42,6 +42,7 @@ NEVER = [
             "evaluate.rows",
             "checkpoint.folder",
             "checkpoint.describe",
+            "tune.adapter_config",
             "tune.base",
             "request",
         )
