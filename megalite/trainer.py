@@ -148,16 +148,19 @@ def train_step(run: Run) -> str:
     sums = _sum(engine, loss_sum, tokens, squares, float(stop), *run.saver.progress())
     loss_sum, tokens, squares, stops, saves_over, saves_failed = sums
     norm, scale = clip_scale(c.optim, squares, tokens, state.loss_scale)
-    loss = loss_sum / max(tokens, 1.0)
+    loss = loss_sum / tokens if tokens else 0.0
     # every rank has the same sum of squares, so all of them skip a step or none
     finite, loss_scale = math.isfinite(norm), state.loss_scale
+    # a batch in which no token is trained teaches nothing, and weight decay alone would shrink the weights
+    learns = finite and tokens > 0
     try:
         if not math.isfinite(loss) or not (finite or c.train.dtype == "fp16"):
             raise TrainingError(
                 f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the "
                 f"last checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
             )
-        state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
+        if tokens:
+            state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
     except TrainingError as error:
         # every rank takes this path, so waiting for the pending save is safe
         with _save_may_fail(run):
@@ -166,40 +169,37 @@ def train_step(run: Run) -> str:
         text = f"{error}. First not finite: {where}; {advice(c, samples)}"
         run.metrics.write("diverged", step=state.step + 1, error=text)
         raise TrainingError(text) from None
-    trained = finite and bool(microbatches)
-    if trained:
+    if learns:
         engine.update(rate, scale)
-    state.skipped_steps += not trained
+    state.skipped_steps += not learns
     state.step += 1
     state.consumed_samples += batch
-    if microbatches:
-        _report(run, samples, time.monotonic() - began, {"loss": loss, "lr": rate, "grad_norm": norm}, loss_scale)
-    else:
-        run.metrics.write("passed_over", step=state.step, lr=rate, samples=state.consumed_samples)
+    why = "" if finite else f"skipped: gradients overflow at scale {loss_scale:g}"
+    if not tokens:
+        why = "no token of this batch is trained: no update"
+    if not microbatches:
+        why = "passed over: no update"
         run.progress.say(f"step {state.step}: train.skip_samples passes over samples {samples.start} to {samples[-1]}")
+    figures = ({"loss": loss} if tokens else {}) | {"lr": rate} | ({"skipped": 1} if why else {"grad_norm": norm})
+    figures |= {"loss_scale": loss_scale} if c.train.dtype == "fp16" else {}
+    _report(run, samples, time.monotonic() - began, figures, why)
     with _save_may_fail(run):
         _saved(run, run.saver.settle(saves_over, saves_failed))
     return (run.stop.reason or "another rank received a stop signal") if stops else ""
 
 
-def _report(run: Run, samples: range, seconds: float, figures: dict[str, float], loss_scale: float) -> None:
-    """Write and show what a step was like."""
-    c, state, loss, norm = run.config, run.state, figures["loss"], figures["grad_norm"]
-    finite, speed = math.isfinite(norm), len(samples) * c.train.seq_len / seconds
-    row: dict[str, float] = {"step": state.step, **figures, "tokens_per_s": speed}
-    if not finite:
-        row = {key: value for key, value in row.items() if key != "grad_norm"} | {"skipped": 1}
-    row |= {"loss_scale": loss_scale} if c.train.dtype == "fp16" else {}
-    if spike := run.spikes.ratio(loss):
-        row["loss_spike"] = spike
-    if run.spikes.begins(spike):
-        run.progress.say(spike_warning(c, state.step, samples, loss, spike, norm))
+def _report(run: Run, samples: range, seconds: float, figures: dict[str, float], why: str) -> None:
+    """Write and show the figures of a step; `why` it changed no weight, where it did not."""
+    c, state, loss, norm = run.config, run.state, figures.get("loss"), figures.get("grad_norm", math.inf)
+    speed = len(samples) * c.train.seq_len / seconds
     usage = run.meter.read(speed)
+    spike = run.spikes.ratio(loss) if loss is not None else 0.0
+    if loss is not None and run.spikes.begins(spike):
+        run.progress.say(spike_warning(c, state.step, samples, loss, spike, norm))
+    row = {"step": state.step, **figures, "tokens_per_s": speed} | ({"loss_spike": spike} if spike else {})
     run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
     fields = [f"grad norm {norm:.3f}", f"lr {figures['lr']:.2e}", f"{speed:,.0f} tokens/s", flops.describe(usage)]
-    if not finite:
-        fields.append(f"skipped: gradients overflow at scale {loss_scale:g}")
-    run.progress.step(state.step, loss, fields)
+    run.progress.step(state.step, loss, [why, *fields[1:3]] if why else fields)
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -217,7 +217,9 @@ def evaluate(run: Run) -> dict[str, float]:
             sums = run.engine.evaluate(microbatches)
             loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
         loss_sum, tokens = _sum(run.engine, loss_sum, tokens)
-        losses[name] = loss_sum / max(tokens, 1.0)
+        if not tokens:
+            raise TrainingError(f"held-out set {name}: no token of the {count} samples looked at is trained")
+        losses[name] = loss_sum / tokens
         row: dict[str, Any] = {"step": run.state.step, "name": name, "loss": losses[name], "tokens": int(tokens)}
         text = f"held out {name}: {losses[name]:.4f} nats/token"
         per_token = run.data.bytes_per_token[name]

@@ -10,8 +10,10 @@ from typing import Any
 
 from megalite.checkpoint.folder import find
 from megalite.config import Config, ConfigError, Request
-from megalite.hf.config import TRAINING, read_json, rope_context, write_model
+from megalite.hf.config import TRAINING, write_model
+from megalite.hf.fields import read_json
 from megalite.hf.folder import carry, find_tokenizer, open_config, open_folder, require_new
+from megalite.hf.rope import rope_context
 from megalite.hf.tokenizer import write_tokenizer
 
 

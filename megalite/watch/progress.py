@@ -29,6 +29,10 @@ def fit(head: str, fields: Sequence[str], tail: str, width: int) -> str:
     return head[:width]
 
 
+def _loss(loss: float | None) -> list[str]:
+    return [] if loss is None else [f"loss {loss:.4f}"]
+
+
 class Progress:
     """Speaks for one rank of the run; the others are silent."""
 
@@ -48,26 +52,27 @@ class Progress:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
-    def step(self, step: int, loss: float, fields: Sequence[str]) -> None:
+    def step(self, step: int, loss: float | None, fields: Sequence[str]) -> None:
         """Report that `step` steps are done: every interval as a line that stays, in between on the live line.
 
-        A line that stays has the mean loss of the steps since the one before it, the live line this step's loss.
+        A line that stays has the mean loss of the steps since the one before it, the live line this step's loss; None:
+        the step has none.
         """
         if not self.speaks:
             return
         if self._first is None:
             self._first, self._start = step, time.monotonic()
-        self._losses.append(loss)
+        self._losses += [] if loss is None else [loss]
         each = (time.monotonic() - self._start) / max(1, step - self._first)
         eta = f"eta {duration(each * (self.steps - step))}" if step > self._first else ""
         head = f"step {step:>{len(str(self.steps))}}/{self.steps}"
         if step % self.interval == 0 or step == self.steps:
-            mean = sum(self._losses) / len(self._losses)
+            loss = sum(self._losses) / len(self._losses) if self._losses else None
             self._losses.clear()
-            self.say("  ".join(filter(None, (head, f"loss {mean:.4f}", *fields, eta))))
+            self.say("  ".join(filter(None, (head, *_loss(loss), *fields, eta))))
         elif self._live:
             width = shutil.get_terminal_size().columns - 1
-            sys.stdout.write("\r\x1b[K" + fit(head, [f"loss {loss:.4f}", *fields], eta, width))
+            sys.stdout.write("\r\x1b[K" + fit(head, [*_loss(loss), *fields], eta, width))
             sys.stdout.flush()
             self._drawn = True
 

@@ -55,7 +55,7 @@ def test_the_poisoned_rank_is_named(settings, tmp_path: Path, ranks: int, cuts: 
         )
         assert line.endswith("train.skip_samples=24:32 passes over it"), line
     ended = run_ranks(ranks, poisoned, [*argv, "train.skip_samples=24:32"], rank)
-    assert "step 4: train.skip_samples passes over samples 24 to 31\n" in ended.out[0]
-    metrics = read_metrics(tmp_path / "run")
-    assert [row["step"] for row in metrics["train"]] == [1, 2, 3, 5, 6]
-    assert [row["step"] for row in metrics["passed_over"]] == [4]
+    assert (
+        "step 4: train.skip_samples passes over samples 24 to 31\nstep 4/6  passed over: no update  lr " in ended.out[0]
+    )
+    assert [row["step"] for row in read_metrics(tmp_path / "run")["train"] if "loss" not in row] == [4]

@@ -294,6 +294,57 @@ def test_a_signal(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_batch_without_a_trained_token_changes_nothing(
+    make: Make, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weight decay alone would shrink the weights, and no loss is 0."""
+    config = make(optim__name=name, train__eval_interval=1, log__interval=1, train__steps=3, log__plot=True)
+    data = open_data(config)
+    batch = data.train.batch
+
+    def blind(indices: Sequence[int]) -> Any:
+        found = batch(indices)
+        if 4 <= indices[0] < 8:  # the second step
+            found.loss_mask[:] = 0
+        return found
+
+    monkeypatch.setattr(data.train, "batch", blind)
+    state = train(config, data, SoloWorld(), None)
+    assert (state.step, state.skipped_steps, state.consumed_samples) == (3, 1, 12)
+    assert heldout(config, 2) == heldout(config, 1) != heldout(config, 3)
+    first, second, third = rows(config, "train")
+    assert ("loss" in first, "loss" in second, "loss" in third) == (True, False, True)
+    assert (second["skipped"], "grad_norm" in second) == (1, False)
+    assert "2/3  no token of this batch is trained: no update" in capsys.readouterr().out
+
+
+def test_the_loss_of_small_weights_is_their_mean(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for weight in (1.0, 1e-4):
+        config = make(
+            train__steps=1, data__valid={}, data__valid_fraction=0.0, train__run_dir=f"{make().train.run_dir}{weight}"
+        )
+        data = open_data(config)
+        monkeypatch.setattr(
+            data.train,
+            "batch",
+            lambda i, b=data.train.batch, w=weight: b(i)._replace(loss_mask=b(i).loss_mask * np.float32(w)),
+        )
+        train(config, data, SoloWorld(), None)
+        found.append(rows(config, "train")[0]["loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_a_held_out_set_without_a_trained_token_has_no_loss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make()
+    data = open_data(config)
+    batch = data.heldout["b"].batch
+    monkeypatch.setattr(data.heldout["b"], "batch", lambda i: batch(i)._replace(loss_mask=0 * batch(i).loss_mask))
+    with pytest.raises(TrainingError, match=r"^held-out set b: no token of the 5 samples looked at is trained$"):
+        train(config, data, SoloWorld(), None)
+
+
 # when it cannot go on
 
 
@@ -347,8 +398,8 @@ def test_a_batch_that_is_not_finite_is_named_and_can_be_passed_over(
     state = run(make(train__skip_samples="8:12", checkpoint__interval=1, checkpoint__keep=0), latest(run_dir))
     assert (state.step, state.consumed_samples, state.skipped_steps) == (4, 16, 1)
     assert "step 3: train.skip_samples passes over samples 8 to 11\n" in capsys.readouterr().out
-    assert [row["step"] for row in rows(config, "train")] == [1, 2, 4]
-    assert rows(config, "passed_over") == [{**rows(config, "passed_over")[0], "step": 3, "samples": 12}]
+    assert [row["step"] for row in rows(config, "train") if "loss" in row] == [1, 2, 4]
+    assert [row["step"] for row in rows(config, "train") if "skipped" in row] == [3]
     before, after = (load_file(run_dir / "checkpoints" / f"step-0000000{n}" / SHARDS) for n in (2, 3))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -360,7 +411,7 @@ def test_skipped_samples_are_a_rule_of_the_samples_alone(make: Make) -> None:
     expected = rows(whole, "train")
     shutil.rmtree(whole.train.run_dir)
     run(some)
-    found = rows(some, "train")
+    found = [row for row in rows(some, "train") if "loss" in row]
     assert [row["step"] for row in found] == [1, 2, 4]
     assert [row["lr"] for row in found] == [expected[step - 1]["lr"] for step in (1, 2, 4)]
     assert [row["samples"] for row in found] == [4, 8, 16]
