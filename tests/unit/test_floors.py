@@ -47,7 +47,7 @@ NEVER = [
             "request",
         )
     ),  # mistakes are told without torch
-    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "fields", "folder", "keys", "rope")),
+    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "fields", "folder", "keys", "megatron_args", "rope")),
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 
