@@ -6,12 +6,14 @@ checkpoint hold it to the same rule, `check_contents`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megalite.checkpoint.manifest import one_line
 from megalite.checkpoint.state import state_from
 from megalite.config import Config, from_mapping
+from megalite.config.schema import SECTIONS
 from megalite.config.tune import Shape, adapter_shapes, shapes, trained
 
 # of weights, and of what is kept in full precision beside them
@@ -20,11 +22,19 @@ _WIDE = {"fp32": "float32", "fp64": "float64", "bf16": "float32", "fp16": "float
 _MOMENTS, _MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum",)
 
 
+class OtherVersion(ValueError):
+    """A checkpoint whose configuration has a key that this version does not know."""
+
+
 def config_of(manifest: Mapping[str, Any]) -> Config:
     """The configuration that a checkpoint was written with; ValueError where it cannot be read."""
     sections = manifest["config"]
     if not all(isinstance(keys, dict) for keys in sections.values()):
         raise ValueError("a section of config is not an object")
+    known = {f"{section}.{field.name}" for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
+    for key in (f"{section}.{key}" for section, keys in sections.items() for key in keys):
+        if key not in known:
+            raise OtherVersion(f"its configuration has {one_line(key)}, which this megalite does not know")
     try:
         return from_mapping({name: {k: _text(v) for k, v in keys.items()} for name, keys in sections.items()})
     except RecursionError:
@@ -42,10 +52,10 @@ def _text(value: Any) -> Any:
     return str(value)
 
 
-def check_contents(manifest: Mapping[str, Any], whole: bool = False) -> None:
+def check_contents(manifest: Mapping[str, Any]) -> None:
     """ValueError unless configuration, counters and tensors belong together and nothing is missing.
 
-    A checkpoint may hold weights alone, as a converted one does; `whole`: not this one.
+    A checkpoint may hold weights alone, as a converted one does.
     """
     config, tensors = config_of(manifest), manifest["tensors"]
     state_from(manifest)
@@ -54,7 +64,7 @@ def check_contents(manifest: Mapping[str, Any], whole: bool = False) -> None:
         raise ValueError(f"versions is {one_line(repr(versions))}, not names and versions")
     _require_sizes(config, len(tensors))
     kinds = {name.partition(".")[0] for name in tensors}
-    weights_only = kinds == {"weight"} and not whole
+    weights_only = kinds == {"weight"}
     missing: list[str] = []
     known: set[str] = set()
     for ways, shape, dtype in expected(config, weights_only):

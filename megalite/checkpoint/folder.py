@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.contents import check_contents
+from megalite.checkpoint.contents import OtherVersion, check_contents
 from megalite.checkpoint.manifest import (
     FORMAT,
     MANIFEST_BYTES,
@@ -114,6 +114,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             if STEP.fullmatch(folder.name) and manifest["step"] != step_of(folder):
                 raise ValueError(f"it is of step {manifest['step']}, its folder of step {step_of(folder)}")
             check_contents(manifest)
+    except OtherVersion as error:
+        raise ValueError(f"{path}: {error}; use the version that wrote it") from None
     except (OSError, ValueError, RecursionError) as error:
         if not os.path.lexists(folder):
             raise Removed(folder) from None
