@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megalite.batches import Microbatch
 from megalite.config import Config
 from megalite.config.groups import check_groups
-from megalite.config.tune import adapter_shapes, shapes, trained
+from megalite.config.tune import adapter_shapes, hidden_matrices, shapes, trained
 from megalite.model.cut_table import ADAPTER, cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import sample_keys
@@ -299,6 +299,7 @@ def make_optimizer(
         updated,
         gradients,
         matrices,
+        hidden=hidden_matrices(config),
         model=config.model,
         shards={name: shards[name] for name in parameters},
         held=grads.held,

@@ -21,9 +21,9 @@ from megalite import plan
 from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
-from megalite.hf.keys import check_hf, with_hf
+from megalite.hf.keys import check_hf, context_warning, with_hf
 from megalite.place import place
-from megalite.request import apart, make_run_folder, one_length, resume_from, with_epochs, with_tokenizer
+from megalite.request import apart, make_run_folder, one_length, resume_from, with_curve, with_epochs, with_tokenizer
 from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
@@ -75,6 +75,10 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
         if config.tune.mode != "full" or config.tune.freeze:
             say(plan.describe_trained(config))
+        if config.optim.name == "muon":
+            say(plan.describe_muon(config))
+        if warning := context_warning(config):
+            say(warning)
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
@@ -96,6 +100,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
 
         data = open_data(config, scan=RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
+        config = with_curve(config, request, say)
         resume = resume_from(config, say)
         if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:
             say(

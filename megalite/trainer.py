@@ -23,6 +23,7 @@ from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.checkpoint.state import State
 from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size
+from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
 from megalite.hf.keys import keep_hf
 from megalite.optim.adamw import clip_scale
@@ -142,34 +143,41 @@ def train_step(run: Run) -> str:
     sums = _sum(engine, loss_sum, tokens, engine.gradient_squares(), float(stop), *run.saver.progress())
     loss_sum, tokens, squares, stops, saves_over, saves_failed = sums
     norm, scale = clip_scale(c.optim, squares, tokens, state.loss_scale)
-    loss = loss_sum / max(tokens, 1.0)
+    loss = loss_sum / tokens if tokens else 0.0
     # every rank has the same sum of squares, so all of them skip a step or none
     finite, loss_scale = math.isfinite(norm), state.loss_scale
+    # a batch in which no token is trained teaches nothing, and weight decay alone would shrink the weights
+    learns = finite and tokens > 0
     try:
         if not math.isfinite(loss) or not (finite or c.train.dtype == "fp16"):
             raise TrainingError(
                 f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the "
                 f"last checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
             )
-        state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
+        if tokens:
+            state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
     except TrainingError:
         # all ranks end alike, so the save under way can be had
         with _save_may_fail(run):
             _saved(run, run.saver.finish())
         raise
-    if finite:
+    if learns:
         engine.update(rate, scale)
-    state.skipped_steps += not finite
+    state.skipped_steps += not learns
     state.step += 1
     state.consumed_samples += batch
     seconds = time.monotonic() - began
     speed = batch * c.train.seq_len / seconds
     row = {"step": state.step, "loss": loss, "lr": rate, "tokens_per_s": speed}
-    row |= {"grad_norm": norm} if finite else {"skipped": 1}
+    if not tokens:
+        del row["loss"]
+    row |= {"grad_norm": norm} if learns else {"skipped": 1}
     row |= {"loss_scale": loss_scale} if c.train.dtype == "fp16" else {}
     usage = run.meter.read(speed)
     run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
     text = f"loss {loss:.4f}  grad norm {norm:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {flops.describe(usage)}"
+    if not tokens:
+        text = f"no token of this batch is trained: no update  lr {rate:.2e}  {speed:,.0f} tokens/s"
     run.progress.step(state.step, text if finite else f"{text}  skipped: gradients overflow at scale {loss_scale:g}")
     with _save_may_fail(run):
         _saved(run, run.saver.settle(saves_over, saves_failed))
@@ -182,15 +190,18 @@ def evaluate(run: Run) -> dict[str, float]:
     losses: dict[str, float] = {}
     for name, windows in run.data.heldout.items():
         count = min(len(windows), t.eval_samples or len(windows))
+        chosen = Spread(windows, count)
         chunk = EVAL_MICROBATCHES * t.micro_batch_size * run.engine.mesh.dp.size
         loss_sum = tokens = 0.0
         for first in range(0, count, chunk):
             samples = range(first, min(first + chunk, count))
-            microbatches = load_microbatches(windows, samples, c, run.engine.mesh)
+            microbatches = load_microbatches(chosen, samples, c, run.engine.mesh)
             sums = run.engine.evaluate(microbatches)
             loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
         loss_sum, tokens = _sum(run.engine, loss_sum, tokens)
-        losses[name] = loss_sum / max(tokens, 1.0)
+        if not tokens:
+            raise TrainingError(f"held-out set {name}: no token of the {count} samples looked at is trained")
+        losses[name] = loss_sum / tokens
         row: dict[str, Any] = {"step": run.state.step, "name": name, "loss": losses[name], "tokens": int(tokens)}
         text = f"held out {name}: {losses[name]:.4f} nats/token"
         per_token = run.data.bytes_per_token[name]

@@ -21,17 +21,15 @@ def batch_size(config: Config, samples: int) -> int:
     return max(unit, grown // unit * unit)
 
 
-def steps_for(config: Config, samples: float) -> int:
-    """The least number of steps that use at least `samples` samples."""
-    used = steps = 0
+def steps_for(config: Config, samples: float, steps: int = 0, used: int = 0) -> int:
+    """The least number of steps that use at least `samples` samples, where `steps` have used `used` of them."""
     while used < min(samples, config.train.ramp_samples):
         used, steps = used + batch_size(config, used), steps + 1
     return max(1, steps + math.ceil(max(0, samples - used) / config.train.global_batch_size))
 
 
-def total_samples(config: Config) -> int:
-    """Samples of all train.steps steps."""
-    samples = steps = 0
-    while samples < config.train.ramp_samples and steps < config.train.steps:
-        samples, steps = samples + batch_size(config, samples), steps + 1
-    return samples + (config.train.steps - steps) * config.train.global_batch_size
+def total_samples(config: Config, steps: int = 0, used: int = 0) -> int:
+    """Samples of all train.steps steps, where `steps` have used `used` samples already, perhaps by other batches."""
+    while used < config.train.ramp_samples and steps < config.train.steps:
+        used, steps = used + batch_size(config, used), steps + 1
+    return used + max(0, config.train.steps - steps) * config.train.global_batch_size

@@ -9,7 +9,7 @@ from megalite.config.batch import total_samples
 from megalite.config.groups import parse_groups
 from megalite.config.load import ConfigError
 from megalite.config.schema import Config, ModelConfig, TuneConfig
-from megalite.config.tune import trained
+from megalite.config.tune import hidden_matrices, trained
 
 # the scaled loss is fp32: a larger scale makes every loss infinite
 LARGEST_LOSS_SCALE = 2.0**127
@@ -154,7 +154,8 @@ def _check_model(config: Config) -> None:
         _require(
             config.train.seq_len <= m.max_positions,
             f"train.seq_len={config.train.seq_len} is more than model.max_positions={m.max_positions} learned "
-            f"positions; use train.seq_len={m.max_positions} or less, or model.position=rope",
+            f"positions; use train.seq_len={m.max_positions} or less"
+            + (", or model.position=rope" if m.from_hf is None else ""),
         )
         _require(
             m.rope_scaling == "none",
@@ -320,8 +321,10 @@ def _check_tune(config: Config) -> None:
         "model.from_hf=DIR",
     )
     _require(
-        config.optim.name != "muon" or t.mode in ("full", "ffn_only"),
-        f"optim.name=muon is for hidden matrices, and tune.mode={t.mode} trains none; use optim.name=adamw",
+        config.optim.name != "muon" or bool(hidden_matrices(config)),
+        f"optim.name=muon is for hidden matrices, and tune.mode={t.mode}"
+        + (f" with tune.freeze={t.freeze}" if t.freeze else "")
+        + " trains none; use optim.name=adamw",
     )
     trained(config)
 

@@ -148,6 +148,29 @@ def heldout_windows(indexed: IndexedDataset, seq_len: int, *, isolate_documents:
     return WindowDataset(indexed, seq_len, isolate_documents=isolate_documents)
 
 
+class Spread:
+    """`count` samples of a set, evenly over all of it, so that an ordered set is not judged by its beginning.
+
+    Which ones depends on nothing but the two lengths.
+    """
+
+    def __init__(self, samples: Samples, count: int) -> None:
+        self.samples, self.count = samples, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _places(self, indices: Sequence[int]) -> list[int]:
+        # the middle of each of `count` equal parts; past the end stays past the end
+        return [(2 * index + 1) * len(self.samples) // (2 * self.count) for index in indices]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return self.samples.batch(self._places(indices))
+
+    def layout(self, indices: Sequence[int]) -> Layout:
+        return self.samples.layout(self._places(indices))
+
+
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int) -> None:
     """Reads the whole stream; raises ValueError at the first token that a model of `vocab_size` cannot embed."""
     for start, tokens in indexed.chunks():

@@ -42,11 +42,12 @@ NEVER = [
             "evaluate.rows",
             "checkpoint.folder",
             "checkpoint.describe",
+            "tune.adapter_config",
             "tune.base",
             "request",
         )
     ),  # mistakes are told without torch
-    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),
+    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "fields", "folder", "keys", "rope")),
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 

@@ -163,7 +163,12 @@ def test_a_long_evaluation_goes_in_chunks(
 def test_eval_samples(make: Make, predicted: list[Counter[int]], micro: int) -> None:
     batch = {"train__micro_batch_size": micro, "train__global_batch_size": micro}
     run(make(**batch, train__eval_only=True, train__eval_samples=4))
-    assert predicted == [Counter(range(1, min(tokens, 4 * SEQ + 1))) for tokens in HELDOUT.values()]
+    # of the 13 windows of a and the 5 of b the middle of each quarter; c has one
+    chosen = {"a": [1, 4, 8, 11], "b": [0, 1, 3, 4], "c": [0]}
+    assert predicted == [
+        Counter(i for window in chosen[name] for i in range(window * SEQ + 1, min((window + 1) * SEQ + 1, tokens)))
+        for name, tokens in HELDOUT.items()
+    ]
 
 
 def test_when_it_evaluates(make: Make) -> None:
@@ -283,6 +288,57 @@ def test_a_signal(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(config).step == 1
     assert [folder.name for folder in complete(Path(config.train.run_dir))] == ["step-00000001"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_batch_without_a_trained_token_changes_nothing(
+    make: Make, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weight decay alone would shrink the weights, and no loss is 0."""
+    config = make(optim__name=name, train__eval_interval=1, log__interval=1, train__steps=3, log__plot=True)
+    data = open_data(config)
+    batch = data.train.batch
+
+    def blind(indices: Sequence[int]) -> Any:
+        found = batch(indices)
+        if 4 <= indices[0] < 8:  # the second step
+            found.loss_mask[:] = 0
+        return found
+
+    monkeypatch.setattr(data.train, "batch", blind)
+    state = train(config, data, SoloWorld(), None)
+    assert (state.step, state.skipped_steps, state.consumed_samples) == (3, 1, 12)
+    assert heldout(config, 2) == heldout(config, 1) != heldout(config, 3)
+    first, second, third = rows(config, "train")
+    assert ("loss" in first, "loss" in second, "loss" in third) == (True, False, True)
+    assert (second["skipped"], "grad_norm" in second) == (1, False)
+    assert "2/3  no token of this batch is trained: no update" in capsys.readouterr().out
+
+
+def test_the_loss_of_small_weights_is_their_mean(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for weight in (1.0, 1e-4):
+        config = make(
+            train__steps=1, data__valid={}, data__valid_fraction=0.0, train__run_dir=f"{make().train.run_dir}{weight}"
+        )
+        data = open_data(config)
+        monkeypatch.setattr(
+            data.train,
+            "batch",
+            lambda i, b=data.train.batch, w=weight: b(i)._replace(loss_mask=b(i).loss_mask * np.float32(w)),
+        )
+        train(config, data, SoloWorld(), None)
+        found.append(rows(config, "train")[0]["loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_a_held_out_set_without_a_trained_token_has_no_loss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make()
+    data = open_data(config)
+    batch = data.heldout["b"].batch
+    monkeypatch.setattr(data.heldout["b"], "batch", lambda i: batch(i)._replace(loss_mask=0 * batch(i).loss_mask))
+    with pytest.raises(TrainingError, match=r"^held-out set b: no token of the 5 samples looked at is trained$"):
+        train(config, data, SoloWorld(), None)
 
 
 # when it cannot go on
