@@ -20,6 +20,7 @@ from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
+from megalite.checkpoint.state import State
 from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size, is_skipped
 from megalite.data.dataset import Spread
@@ -31,7 +32,7 @@ from megalite.optim.loss_scale import next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World
 from megalite.plan import run_flops
-from megalite.restore import State, first_state, first_values
+from megalite.restore import first_state, first_values
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
@@ -232,8 +233,7 @@ def evaluate(run: Run) -> dict[str, float]:
         run.progress.say(f"step {run.state.step:>{len(str(c.train.steps))}}/{c.train.steps}  {text}")
     if losses:
         mean = sum(losses.values()) / len(losses)
-        best = math.inf if run.state.best_loss is None else run.state.best_loss
-        better = mean < best
+        better = math.isfinite(mean) and (run.state.best_loss is None or mean < run.state.best_loss)
         run.state.evals_without_gain = 0 if better else run.state.evals_without_gain + 1
         run.state.best_loss = mean if better else run.state.best_loss
     return losses
@@ -268,9 +268,8 @@ def _save_may_fail(run: Run, last: bool = False) -> Iterator[None]:
     except SaveFailed as error:
         untouched = "those before it are untouched"
         if last or run.config.checkpoint.on_failure == "stop":
-            raise SaveFailed(
-                f"{error}; {untouched}. Make room, or set checkpoint.on_failure=continue to train on without it"
-            ) from None
+            way = "" if last else ", or set checkpoint.on_failure=continue to train on without it"
+            raise SaveFailed(f"{error}; {untouched}. {error.remedy}{way}") from None
         run.metrics.write("checkpoint_failed", step=run.state.step, error=str(error))
         run.progress.say(f"WARNING: {error}; {untouched}, the next try is at the next interval")
 

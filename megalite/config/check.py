@@ -11,6 +11,9 @@ from megalite.config.load import ConfigError
 from megalite.config.schema import Config, ModelConfig, TuneConfig
 from megalite.config.tune import hidden_matrices, trained
 
+# the scaled loss is fp32: a larger scale makes every loss infinite
+LARGEST_LOSS_SCALE = 2.0**127
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -297,9 +300,9 @@ def _check_optim(config: Config) -> None:
     )
     _require(o.loss_scale_window >= 1, f"optim.loss_scale_window={o.loss_scale_window} must be at least 1")
     _require(
-        0 < o.loss_scale_min <= o.loss_scale_initial,
+        0 < o.loss_scale_min <= o.loss_scale_initial <= LARGEST_LOSS_SCALE,
         f"optim.loss_scale_min={o.loss_scale_min} must be greater than 0 and not above optim.loss_scale_initial="
-        f"{o.loss_scale_initial}",
+        f"{o.loss_scale_initial}, and that at most {LARGEST_LOSS_SCALE:.3g}",
     )
     parse_groups(o.groups)
 

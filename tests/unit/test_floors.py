@@ -18,7 +18,7 @@ FLOORS = {
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request"),
     2: ("parallel", "data", "watch", "plan", "activations", "batches"),
-    1: ("config", "ops", "place", "arguments"),
+    1: ("config", "ops", "place", "arguments", "disk"),
     0: ("megalite",),  # the version alone
 }
 
