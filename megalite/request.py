@@ -22,7 +22,7 @@ from megalite.optim.lr import learning_rate
 
 Say = Callable[[str], None]
 
-# what rank 0 writes for a moment to see that a run folder can be written
+# how the names begin of what rank 0 writes for a moment, to see that a run folder can be written and that all see it
 PROBE = ".writable"
 
 # the keys that make the learning-rate curve
@@ -184,7 +184,7 @@ def resume_from(config: Config, say: Say) -> Path | None:
 
 def _holds_files(run_dir: Path) -> bool:
     # rank 0 may already try whether it can write here, while another rank still looks
-    return any(path.name != PROBE for path in run_dir.iterdir())
+    return any(not path.name.startswith(PROBE) for path in run_dir.iterdir())
 
 
 def newest_readable(run_dir: Path, say: Say) -> Path | None:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import shutil
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,8 +65,15 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
 
     `resume`: the checkpoint to go on from, the same on every rank. Raises TrainingError where a loss is not finite.
     """
-    run = _start(config, data, world, resume)
+    stop = Stop(Path(config.train.run_dir), config.train.time_limit_s, world.rank == 0)
     try:
+        run = _start(config, data, world, resume, stop)
+    except BaseException:
+        stop.close()
+        raise
+    try:
+        if _sum(run.engine, float(stop.heard()))[0]:
+            return _stopped_before(run)
         if run.state.step == 0 or config.train.eval_only:
             evaluate(run)
         while not config.train.eval_only and run.state.step < config.train.steps:
@@ -91,14 +97,11 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
     return run.state
 
 
-def _start(config: Config, data: DataSets, world: World, resume: Path | None) -> Run:
+def _start(config: Config, data: DataSets, world: World, resume: Path | None, stop: Stop) -> Run:
     run_dir, first = Path(config.train.run_dir), world.rank == 0
-    same = "configurations, or chose different topologies by their memory; set parallel.tp and parallel.pp"
-    _require_same(world, zlib.crc32(to_yaml(config).encode()), same)
     engine = build(config, world, first_values(config))
     progress = Progress(first, config.train.steps, config.log.interval)
     source, state = first_state(engine, data.fingerprint, resume, progress.say)
-    _require_same(world, state.step, "checkpoint steps; train.run_dir has to be on a file system that all nodes see")
     if first:
         begun = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -109,8 +112,16 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     meter = flops.Meter(run_flops(config), world.size, world.device, config.train.dtype)
-    stop = Stop(run_dir, config.train.time_limit_s, first)
     return Run(config, engine, data, state, metrics, meter, progress, stop, Saver(run_dir, config, engine.mesh))
+
+
+def _stopped_before(run: Run) -> State:
+    """A stop that was asked for while the run started: no step is taken and nothing has to be saved."""
+    reason = run.stop.reason or "another rank was told to"
+    run.progress.say(f"stopped before step {run.state.step + 1}: {reason}; the same command goes on from here")
+    _ask_requeue(run, reason)
+    run.engine.mesh.world.barrier()
+    return run.state
 
 
 def _fill_run_folder(run_dir: Path, config: Config, data: DataSets, state: State) -> None:
@@ -277,15 +288,6 @@ def _save_may_fail(run: Run, last: bool = False) -> Iterator[None]:
 def _sum(engine: Engine, *values: float) -> Sequence[float]:
     """Sum numbers over all ranks: the one small collective of a step, in float64."""
     return engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64, device=engine.mesh.device)).tolist()
-
-
-def _require_same(world: World, number: int, what: str) -> None:
-    """TrainingError where ranks hold different numbers: going on would leave them waiting for each other."""
-    everybody = world.split([list(range(world.size))])
-    ends = torch.tensor([number, -number], dtype=torch.float64, device=world.device)
-    highest, lowest = everybody.all_reduce(ends, "max").tolist()
-    if highest != -lowest:
-        raise TrainingError(f"ranks found different {what}")
 
 
 def _due(run: Run, interval: int) -> bool:
