@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -357,6 +358,17 @@ def test_a_token_that_the_model_does_not_have(make: Make) -> None:
     data = open_data(config)
     with pytest.raises(TrainingError, match=r"^sample 0: token \d+ is not below model.vocab_size=50; preprocess .*$"):
         train(dataclasses.replace(config, model=model), data, SoloWorld(), None)
+
+
+@pytest.mark.parametrize("reader", ["numpy", "cpp"])
+def test_data_cut_short_while_training(make: Make, data: Path, tmp_path: Path, reader: str) -> None:
+    prefix = shutil.copyfile(data / "train.bin", tmp_path / "cut.bin").with_suffix("")
+    shutil.copyfile(data / "train.idx", tmp_path / "cut.idx")
+    config = make(data__path=str(prefix), data__valid={}, data__valid_fraction=0.0, data__reader=reader)
+    opened = open_data(config)
+    os.truncate(f"{prefix}.bin", 40)
+    with pytest.raises(ValueError, match=r"cut\.bin: ends at byte 40, it was cut short while in use"):
+        train(config, opened, SoloWorld(), None)
 
 
 def test_a_changed_configuration_keeps_the_old_one(make: Make) -> None:
