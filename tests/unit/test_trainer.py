@@ -458,6 +458,17 @@ def test_a_token_that_the_model_does_not_have(make: Make) -> None:
         train(dataclasses.replace(config, model=model), data, SoloWorld(), None)
 
 
+@pytest.mark.parametrize("reader", ["numpy", "cpp"])
+def test_data_cut_short_while_training(make: Make, data: Path, tmp_path: Path, reader: str) -> None:
+    prefix = shutil.copyfile(data / "train.bin", tmp_path / "cut.bin").with_suffix("")
+    shutil.copyfile(data / "train.idx", tmp_path / "cut.idx")
+    config = make(data__path=str(prefix), data__valid={}, data__valid_fraction=0.0, data__reader=reader)
+    opened = open_data(config)
+    os.truncate(f"{prefix}.bin", 40)
+    with pytest.raises(ValueError, match=r"cut\.bin: ends at byte \d+, it was cut short while in use"):
+        train(config, opened, SoloWorld(), None)
+
+
 def test_a_changed_configuration_keeps_the_old_one(make: Make) -> None:
     config = make(train__steps=2)
     run(config)
