@@ -300,3 +300,10 @@ def test_a_missing_rank_and_no_checkpoint(tmp_path: Path) -> None:
         from_megatron(tmp_path / "iter_0000005", tmp_path / "run", allow_pickle=True)
     with pytest.raises(ValueError, match="holds no mp_rank_NN folder"):
         from_megatron(tmp_path, tmp_path / "run", allow_pickle=True)
+
+
+def test_a_distributed_checkpoint_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000005").mkdir()
+    (tmp_path / "iter_0000005" / "__0_0.distcp").touch()
+    with pytest.raises(ValueError, match="a distributed checkpoint of megatron-core, which is not supported"):
+        from_megatron(tmp_path / "iter_0000005", tmp_path / "run", allow_pickle=True)
