@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from megalite import plan
+from megalite.checkpoint import lock
 from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
 from megalite.hf.keys import check_hf, context_warning, with_hf
 from megalite.place import place
-from megalite.request import apart, make_run_folder, one_length, resume_from, with_curve, with_epochs, with_tokenizer
+from megalite.request import apart, one_length, resume_from, take_run_folder, with_curve, with_epochs, with_tokenizer
 from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
@@ -83,6 +84,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
             return 0
+        if RANK == 0:
+            lock.require_free(Path(config.train.run_dir))
         if config.log.tensorboard:
             require_tensorboard()
         if not HERE.master:
@@ -113,7 +116,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
             say("note: neither checkpoint.load nor model.from_hf is set: training starts from fresh weights")
         check_hf(config, resume)
         if RANK == 0:
-            make_run_folder(Path(config.train.run_dir))
+            take_run_folder(config, resume)
     except (ConfigError, ValueError, OSError) as error:
         return fail(error)
     return run(config, data, resume)
@@ -208,7 +211,11 @@ def run(config: Config, data: DataSets, resume: Path | None) -> int:
         nonlocal done
         from megalite.trainer import train
 
-        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
+        try:
+            done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
+        finally:
+            if RANK == 0:
+                lock.release(Path(config.train.run_dir))
 
     status = in_world(config, main)
     if status == 0 and done and config.train.export_hf is not None:
