@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.chat import ChatTemplate, control_pattern, escape_controls
+from megalite.data.chat import ChatTemplate, Rendered, control_pattern
+from megalite.data.controls import Controls, keep_text, unmark
 from megalite.data.conversations import Conversation, RowError, normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.masks import require_trained, token_weights, weighted_spans
 from megalite.data.tokenizer import Encoding, Tokenizer
 
 # Raised whenever the same rows would give other files, so that old caches are not taken for new ones.
-RECIPE = 1
+RECIPE = 2
 SHOWN_ROWS = 5
 # within so many seconds a refusal of the same file is another rank's
 SAME_RUN_S = 10.0
@@ -54,6 +55,7 @@ class Report:
     formats: Counter[str] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
     controls: int = 0
+    changed: int = 0
     rows_with_controls: int = 0
 
     def lines(self, control_tokens: str) -> Iterator[str]:
@@ -62,8 +64,9 @@ class Report:
             shown = "; ".join(self.bad[:SHOWN_ROWS])
             yield f"skipped {len(self.bad)} bad rows (data.bad_rows=skip): {shown}"
         if self.controls:
-            what = "made ordinary text" if control_tokens == "escape" else "left as control tokens"
-            yield f"{self.rows_with_controls} rows hold {self.controls} control strings in their contents: {what}"
+            what = "encoded as ordinary text" if control_tokens == "escape" else "left as control tokens"
+            how = f", {self.changed} of them with a zero-width space in it" if self.changed else ""
+            yield f"{self.rows_with_controls} rows hold {self.controls} control strings in their contents: {what}{how}"
 
 
 def examples(
@@ -87,21 +90,26 @@ def _example(
     template: ChatTemplate,
     options: Options,
     report: Report,
-    controls: Any,
+    controls: Controls | None,
 ) -> Example:
-    conversation = normalise(value)
-    (messages, tools), found = escape_controls((conversation.messages, conversation.tools), controls)
-    if options.control_tokens == "escape":
-        conversation = Conversation(conversation.format, messages, conversation.weights, tools)
-    rendered = template.render(conversation)
-    encoding = tokenizer.encode_chat(rendered.text)
-    spans = weighted_spans(conversation, rendered, options.train_on)
-    weights = token_weights(rendered.text, encoding, spans)
+    given = normalise(value)
+    conversation, found, changed = given, 0, 0
+    if controls is not None and options.control_tokens == "escape":
+        conversation, found, changed = keep_text(given, lambda c: template.render(c).text, tokenizer, controls)
+    elif controls is not None:
+        found = controls.escape(given, "", "", 0)[1]
+    marked = template.render(conversation)
+    there = unmark(marked.text)
+    spans = [span._replace(start=there.at(span.start), stop=there.at(span.stop)) for span in marked.spans]
+    rendered = Rendered(there.text, spans)
+    encoding = tokenizer.encode_chat(rendered.text, there.ranges)
+    weights = token_weights(rendered.text, encoding, weighted_spans(conversation, rendered, options.train_on))
     require_trained(weights)
     report.formats[conversation.format] += 1
     report.controls += found
+    report.changed += changed
     report.rows_with_controls += found > 0
-    return Example(where, conversation, rendered.text, encoding, weights)
+    return Example(where, conversation if changed else given, rendered.text, encoding, weights)
 
 
 def weights_prefix(prefix: str | Path) -> Path:
