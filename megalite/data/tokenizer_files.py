@@ -33,13 +33,16 @@ OTHERWISE = {"qwen3": "Qwen2Tokenizer", "gpt2": "GPT2Tokenizer"}
 
 
 class Added(NamedTuple):
-    """A token that is looked for in text before anything else; the fields of tokenizers.AddedToken."""
+    """A token that is looked for in text before anything else; the fields of tokenizers.AddedToken.
+
+    `normalized` None: as `special` has it, a special token is looked for before text is normalised.
+    """
 
     content: str
     single_word: bool = False
     lstrip: bool = False
     rstrip: bool = False
-    normalized: bool = True
+    normalized: bool | None = None
     special: bool = False
 
 
@@ -47,8 +50,8 @@ class Added(NamedTuple):
 class Beside:
     """`named`: special tokens by name, as eos_token. `added`: by id. `templates`: chat templates by name.
 
-    `kind`: the class of transformers that opens tokenizer.json. `options`: all of tokenizer_config.json. `found`: the
-    files read.
+    `kind`: the class of transformers that opens tokenizer.json. `options`: all of tokenizer_config.json. `alone`:
+    there are no such files.
     """
 
     kind: str = "TokenizersBackend"
@@ -58,7 +61,7 @@ class Beside:
     templates: dict[str, str] = field(default_factory=dict)
     template_file: str = CONFIG
     options: dict[str, Any] = field(default_factory=dict)
-    found: tuple[str, ...] = ()
+    alone: bool = False
 
 
 def read_beside(path: Path) -> Beside:
@@ -66,7 +69,7 @@ def read_beside(path: Path) -> Beside:
     config = read_object(path.with_name(CONFIG))
     fast = path.suffix == ".json"
     tokenizer = read_object(path) if fast else {}
-    kind = _kind(path, config, read_object(path.with_name("config.json")), json.dumps(tokenizer.get("decoder")))
+    kind = _kind(path, config, read_object(path.with_name("config.json")), tokenizer)
     where = str(path.with_name(CONFIG))
     values: dict[str, Any] = {key: _tokens(value, f"{where}: {key}") for key, value in config.items()}
     if not values.get("extra_special_tokens") and "additional_special_tokens" in values:
@@ -82,11 +85,15 @@ def read_beside(path: Path) -> Beside:
     if isinstance(extra, dict):
         named |= {key: token for key, token in extra.items() if isinstance(token, (str, Added))}
         extra = []
+    # transformers gives ids in this order to those that have none: names of its own, then by how they are written
+    plain = {key for key, token in named.items() if isinstance(token, str)}
+    rest = sorted(named.keys() - set(STANDARD), key=lambda key: (key in plain, list(named).index(key)))
+    named = {key: named[key] for key in (*STANDARD, *rest) if key in named}
     if not isinstance(extra, list) or not all(isinstance(token, (str, Added)) for token in extra):
         raise ValueError(f"{where}: extra_special_tokens is no list of tokens; write their strings")
     templates, file = _templates(path.parent, config)
-    found = tuple(name for name in NAMES if path.with_name(name).is_file())
-    return Beside(kind, named, extra, added, templates, file, config, found)
+    alone = not (templates or any(path.with_name(name).is_file() for name in (CONFIG, MAP, ADDED, "config.json")))
+    return Beside(kind, named, extra, added, templates, file, config, alone)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -104,14 +111,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def to_add(beside: Beside, known: Mapping[int, Added]) -> list[Added]:
-    """What the files add to a tokenizer that has the added tokens `known`, or say otherwise of one of them."""
-    found = set(known.values())
-    tokens: list[str | Added] = [token for _, token in sorted(beside.added.items()) if token not in found]
+    """What the files say of added tokens, in order, to a tokenizer that has those in `known`."""
+    tokens: list[str | Added] = [token for _, token in sorted(beside.added.items())]
     names = {_content(token) for token in beside.named.values()}
     there = {token.content for token in known.values()} | {_content(token) for token in tokens}
     for token in (*beside.named.values(), *beside.extra):
-        if _content(token) not in there:
-            there.add(_content(token))
+        # one that is described in two ways is added twice, and the last counts
+        if _content(token) not in there and token not in tokens:
             tokens.append(token)
     return [
         Added(token, normalized=False, special=True)
@@ -132,13 +138,13 @@ def copy_files(source: Path, target: Path) -> None:
         shutil.copyfile(file, copy)
 
 
-def _kind(path: Path, config: Mapping[str, Any], model: Mapping[str, Any], decoder: str) -> str:
+def _kind(path: Path, config: Mapping[str, Any], model: Mapping[str, Any], file: Mapping[str, Any]) -> str:
     model_type = model.get("model_type")
     asked = config.get("tokenizer_class") or model.get("tokenizer_class") or OTHERWISE.get(str(model_type))
     if model_type in ALWAYS:
         return ALWAYS[model_type]
     name = str(asked or "TokenizersBackend").removesuffix("Fast")
-    if name in AS_IT_STANDS or path.suffix != ".json" or (name == "LlamaTokenizer" and "ByteLevel" in decoder):
+    if name in AS_IT_STANDS or path.suffix != ".json" or (name == "LlamaTokenizer" and _byte_level(file)):
         return "TokenizersBackend" if name in AS_IT_STANDS or path.suffix == ".json" else name
     if name not in DEFAULTS:
         raise ValueError(
@@ -146,6 +152,11 @@ def _kind(path: Path, config: Mapping[str, Any], model: Mapping[str, Any], decod
             f"PreTrainedTokenizerFast; with the last tokenizer.json is taken as it stands"
         )
     return name
+
+
+def _byte_level(file: Mapping[str, Any]) -> bool:
+    parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    return any('"ByteLevel"' in json.dumps(file.get(part)) for part in parts)
 
 
 def _content(token: str | Added) -> str:
@@ -168,8 +179,7 @@ def _added(value: Any, where: str) -> Added:
     wrong = [key for key, item in flags.items() if not isinstance(item, str if key == "content" else bool)]
     if wrong or not flags.get("content"):
         raise ValueError(f"{where}: {wrong[0] if wrong else 'content'} of an added token is not right; found {value!r}")
-    # where it is not written, a special token is looked for in the text before it is normalised
-    return Added(**{"normalized": not flags.get("special", False), **flags})
+    return Added(**flags)
 
 
 def _decoder(given: Any, where: str) -> dict[int, Added]:

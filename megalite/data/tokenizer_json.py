@@ -48,7 +48,8 @@ class HuggingFaceTokenizer(Tokenizer):
         if beside.kind != "TokenizersBackend":
             inner = _rebuilt(inner, beside)
         self._tokenizer = inner
-        new = to_add(beside, _known(inner))
+        before = _known(inner)
+        new = to_add(beside, before)
         if beside.kind == "Qwen2Tokenizer":
             new += [Added(content, normalized=False, special=True) for content in _contents(beside)]
         self._add(new)
@@ -58,7 +59,7 @@ class HuggingFaceTokenizer(Tokenizer):
         inner.no_truncation()
         inner.no_padding()
         self.named = {name: token if isinstance(token, str) else token.content for name, token in beside.named.items()}
-        if not beside.options and len(beside.found) < 2:  # the file lies alone
+        if beside.alone:
             self.named = {key: name for key, names in USUAL.items() if (name := self._first(names)) is not None}
         self.eos_id, self.bos_id, self.pad_id = (
             inner.token_to_id(self.named[name]) if name in self.named else None
@@ -70,7 +71,9 @@ class HuggingFaceTokenizer(Tokenizer):
         control = {number: t for number, t in known.items() if is_control(t.content, t.special, strings)}
         self.controls = {token.content: number for number, token in control.items()}
         self.folds = inner.normalizer is not None and any(token.normalized for token in control.values())
-        self.changes = describe_changes(new, list(add), beside.kind if beside.kind != "TokenizersBackend" else "")
+        other = [token for token in new if token not in before.values()]
+        kind = beside.kind if beside.kind != "TokenizersBackend" else ""
+        self.changes = describe_changes(other, list(add), kind, inner.encode_special_tokens)
         # what it puts around a text is known here once; what it does to the characters of tokens is not wanted
         inner.post_processor = post_processor
         with _no_panic(path):
@@ -82,7 +85,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def _add(self, tokens: Sequence[Added]) -> None:
         from tokenizers import AddedToken
 
-        self._tokenizer.add_tokens([AddedToken(**token._asdict()) for token in tokens])
+        known = [{key: value for key, value in token._asdict().items() if value is not None} for token in tokens]
+        self._tokenizer.add_tokens([AddedToken(**fields) for fields in known])
 
     def _first(self, names: Sequence[str]) -> str | None:
         return next((name for name in names if self._tokenizer.token_to_id(name) is not None), None)
