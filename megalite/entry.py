@@ -23,7 +23,15 @@ from megalite.config import Config, ConfigError, Request, check, parse_command_l
 from megalite.config.batch import total_samples
 from megalite.hf.keys import check_hf, with_hf
 from megalite.place import place
-from megalite.request import apart, make_run_folder, one_length, resume_from, with_epochs, with_tokenizer
+from megalite.request import (
+    apart,
+    make_run_folder,
+    one_length,
+    resume_from,
+    with_added_tokens,
+    with_epochs,
+    with_tokenizer,
+)
 from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
@@ -67,6 +75,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         request = with_hf(request)
         if tuning:
             request = with_tokenizer(request, say)
+        request = with_added_tokens(request)
         config, why = configure(request)
         if request.print_config:
             say(to_yaml(config).rstrip())

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-# every file that says how text is cut or what a chat looks like
-NAMES = ("tokenizer.json", "tokenizer.model", CONFIG, MAP, ADDED, TEMPLATE)
-
 STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # classes of transformers that take tokenizer.json as it stands
 AS_IT_STANDS = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
@@ -127,15 +124,29 @@ def to_add(beside: Beside, known: Mapping[int, Added]) -> list[Added]:
     ]
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy the tokenizer file `source` and all that lies beside it into the folder `target`."""
-    name = "tokenizer.json" if source.suffix == ".json" else "tokenizer.model"
-    files = [source.with_name(each) for each in NAMES if not each.startswith("tokenizer.")]
-    files += sorted((source.parent / TEMPLATES).glob("*.jinja"))
-    for file in (source, *(each for each in files if each.is_file())):
-        copy = target / (name if file == source else file.relative_to(source.parent))
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
+def copy_files(source: Path, target: Path, add: Sequence[str] = ()) -> None:
+    """Copy the tokenizer file `source` and what lies beside it into the folder `target`; `add` tokens to it."""
+    shutil.copyfile(source, target / ("tokenizer.json" if source.suffix == ".json" else "tokenizer.model"))
+    for name in (CONFIG, MAP, ADDED):
+        if source.with_name(name).is_file():
+            shutil.copyfile(source.with_name(name), target / name)
+    copy_templates(source.parent, target)
+    if add:
+        config = read_object(target / CONFIG)
+        extra = config.pop("extra_special_tokens", None) or config.pop("additional_special_tokens", None) or []
+        if isinstance(extra, dict):
+            extra |= {f"added_{number}_token": token for number, token in enumerate(add)}
+        config["extra_special_tokens"] = extra if isinstance(extra, dict) else [*extra, *add]
+        (target / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_templates(source: Path, target: Path) -> None:
+    """Copy the chat templates that are files of their own."""
+    for file in ((source / TEMPLATE), *sorted((source / TEMPLATES).glob("*.jinja"))):
+        if file.is_file():
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
 
 
 def _kind(path: Path, config: Mapping[str, Any], model: Mapping[str, Any], file: Mapping[str, Any]) -> str:

@@ -78,6 +78,7 @@ class HuggingFaceTokenizer(Tokenizer):
         inner.post_processor = post_processor
         with _no_panic(path):
             whole = inner.encode("a", add_special_tokens=True)
+        self._post_processor = post_processor
         first = whole.special_tokens_mask.index(0) if 0 in whole.special_tokens_mask else 0
         self.prefix = tuple(whole.ids[:first])
         inner.post_processor = None
@@ -137,7 +138,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def save(self, path: Path) -> None:
         """Write all of it, added tokens too, as one tokenizer.json."""
+        self._tokenizer.post_processor = self._post_processor
         self._tokenizer.save(str(path))
+        self._tokenizer.post_processor = None
 
 
 @contextmanager

@@ -19,7 +19,11 @@ PIECES, PIECE, TYPE, USER_DEFINED = 1, 1, 3, 4
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model` file with the files beside it; `add`: control tokens that are added to it."""
+    """A sentencepiece `.model` file with the files beside it; `add`: control tokens that are added to it.
+
+    `defined`: user-defined symbols of the model. `added`: tokens that are not its own, `ordinary` those of them that
+    are not special. `prefixes`: whether it puts a space before a text.
+    """
 
     folds = False
 
@@ -37,9 +41,9 @@ class SentencePieceTokenizer(Tokenizer):
         # bytes and pieces with a meaning are never replaced; what is found first in text, by its string
         numbers = {processor.id_to_piece(i): i for i in range(size)}
         self._controls = {piece: i for piece, i in numbers.items() if processor.is_control(i)}
-        self._defined = {piece: i for piece, i in numbers.items() if self._is_defined(i)}
+        self.defined = {piece: i for piece, i in numbers.items() if self._is_defined(i)}
         self.added: dict[str, int] = {}
-        self._ordinary = set[str]()
+        self.ordinary = set[str]()
         declared = {token.content: number for number, token in beside.added.items()}
         new = [*to_add(beside, {}), *(Added(content, special=True, normalized=False) for content in add)]
         for token in new:
@@ -49,8 +53,9 @@ class SentencePieceTokenizer(Tokenizer):
             if number >= size:
                 number, size = size, size + 1
             self.added[token.content] = numbers[token.content] = number
-            self._ordinary |= set() if token.special else {token.content}
+            self.ordinary |= set() if token.special else {token.content}
         self.vocab_size = size
+        self.prefixes = bool(processor.encode("a", out_type=str)[0].startswith("▁"))
         self.named = {
             f"{kind}_token": processor.id_to_piece(number)
             for kind, number in (("bos", processor.bos_id()), ("eos", processor.eos_id()), ("pad", processor.pad_id()))
@@ -64,10 +69,10 @@ class SentencePieceTokenizer(Tokenizer):
         marks = set(self.named.values())
         self.controls = {
             text: number
-            for text, number in (self._controls | self._defined | self.added).items()
-            if is_control(text, text in self._controls or text in self.added.keys() - self._ordinary, marks)
+            for text, number in (self._controls | self.defined | self.added).items()
+            if is_control(text, text in self._controls or text in self.added.keys() - self.ordinary, marks)
         }
-        self.folds = any(text in self._defined for text in self.controls)
+        self.folds = any(text in self.defined for text in self.controls)
         self.templates, self.template_file = beside.templates, beside.template_file
         # LlamaTokenizer of old: a space before what follows a control token, as at the beginning of a text
         self._spaced = beside.options.get("legacy") is True and beside.kind == "LlamaTokenizer"
@@ -152,7 +157,7 @@ class SentencePieceTokenizer(Tokenizer):
                 continue
             text += str(self._processor.decode(run)) if run else ""
             run = []
-            text += strings[token] if token in strings and strings[token] in self._ordinary else ""
+            text += strings[token] if token in strings and strings[token] in self.ordinary else ""
         return text
 
 

@@ -333,7 +333,7 @@ def _write_rope(model: ModelConfig) -> dict[str, Any]:
 
 def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
     """The keys in which two models compute differently."""
-    ignored = TRAINING | {"from_hf"}
+    ignored = TRAINING | {"from_hf", "add_tokens"}
     return [
         f.name
         for f in dataclasses.fields(ModelConfig)
