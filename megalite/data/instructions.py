@@ -6,10 +6,8 @@ import fcntl
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +19,11 @@ from megalite.data.controls import Controls, keep_text, unmark
 from megalite.data.conversations import Conversation, RowError, normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.masks import require_trained, token_weights, weighted_spans
+from megalite.data.report import Report
 from megalite.data.tokenizer import Encoding, Tokenizer
 
 # Raised whenever the same rows would give other files, so that old caches are not taken for new ones.
 RECIPE = 2
-SHOWN_ROWS = 5
 # within so many seconds a refusal of the same file is another rank's
 SAME_RUN_S = 10.0
 
@@ -46,27 +44,6 @@ class Example(NamedTuple):
     text: str
     encoding: Encoding
     weights: NDArray[np.float64]
-
-
-@dataclass
-class Report:
-    """What was met on the way."""
-
-    formats: Counter[str] = field(default_factory=Counter)
-    bad: list[str] = field(default_factory=list)
-    controls: int = 0
-    changed: int = 0
-    rows_with_controls: int = 0
-
-    def lines(self, control_tokens: str) -> Iterator[str]:
-        """One line for the user about each thing that is worth one."""
-        if self.bad:
-            shown = "; ".join(self.bad[:SHOWN_ROWS])
-            yield f"skipped {len(self.bad)} bad rows (data.bad_rows=skip): {shown}"
-        if self.controls:
-            what = "encoded as ordinary text" if control_tokens == "escape" else "left as control tokens"
-            how = f", {self.changed} of them with a zero-width space in it" if self.changed else ""
-            yield f"{self.rows_with_controls} rows hold {self.controls} control strings in their contents: {what}{how}"
 
 
 def examples(
@@ -104,12 +81,13 @@ def _example(
     rendered = Rendered(there.text, spans)
     encoding = tokenizer.encode_chat(rendered.text, there.ranges)
     weights = token_weights(rendered.text, encoding, weighted_spans(conversation, rendered, options.train_on))
-    require_trained(weights)
-    report.formats[conversation.format] += 1
+    require_trained(weights.astype(np.float32))  # as training has them: the smallest become 0
+    kept = conversation if changed else given
+    report.look(where, kept, rendered.text, encoding, weights, tokenizer)
     report.controls += found
-    report.changed += changed
-    report.rows_with_controls += found > 0
-    return Example(where, conversation if changed else given, rendered.text, encoding, weights)
+    for what in ["controls"] * (found > 0) + ["changed"] * (changed > 0):
+        report.see(what, where)
+    return Example(where, kept, rendered.text, encoding, weights)
 
 
 def weights_prefix(prefix: str | Path) -> Path:
@@ -148,8 +126,7 @@ def write_indexed(
             "template_name": template.name,
             "template": template.source,
             **options._asdict(),
-            "formats": dict(report.formats),
-            "notes": list(report.lines(options.control_tokens)),
+            "report": report.to_sidecar(path),
             "sources": [Path(path).name],
         }
     return report
