@@ -20,7 +20,16 @@ from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
 from megalite.hf.keys import check_hf, context_warning, with_hf
-from megalite.request import apart, one_length, resume_from, take_run_folder, with_curve, with_epochs, with_tokenizer
+from megalite.request import (
+    apart,
+    one_length,
+    resume_from,
+    take_run_folder,
+    with_added_tokens,
+    with_curve,
+    with_epochs,
+    with_tokenizer,
+)
 from megalite.together import (
     HERE,
     LOCAL_RANKS,
@@ -62,6 +71,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         request = with_hf(request)
         if tuning:
             request = with_tokenizer(request, say)
+        request = with_added_tokens(request)
         config, why = configure(request)
         if request.print_config:
             say(to_yaml(config).rstrip())

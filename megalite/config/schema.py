@@ -65,6 +65,9 @@ class ModelConfig:
     attention_dropout: float = _key(0.0, "of attention probabilities (HF attention_dropout, attn_pdrop)")
     sliding_window: int | None = _key(None, "keys a query sees, its own among them (HF sliding_window); null: all")
     from_hf: str | None = _key(None, "start from this Hugging Face folder: its config.json is the model")
+    add_tokens: tuple[str, ...] = _key(
+        (), "control tokens to add to data.tokenizer, e.g. [<|im_start|>, <|im_end|>]; the vocabulary grows by them"
+    )
 
     @property
     def gated(self) -> bool:

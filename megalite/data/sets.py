@@ -20,7 +20,7 @@ from megalite.data.instructions import Options, prepare
 from megalite.data.native import open_indexed
 from megalite.data.packing import Conversations, SftDataset
 from megalite.data.survey import Survey, shown_path, survey
-from megalite.data.tokenizer import load_tokenizer
+from megalite.data.tokenizer import load_tokenizer, tokenizer_file
 
 _log = logging.getLogger(__name__)
 
@@ -80,8 +80,12 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
     `scan`: read small streams through for token ids the model does not have (one rank is enough).
     """
     d, t = config.data, config.train
-    if d.tokenizer is not None and not (Path(d.tokenizer).is_file() and d.tokenizer.endswith((".model", ".json"))):
-        raise ValueError(f"data.tokenizer={d.tokenizer}: no such file; name a sentencepiece .model or a tokenizer.json")
+    if d.tokenizer is not None:
+        if not (Path(d.tokenizer).is_dir() or d.tokenizer.endswith((".model", ".json"))):
+            raise ValueError(
+                f"data.tokenizer={d.tokenizer}: name a sentencepiece .model, a tokenizer.json or the folder of one"
+            )
+        tokenizer_file(d.tokenizer)
     if d.sft is not None:
         return _open_conversations(config, scan)
     if d.path is None:
@@ -200,7 +204,7 @@ def _conversations(path: str, key: str, config: Config) -> Conversations:
             raise ValueError(f"{key}={path}: text needs data.tokenizer, a sentencepiece .model or a tokenizer.json")
         if not Path(path).is_file():
             raise ValueError(f"{key}={path}: no such file; name a .jsonl, .json or .parquet file of conversations")
-        tokenizer = load_tokenizer(d.tokenizer)
+        tokenizer = load_tokenizer(d.tokenizer, config.model.add_tokens)
         if tokenizer.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"data.tokenizer={d.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size="
@@ -234,7 +238,7 @@ def _check_made_alike(which: str, sidecar: Mapping[str, Any], config: Config) ->
             f"{which} was made with template {sidecar['template_name']}, data.template={template}; make it again"
         )
     if config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.add_tokens)
         if tokenizer.fingerprint != sidecar["tokenizer_sha256"]:
             raise ValueError(
                 f"{which} was made with another tokenizer than data.tokenizer={tokenizer.path}; name that one, "

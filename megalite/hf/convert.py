@@ -21,6 +21,7 @@ from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.load import read_yaml_file
 from megalite.config.tune import is_adapter
+from megalite.data.tokenizer_files import copy_files
 from megalite.hf.export import export
 from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new
 from megalite.hf.load import read_whole, stored_dtype
@@ -92,9 +93,7 @@ def keep_beside(source: Path, run_dir: Path) -> None:
     """
     carry(source, run_dir / "hf")
     if (tokenizer := find_tokenizer(source)) is not None:
-        for file in (tokenizer, source / "tokenizer_config.json", source / "chat_template.jinja"):
-            if file.is_file():
-                shutil.copyfile(file, run_dir / file.name)
+        copy_files(tokenizer, run_dir)
 
 
 def fitting(name: str, get: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]) -> Tensor:
