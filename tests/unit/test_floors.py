@@ -16,7 +16,7 @@ FLOORS = {
     6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
     5: ("trainer", "restore", "generate", "evaluate"),
     4: ("build",),  # the only place where the tables meet
-    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request"),
+    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "loaded"),
     2: ("parallel", "data", "watch", "plan", "activations", "batches"),
     1: ("config", "ops", "place", "arguments"),
     0: ("megalite",),  # the version alone
@@ -44,6 +44,7 @@ NEVER = [
             "checkpoint.describe",
             "tune.base",
             "request",
+            "loaded",
         )
     ),  # mistakes are told without torch
     *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),
