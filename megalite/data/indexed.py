@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalite.data.rows import read_object
+from megalite.data.temporary import Locks, remove_leftovers
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -63,8 +64,10 @@ class IndexedWriter:
         self.final = paths(prefix)
         self.final[0].parent.mkdir(parents=True, exist_ok=True)
         self.temporary = [path.with_name(f"{path.name}.tmp-{os.getpid()}") for path in self.final]
+        self._locks = Locks()
         try:
-            self.bin = self.temporary[0].open("wb")
+            remove_leftovers(self.final)
+            self.bin = self._locks.open(self.temporary[0])
         except OSError as error:
             raise ValueError(
                 f"{prefix} cannot be written ({error.strerror}); name a prefix in a folder that you may write to"
@@ -102,14 +105,14 @@ class IndexedWriter:
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
         with self.bin:
             _sync(self.bin)
-        with self.temporary[1].open("wb") as idx:
+        with self._locks.open(self.temporary[1]) as idx:
             idx.write(HEADER.pack(MAGIC, VERSION, self.code, len(lengths), len(self.documents)))
             idx.write(lengths.tobytes())
             idx.write((offsets * self.dtype.itemsize).tobytes())
             idx.write(np.asarray(self.documents, dtype="<i8").tobytes())
             _sync(idx)
         if self.sidecar is not None:
-            with self.temporary[2].open("wb") as file:
+            with self._locks.open(self.temporary[2]) as file:
                 file.write(json.dumps(self.sidecar, indent=2, ensure_ascii=False).encode() + b"\n")
                 _sync(file)
 
@@ -124,12 +127,14 @@ class IndexedWriter:
         folder = os.open(self.final[0].parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+        self._locks.close()
 
     def abort(self) -> None:
         """Remove everything written so far."""
         self.bin.close()
         for path in self.temporary:
             path.unlink(missing_ok=True)
+        self._locks.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,6 @@
 """Tuning from one's own run in one command: what the run brings along, and which of two wishes is meant."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -9,34 +8,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from assets import asset
 
-from megalite.checkpoint.manifest import digest
+from megalite.checkpoint.save import write_whole
 from megalite.config import Config, ConfigError, Request, resolve, to_yaml
 from megalite.config.schema import DataConfig, ModelConfig, ParallelConfig, TrainConfig, TuneConfig
+from megalite.config.tune import adapter_shapes, shapes
 from megalite.data.chat import ChatTemplate, find_template
 from megalite.data.instructions import Options, write_indexed
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import load_tokenizer
 from megalite.entry import understand
 from megalite.hf.folder import find_tokenizer
+from megalite.restore import State
 from megalite.watch.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ONE = ParallelConfig(tp=1, pp=1, sp=False)
-MODEL = ModelConfig(vocab_size=32000, hidden_size=48, num_layers=3, num_heads=2, ffn_hidden_size=64, dropout=0.125)
+MODEL = ModelConfig(vocab_size=32000, hidden_size=8, num_layers=3, num_heads=2, ffn_hidden_size=8, dropout=0.125)
 
 
 def make_run(folder: Path, **sections: Any) -> Path:
-    """A run folder whose checkpoint has a manifest and no tensors, and its tokenizer."""
+    """A run folder of weights of 0 at its last step, 7, with its tokenizer."""
     train = TrainConfig(run_dir=str(folder), seq_len=64, steps=7, global_batch_size=4, micro_batch_size=2)
     data = DataConfig(path="data/old", valid={"en": "data/en"}, tokenizer="tokenizers/old.model")
     config = resolve(Config(**{"model": MODEL, "parallel": ONE, "train": train, "data": data, **sections}), 1)
+    parameters = adapter_shapes(config) if config.tune.mode == "lora" else shapes(config.model)
+    described = {f"weight.{name}": (torch.float32, shape) for name, shape in parameters.items()}
+    state = State(step=7, consumed_samples=28, base="0123456789abcdef /gone")
     step = folder / "checkpoints" / "step-00000007"
-    step.mkdir(parents=True)
-    manifest: dict[str, Any] = {"format": 3, "step": 7, "consumed_samples": 28, "files": {}, "tensors": {}}
-    manifest["config"] = dataclasses.asdict(config)
-    (step / "manifest.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
+    write_whole(step, config, described, lambda name: torch.zeros(described[name][1]), dataclasses.asdict(state))
     (folder / "config.yaml").write_text(to_yaml(config))
     (folder / "tokenizer.model").write_bytes(asset("mistral-v1/tokenizer.model").read_bytes())
     return folder
@@ -62,7 +64,7 @@ def test_one_command(run: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert (config.optim.lr, config.checkpoint.load_optim) == (2e-5, False)
         said = capsys.readouterr().out.splitlines()
         assert said == [
-            f"model of {load}: 3 layers of 48, 32000 tokens",
+            f"model of {load}: 3 layers of 8, 32000 tokens",
             f"train.seq_len=64: {load} was trained on so many tokens",
             f"data.tokenizer={run}/tokenizer.model",
             f"data.template=plain: {run}/tokenizer.model has no chat template of its own",
