@@ -28,6 +28,11 @@ _log = logging.getLogger(__name__)
 
 # Reading a whole stream to look for a wrong token id is worth it up to this size; every batch is checked anyway.
 SCAN_TOKENS = 200_000_000
+# what a run wants to know of instruction data, from its sidecar
+NEEDED = {
+    *("tokens", "trained_tokens", "tokenizer_sha256", "template_name", "template", "report", "sources"),
+    *("train_on", "control_tokens", "bad_rows"),
+}
 
 
 @dataclass(frozen=True)
@@ -216,6 +221,11 @@ def _conversations(path: str, key: str, config: Config) -> Conversations:
         found = Conversations(prefix)
     except ValueError as error:
         raise ValueError(f"{key}={path}: {error}") from None
+    if missing := NEEDED - found.sidecar.keys():
+        raise ValueError(
+            f"{key}={path} was made by an older megalite: {prefix}.json says nothing of {', '.join(sorted(missing))}; "
+            f"make it again with tools/data.py sft"
+        )
     if prefix is path:
         _check_made_alike(f"{key}={path}", found.sidecar, config)
     return found
