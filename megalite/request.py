@@ -18,6 +18,8 @@ from megalite.config.batch import steps_for, total_samples
 from megalite.config.load import read_yaml_file
 from megalite.config.schema import OptimConfig
 from megalite.config.tune import check_adapter, is_adapter
+from megalite.data.indexed import paths
+from megalite.data.origin import find_tokenizer_of, made_with, recorded_tokenizer
 from megalite.data.tokenizer import load_tokenizer
 from megalite.hf.folder import find_tokenizer
 from megalite.optim.lr import learning_rate
@@ -54,12 +56,23 @@ def apart(request: Request) -> Request:
     return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
 
 
+def begin_with(load: str, run_dir: Path) -> Path:
+    """The checkpoint named by checkpoint.load; where it is gone, that of the run itself, which goes on from its own."""
+    try:
+        return find(load)
+    except ValueError:
+        own = complete(run_dir)
+        if not own:
+            raise
+        return own[-1]
+
+
 def with_tokenizer(request: Request, say: Say) -> Request:
     """With the tokenizer of the run it starts from, and so its chat template, where the request names none."""
     config, load = request.config, request.config.checkpoint.load
     if load is None or config.data.sft is None or config.data.tokenizer is not None:
         return request
-    run_dir = find(load).parents[1]
+    run_dir = begin_with(load, Path(config.train.run_dir)).parents[1]
     tokenizer = find_tokenizer(run_dir)
     if tokenizer is None:
         return request
@@ -107,6 +120,28 @@ def new_rows(config: Config, known: Sequence[str]) -> range:
     return range(before.vocab_size, after.vocab_size)
 
 
+def with_data_tokenizer(config: Config, say: Say) -> Config:
+    """With the tokenizer that the data was made with, where none is named; without it no text comes of the model."""
+    d, prefix = config.data, config.data.sft or config.data.path
+    if prefix is None or not paths(prefix)[1].is_file():
+        return config
+    needed = "generate, evaluate and export need it: set data.tokenizer"
+    if d.tokenizer is not None:
+        if not made_with(prefix, load_tokenizer(d.tokenizer)):
+            say(
+                f"note: {prefix} was made with another file than data.tokenizer={d.tokenizer}: "
+                f"{recorded_tokenizer(prefix)}"
+            )
+    elif found := find_tokenizer_of(prefix, Path(config.train.run_dir)):
+        say(f"data.tokenizer={found}: {prefix} was made with it")
+        return dataclasses.replace(config, data=dataclasses.replace(d, tokenizer=str(found)))
+    elif name := recorded_tokenizer(prefix):
+        say(f"note: the tokenizer that {prefix} was made with is not there or another: {name}; {needed}")
+    else:
+        say(f"note: {prefix} does not say with which tokenizer it was made; {needed}")
+    return config
+
+
 def with_epochs(config: Config, request: Request, samples: int, world_size: int, say: Say) -> Config:
     """train.epochs as train.steps, now that one epoch is known to have so many samples."""
     if config.train.epochs is None:
@@ -115,6 +150,12 @@ def with_epochs(config: Config, request: Request, samples: int, world_size: int,
     step, used = (0, 0) if begun is None else (begun.step, begun.samples)
     steps = steps_for(config, config.train.epochs * samples, step, used)
     say(f"train.epochs={config.train.epochs:g} of {samples} samples: {steps} steps")
+    total, warmup = int(config.train.epochs * samples), config.optim.warmup_samples
+    if warmup > total:
+        say(
+            f"warning: the learning rate does not reach optim.lr={config.optim.lr:g}: optim.warmup_samples={warmup} is "
+            f"more than the {total} samples of the run; set it to {total // 10}"
+        )
     train = dataclasses.replace(config.train, steps=steps, epochs=None)
     optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
     return resolve(dataclasses.replace(config, train=train, optim=optim), world_size)

@@ -108,7 +108,9 @@ class DataConfig:
     path: str | None = _key(None, "training data: the prefix printed by tools/preprocess_data.py")
     valid: Mapping[str, str] = _key({}, "held-out sets, NAME: PREFIX; each is evaluated and reported by name")
     valid_fraction: float = _key(0.02, "share of data.path held out, from its end, if data.valid is empty")
-    tokenizer: str | None = _key(None, "sentencepiece .model or tokenizer.json, kept with the run for generation")
+    tokenizer: str | None = _key(
+        None, "sentencepiece .model or tokenizer.json, kept with the run; null: that of the data"
+    )
     isolate_documents: bool = _key(False, "attention and positions restart at each document")
     sft: str | None = _key(
         None, "instruction data in place of path: .jsonl, .json, .parquet, or a prefix made by tools/data.py sft"

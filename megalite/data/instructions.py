@@ -19,6 +19,7 @@ from megalite.data.controls import Controls, keep_text, unmark
 from megalite.data.conversations import Conversation, RowError, normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.masks import require_trained, token_weights, weighted_spans
+from megalite.data.origin import describe_tokenizer
 from megalite.data.report import Report
 from megalite.data.tokenizer import Encoding, Tokenizer
 
@@ -120,8 +121,7 @@ def write_indexed(
             "documents": sum(report.formats.values()),
             "tokens": tokens.num_tokens,
             "trained_tokens": trained,
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": tokenizer.fingerprint,
+            **describe_tokenizer(tokenizer, prefix.parent),
             "weights": list(table),
             "template_name": template.name,
             "template": template.source,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from megalite.data.documents import Row, read_rows, texts
 from megalite.data.indexed import IndexedWriter, paths, token_dtype
+from megalite.data.origin import describe_tokenizer
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_BYTES = 1 << 18
@@ -243,12 +244,10 @@ def preprocess(
                 "documents": each.documents,
                 "tokens": each.tokens,
                 "text_bytes": each.text_bytes,
-                "vocab_size": tokenizer.vocab_size,
                 **({"prepend_bos": True} if prepend_bos else {}),
                 "append_eod": append_eod,
                 "eod_id": eod_id,
-                "tokenizer": _relative(tokenizer.path, each.prefix.parent),
-                "tokenizer_sha256": tokenizer.fingerprint,
+                **describe_tokenizer(tokenizer, each.prefix.parent),
                 "sources": [Path(file).name for file in files],
             }
     return report
@@ -275,9 +274,3 @@ def _write(
             logged = first.documents // log_interval
             speed = first.text_bytes / (time.monotonic() - started) / 1e6
             print(f"{first.documents} documents, {first.tokens} tokens, {speed:.1f} MB/s", file=sys.stderr)
-
-
-def _relative(path: Path, folder: Path) -> str:
-    """Relative to the sidecar where the file lies beside or below it, so that the folder may move."""
-    full, base = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
-    return str(full.relative_to(base) if full.is_relative_to(base) else full)

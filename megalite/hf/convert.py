@@ -21,6 +21,7 @@ from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.load import read_yaml_file
 from megalite.config.tune import is_adapter
+from megalite.data.origin import tokenizer_of_run
 from megalite.data.tokenizer_files import copy_files
 from megalite.hf.export import export
 from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new
@@ -135,7 +136,7 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
         dtypes,
         context=config.train.seq_len,
         carried=carried if carried.is_dir() else None,
-        tokenizer=find_tokenizer(run_dir),
+        tokenizer=find_tokenizer(run_dir) or tokenizer_of_run(manifest["config"].get("data", {}), run_dir),
         template=template if template.is_file() else None,
         shard_bytes=shard_bytes,
     )
