@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megalite.arguments import Parser
 from megalite.checkpoint.describe import describe, describe_lines, many, size
 from megalite.checkpoint.folder import complete, find, read_manifest
-from megalite.checkpoint.manifest import Damaged
+from megalite.checkpoint.manifest import Damaged, Removed
 
 EXAMPLES = """examples:
   python tools/checkpoint.py info runs/tiny
@@ -102,17 +102,24 @@ def verify(options: argparse.Namespace) -> int:
         began = time.monotonic()
         try:
             manifest = read_manifest(folder)
+            found = verify_blocks(folder, manifest)
         except Damaged as error:
             print(f"damaged  {error}")
             status = 1
             continue
-        found = verify_blocks(folder, manifest)
+        except Removed as error:
+            if folder in options.paths:
+                raise
+            print(f"removed  {error}")
+            continue
         seconds = time.monotonic() - began
         for line in found.damages:
             print(f"damaged  {line}")
         outcome = many(len(found.damages), "damage") if found.damages else "good"
+        weights_only = all(name.startswith("weight.") for name in manifest["tensors"])
         tensors, speed = len(manifest["tensors"]), found.bytes / max(seconds, 1e-9) / 1e9
         amount = f"{many(tensors, 'tensor')} in {many(found.blocks, 'block')}, {size(found.bytes)} read"
+        amount += ", weights without optimizer state," if weights_only else ""
         print(f"{outcome}  {folder}: {amount} in {seconds:.2f} s, {speed:.2f} GB/s", flush=True)
         status = 1 if found.damages else status
     return status

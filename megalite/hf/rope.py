@@ -66,6 +66,18 @@ def _read_yarn(rope: Fields, factor: float) -> dict[str, float]:
     return dict(zip(names, (fast, slow, *weights), strict=True))
 
 
+def rope_context(model: ModelConfig, max_positions: Any) -> int | None:
+    """The positions that a rotary model is made for; None where `max_positions`, of its config.json, does not say.
+
+    Files of llama3 models give the stretched context, those of linear the one before, those of yarn either.
+    """
+    if not isinstance(max_positions, int) or isinstance(max_positions, bool) or max_positions < 1:
+        return None
+    if model.rope_scaling == "linear":
+        return int(max_positions * model.rope_factor)
+    return max(max_positions, int((model.rope_original_max_positions or 0) * model.rope_factor))
+
+
 def write_rope(model: ModelConfig) -> dict[str, Any]:
     """The spelling of transformers 4, which 5 reads too."""
     scaling: dict[str, Any] = {}
