@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from megalite.checkpoint import lock
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, Request, from_mapping, resolve
@@ -183,8 +184,9 @@ def resume_from(config: Config, say: Say) -> Path | None:
 
 
 def _holds_files(run_dir: Path) -> bool:
-    # rank 0 may already try whether it can write here, while another rank still looks
-    return any(not path.name.startswith(PROBE) for path in run_dir.iterdir())
+    # rank 0 may already try whether it can write here and take the folder, while another rank still looks
+    ours = (PROBE, lock.NAME, lock.BESIDE)
+    return any(not path.name.startswith(ours) for path in run_dir.iterdir())
 
 
 def newest_readable(run_dir: Path, say: Say) -> Path | None:
@@ -229,3 +231,18 @@ def make_run_folder(run_dir: Path) -> None:
         raise ConfigError(
             f"train.run_dir={run_dir} cannot be written ({error.strerror}); name a folder on a disk with room"
         ) from None
+
+
+def take_run_folder(config: Config, resume: Path | None) -> None:
+    """Make train.run_dir and hold it for this run, which goes on from `resume`; ConfigError where another run has it.
+
+    A run that ended just before may have left another checkpoint to go on from: that is told too.
+    """
+    run_dir = Path(config.train.run_dir)
+    make_run_folder(run_dir)
+    lock.hold(run_dir)
+    if resume_from(config, lambda _: None) != resume:
+        lock.release(run_dir)
+        raise ConfigError(
+            f"train.run_dir={run_dir}: another run has saved there while this one started; start it again"
+        )

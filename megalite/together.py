@@ -17,7 +17,6 @@ from typing import NoReturn
 
 from megalite.agree import Report, report, settle, start_report
 from megalite.config import Config
-from megalite.config.schema import ParallelConfig
 from megalite.parallel.meet import NotMet, join
 from megalite.parallel.peers import Peers, end_with
 from megalite.place import place, watch_launcher
@@ -32,6 +31,8 @@ watch_launcher()
 RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
 
 
+# A rank that has failed alone does not wait longer than this for another to tell.
+FAILED_S = 60.0
 # what an error of a connection between ranks speaks of
 CONNECTION = r"gloo|nccl|connection|timed? ?out|store"
 # this rank's connection to the others once they have met
@@ -53,7 +54,7 @@ def fail(error: object, meets: bool = True) -> int:
         time.sleep(1.0)  # the launcher lets the first rank speak
         return print_error(text) if HERE.local_rank == 0 and RANK > 0 else 2
     try:
-        peers, _ = join(HERE, ParallelConfig().timeout_s, BEGAN)
+        peers, _ = join(HERE, FAILED_S, BEGAN)
     except (ValueError, OSError, ImportError):
         return print_error(text) if RANK > 0 else 2
     settle(peers, start_report(HERE, text, said=RANK == 0))
@@ -142,7 +143,7 @@ def meet(config: Config) -> tuple[Peers, typing.Any]:
     try:
         return join(HERE, config.parallel.timeout_s, BEGAN)
     except NotMet as error:
-        end_with(f"error: {error}" if error.speaks else "", 1)
+        end_with(error.line, 1)
 
 
 def complete_together(config: Config, resume: Path) -> int:

@@ -61,6 +61,8 @@ class Peers:
 
         `kind`: one of KINDS.
         """
+        if self._over:
+            return
         self._failing = True
         self._send({"ended": [kind, text]})
         # where the connection is lost too the verdict is that rank 0 is gone; where all fails this rank speaks
@@ -112,6 +114,7 @@ class Peers:
             self._inbox.put(message["shared"])
         elif "over" in message:
             self._over = True
+            self._speaks.set()
         elif "verdict" in message:
             self._end(Verdict(**message["verdict"]))
 
