@@ -19,6 +19,11 @@ class Place:
     master: str = "127.0.0.1"
     port: int = 29500
 
+    @property
+    def node(self) -> int:
+        """The first rank of this rank's node."""
+        return self.rank - self.local_rank
+
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
     """By torchrun's names; else by srun's, if it started a process per rank; else one process alone."""
@@ -45,3 +50,17 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
         env.get("MASTER_ADDR", "127.0.0.1"),
         int(env.get("MASTER_PORT", 29500)),
     )
+
+
+_launcher = 0
+
+
+def watch_launcher(env: Mapping[str, str] = os.environ) -> None:
+    """Remember who started this rank. A process alone has no launcher: it may outlive the shell it was typed into."""
+    global _launcher
+    _launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in env or place(env).world_size > 1 else 0
+
+
+def launcher_gone() -> bool:
+    """Whether this rank's launcher is dead, so that nobody would end this rank if it waited for ever."""
+    return _launcher != 0 and os.getppid() != _launcher

@@ -23,7 +23,7 @@ from megalite.optim.lr import learning_rate
 
 Say = Callable[[str], None]
 
-# what rank 0 writes for a moment to see that a run folder can be written
+# how the names begin of what rank 0 writes for a moment, to see that a run folder can be written and that all see it
 PROBE = ".writable"
 
 # the keys that make the learning-rate curve
@@ -185,8 +185,7 @@ def resume_from(config: Config, say: Say) -> Path | None:
 
 def _holds_files(run_dir: Path) -> bool:
     # rank 0 may already try whether it can write here and take the folder, while another rank still looks
-    ours = (PROBE, lock.NAME)
-    return any(path.name not in ours and not path.name.startswith(lock.BESIDE) for path in run_dir.iterdir())
+    return any(path.name != lock.NAME and not path.name.startswith((PROBE, lock.BESIDE)) for path in run_dir.iterdir())
 
 
 def newest_readable(run_dir: Path, say: Say) -> Path | None:

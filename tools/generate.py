@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite import entry
+from megalite import together
 from megalite.arguments import Parser
 from megalite.data.rows import decode, filled_lines, kind, parse_json, text_fault
 from megalite.generate.chat import Chat
@@ -75,7 +75,7 @@ def main() -> int:
             options.model,
             tp=options.tp,
             pp=options.pp,
-            world_size=entry.WORLD_SIZE,
+            world_size=together.WORLD_SIZE,
             device=options.device,
             dtype=options.dtype,
             # the ranks that wait for a line to be typed must not run into a time limit
@@ -90,7 +90,7 @@ def main() -> int:
         else:
             replies = [reply(source, None, prompt, settings) for prompt in prompts]
     except (ValueError, OSError) as error:
-        return entry.fail(error)
+        return together.fail(error)
 
     def run(world: "World") -> None:
         from megalite.generate.decode import load_stage
@@ -101,7 +101,7 @@ def main() -> int:
         else:
             interact(stage, source, chat, settings)
 
-    return entry.in_world(source.config, run)
+    return together.in_world(source.config, run)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -180,7 +180,7 @@ def lines() -> Iterator[str | None]:
     """What is typed, line by line, then None; on other ranks than the first None without end."""
     while True:
         line = None
-        if entry.RANK == 0:
+        if together.RANK == 0:
             try:
                 line = input("> " if sys.stdin.isatty() else "")
             except EOFError:
@@ -189,13 +189,13 @@ def lines() -> Iterator[str | None]:
 
 
 def write(text: str) -> None:
-    if entry.RANK == 0:
+    if together.RANK == 0:
         print(text, end="", flush=True)
 
 
 def note(stage: "Stage", replies: Sequence[Reply]) -> None:
     """Tell of replies that the context ended, and of those longer than what the model was trained on."""
-    if entry.RANK != 0:
+    if together.RANK != 0:
         return
     trained = stage.config.train.seq_len
     if any(each.ended == "context end" for each in replies):
@@ -205,4 +205,4 @@ def note(stage: "Stage", replies: Sequence[Reply]) -> None:
 
 
 if __name__ == "__main__":
-    entry.leave(main())
+    together.leave(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from megalite.config.batch import total_samples
+from megalite.config.batch import skipped_ranges, total_samples
 from megalite.config.groups import parse_groups
 from megalite.config.load import ConfigError
 from megalite.config.schema import Config, ModelConfig, TuneConfig
@@ -336,6 +336,7 @@ def _check_data(config: Config) -> None:
         f"data.path={d.path} and data.sft={d.sft} are both set; a run learns from one of them",
     )
     _require(t.epochs is None or t.epochs > 0, f"train.epochs={t.epochs} must be greater than 0")
+    skipped_ranges(t.skip_samples)
     _require(
         config.model.from_hf is None or config.checkpoint.load is None,
         f"model.from_hf={config.model.from_hf} and checkpoint.load={config.checkpoint.load} both name the weights to "

@@ -200,6 +200,9 @@ class TrainConfig:
     global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas")
     ramp_start: int = _key(0, "with ramp_samples: samples of the first optimizer step")
     ramp_samples: int = _key(0, "samples over which the step grows from ramp_start to global_batch_size; 0: no ramp")
+    skip_samples: str = _key(
+        "", "numbers of samples, FIRST:END,FIRST:END, whose batches are passed over: their steps change no weight"
+    )
     seed: int = _key(1234, "of initial weights and sample order")
     dtype: str = _key(
         "fp32",

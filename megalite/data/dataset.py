@@ -1,6 +1,6 @@
 """Fixed-length training and evaluation windows over one indexed token stream."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -41,6 +41,9 @@ class Samples(Protocol):
 
     def layout(self, indices: Sequence[int]) -> Layout:
         """Positions and bounds of `indices` without reading a token."""
+
+    def describe(self, indices: Sequence[int]) -> str:
+        """In which part of the data `indices` are, for a message."""
 
 
 class WindowDataset:
@@ -98,6 +101,15 @@ class WindowDataset:
         """Positions and bounds of `indices` without reading a token."""
         return self._layout([self.window(index) for index in indices])
 
+    def describe(self, indices: Sequence[int]) -> str:
+        """The documents from which the tokens of `indices` come, counted from 0."""
+        found: set[int] = set()
+        for window in map(self.window, indices):
+            ends = (window * self.seq_len, min((window + 1) * self.seq_len, self.indexed.num_tokens - 1))
+            first, last = np.searchsorted(self.indexed.document_starts, ends, side="right") - 1
+            found |= set(range(int(first), int(last) + 1))
+        return numbered("document", found)
+
     def _layout(self, windows: Sequence[int]) -> Layout:
         query = np.arange(self.seq_len)
         if not self.isolate_documents:
@@ -148,6 +160,12 @@ def heldout_windows(indexed: IndexedDataset, seq_len: int, *, isolate_documents:
     return WindowDataset(indexed, seq_len, isolate_documents=isolate_documents)
 
 
+def numbered(noun: str, numbers: Collection[int]) -> str:
+    """`document 3`, or `documents 3, 7, 8`, at most eight of them."""
+    first = [str(number) for number in sorted(numbers)[:8]]
+    return f"{noun}{'s' * (len(numbers) != 1)} {', '.join(first)}" + ", ..." * (len(numbers) > len(first))
+
+
 class Spread:
     """`count` samples of a set, evenly over all of it, so that an ordered set is not judged by its beginning.
 
@@ -169,6 +187,9 @@ class Spread:
 
     def layout(self, indices: Sequence[int]) -> Layout:
         return self.samples.layout(self._places(indices))
+
+    def describe(self, indices: Sequence[int]) -> str:
+        return self.samples.describe(self._places(indices))
 
 
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int) -> None:

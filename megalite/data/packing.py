@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.dataset import Batch, Layout
+from megalite.data.dataset import Batch, Layout, numbered
 from megalite.data.indexed import IndexedDataset
 from megalite.data.instructions import weights_prefix
 from megalite.data.order import EpochOrder
@@ -152,3 +152,8 @@ class SftDataset:
             first[b, starts] = starts
         first = np.maximum.accumulate(first, axis=1)
         return Layout(query - first, np.stack([first, np.broadcast_to(query + 1, first.shape)], axis=-1))
+
+    def describe(self, indices: Sequence[int]) -> str:
+        """The conversations in the rows of `indices`, counted from 0 as they were kept of the file."""
+        starts = [self.pieces[i].start for index in indices for i in self.row(index)]
+        return numbered("conversation", set((np.searchsorted(self.data.starts, starts, side="right") - 1).tolist()))

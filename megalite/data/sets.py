@@ -33,12 +33,15 @@ class Section(IndexedDataset):
 
     def __init__(self, whole: IndexedDataset, first: int, last: int) -> None:
         starts = np.append(whole.document_starts, whole.num_tokens)
-        self.whole = whole
+        self.whole, self._documents = whole, (first, last)
         self.prefix, self.bin_path, self.dtype = whole.prefix, whole.bin_path, whole.dtype
         self._start = int(starts[first])
         self.num_tokens = int(starts[last]) - self._start
         self.num_documents = last - first
         self._starts: NDArray[np.int64] = starts[first:last] - self._start
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Section, (self.whole, *self._documents)
 
     @property
     def document_starts(self) -> NDArray[np.int64]:  # type: ignore[override]

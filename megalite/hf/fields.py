@@ -11,6 +11,7 @@ from typing import Any
 LARGEST = 2**31 - 1
 _SHOWN = 80  # characters of a value in a message
 _NO_DEFAULT = object()
+_PLAIN = (bool, int, float, str, list, dict)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,6 +73,8 @@ class Fields:
         self, key: str, default: Any = _NO_DEFAULT, null: Any = _NO_DEFAULT, low: int = 1, high: int = LARGEST
     ) -> int:
         value: int = self._value(key, (int,), default, null)
+        if value is default and key not in self.values:
+            return value
         if not low <= value <= high:
             raise self.refuse(key, f"must be from {low} to {high}", value)
         return value
@@ -116,5 +119,5 @@ class Fields:
         """ValueError for a key of `table` whose value is neither null nor one of those there."""
         for key, allowed in table.items():
             value = self.values.get(key)
-            if value is not None and value not in allowed:
+            if value is not None and not (isinstance(value, _PLAIN) and value in allowed):
                 raise self.refuse(key, why)

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from megalite.place import launcher_gone
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -32,7 +34,14 @@ class Stop:
             os._exit(130)
         self.reason = self.reason or signal.Signals(number).name
 
+    def heard(self) -> bool:
+        """Whether a signal has come or the launcher is gone, at any time since this was made."""
+        if not self.reason and launcher_gone():
+            self.reason = "the launcher is gone"
+        return bool(self.reason)
+
     def asked(self) -> bool:
+        self.heard()
         if not self.reason and self._file is not None and self._file.exists():
             self.reason = "STOP file"
         if not self.reason and self._deadline is not None and time.monotonic() > self._deadline:

@@ -13,7 +13,7 @@ from megalite.hf.config import read_model
 from megalite.hf.keys import context_warning, with_hf
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 80}
-LLAMA = {"model_type": "llama", **SIZES}
+LLAMA = {"model_type": "llama", "num_key_value_heads": 4, **SIZES}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 512}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
