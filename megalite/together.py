@@ -19,7 +19,7 @@ from megalite.agree import Report, report, settle, start_report
 from megalite.config import Config
 from megalite.parallel.meet import NotMet, join
 from megalite.parallel.peers import Peers, end_with
-from megalite.place import place, watch_launcher
+from megalite.place import end, place, watch_launcher
 from megalite.watch.stop import SIGNALS
 
 if typing.TYPE_CHECKING:
@@ -83,7 +83,7 @@ def hear_signals() -> None:
             _peers.failed("signal", text)
         if _peers is not None or RANK == 0:
             print(f"{text}; the same command starts again", file=sys.stderr, flush=True)
-        os._exit(128 + number)
+        end(128 + number)
 
     for number in SIGNALS:
         signal.signal(number, heard)
@@ -163,5 +163,5 @@ def leave(status: int) -> NoReturn:
     if WORLD_SIZE > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        end(status)
     sys.exit(status)

@@ -8,7 +8,6 @@ waits. Rank 0's own silence is counted by each rank.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megalite.parallel.hub import DIED, SETTLE_S, SILENCE_S, SILENT, Hub, Lines, Verdict, beat_s, encode
-from megalite.place import Place
+from megalite.place import Place, end
 
 
 class Peers:
@@ -78,7 +77,7 @@ class Peers:
     def wait_for_end(self) -> NoReturn:
         """Wait for the verdict, which ends this process."""
         time.sleep(self.timeout_s + self._silence)
-        os._exit(1)
+        end(1)
 
     def _send(self, message: dict[str, Any]) -> None:
         # where rank 0 is gone the listening thread finds out and says so
@@ -141,4 +140,4 @@ def end_with(line: str, status: int) -> NoReturn:
         print(line, file=sys.stderr, flush=True)
     else:
         time.sleep(0.5)
-    os._exit(status)
+    end(status)
