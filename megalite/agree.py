@@ -6,7 +6,6 @@ the rank that differs says so. No torch.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import secrets
@@ -113,6 +112,8 @@ def _remedy(what: str) -> str:
         return "give every node the same files, best on a file system that all share"
     if what in ("parallel.tp", "parallel.pp", "parallel.dp"):
         return "nodes with different memory chose different topologies; set parallel.tp and parallel.pp"
+    if what in ("torch", "train.device=auto"):
+        return "give all nodes the same Python environment and the same kind of GPU, or set train.device"
     return "start all ranks with the same command and the same configuration files"
 
 
@@ -128,9 +129,8 @@ def settle(peers: Peers, mine: Report, run_dir: Path | None = None) -> None:
         except OSError as error:
             peers.accuse(0, f"{run_dir}: {error.strerror}", [mine])
     mark = peers.share(mark)
-    if peers.hub is None and not _sees(run_dir, mark):
-        where = run_dir.absolute()
-        problem = f"train.run_dir={run_dir} is {where} here, and does not show what rank 0 wrote into it; {SHARED}"
+    if peers.hub is None:
+        problem = _problem(run_dir, mark, peers.here)
     reports = peers.gather(start_report(peers.here, problem))
     if peers.hub is not None:
         (run_dir / mark).unlink(missing_ok=True)
@@ -143,14 +143,21 @@ def _judge(peers: Peers, reports: Sequence[Report]) -> None:
     peers.share("alike")
 
 
-def _sees(run_dir: Path, mark: str) -> bool:
-    """Whether rank 0's mark is in the folder. A network file system forgets by `mkdir` that there was none."""
+def _problem(run_dir: Path, mark: str, here: Place) -> str:
+    """What is wrong with the folder as this rank sees it; rank 0 has put `mark` into its own."""
     made = not run_dir.is_dir()
-    with contextlib.suppress(OSError):
+    try:
+        # a network file system that has seen no such folder before looks again now
         run_dir.mkdir(parents=True, exist_ok=True)
-    if (run_dir / mark).is_file():
-        return True
-    if made:
-        with contextlib.suppress(OSError):
+        if (run_dir / mark).is_file():
+            if here.local_rank == 0:
+                mine = run_dir / f"{mark}-{here.rank}"
+                mine.touch()
+                mine.unlink()
+            return ""
+        if made:
             run_dir.rmdir()  # nothing is left of a folder that is not the run's
-    return False
+    except OSError as error:
+        return f"train.run_dir={run_dir} cannot be written here ({error.strerror}); every rank saves into it"
+    where = run_dir.absolute()
+    return f"train.run_dir={run_dir} is {where} here, and does not show what rank 0 wrote into it; {SHARED}"

@@ -101,8 +101,10 @@ def in_world(config: Config, main: Callable[[World], None], mine: Report | None 
         if WORLD_SIZE > 1:
             _peers, store = meet(config)
             settle(_peers, mine or start_report(HERE), Path(config.train.run_dir) if mine else None)
-        from megalite.parallel.launch import start_world
+        from megalite.parallel.launch import environment, start_world
 
+        if _peers is not None:
+            settle(_peers, start_report(HERE) | {"facts": environment(config)})
         with start_world(config, _peers, store) as world:
             main(world)
     except Exception as error:
