@@ -6,6 +6,7 @@ the rank that differs says so. No torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import secrets
@@ -30,15 +31,15 @@ Report = dict[str, Any]
 
 def report(config: Config, resume: Path | None, here: Place) -> Report:
     """What this rank has, as {what: how it is}; of several nodes the first rank of each also reads the files."""
-    facts: dict[str, str] = {}
+    # what other values follow from comes first
+    found = "no checkpoint" if resume is None else _name(resume)
+    facts = {f"train.run_dir={config.train.run_dir}": f"has {found}"}
     if here.local_rank == 0 and here.local_ranks < here.world_size:
         facts |= {what: f"holds {fingerprint(files)}" for what, files in _files(config)}
         if config.checkpoint.load is not None:
             facts[f"checkpoint.load={config.checkpoint.load}"] = f"holds {_name(find(config.checkpoint.load))}"
     for section, values in dataclasses.asdict(config).items():
         facts |= {f"{section}.{key}": f"is {value}" for key, value in values.items()}
-    found = "no checkpoint" if resume is None else _name(resume)
-    facts[f"train.run_dir={config.train.run_dir}"] = f"has {found}"
     return start_report(here) | {"facts": facts}
 
 
@@ -156,7 +157,8 @@ def _problem(run_dir: Path, mark: str, here: Place) -> str:
                 mine.unlink()
             return ""
         if made:
-            run_dir.rmdir()  # nothing is left of a folder that is not the run's
+            with contextlib.suppress(OSError):  # another rank of this node has done it
+                run_dir.rmdir()
     except OSError as error:
         return f"train.run_dir={run_dir} cannot be written here ({error.strerror}); every rank saves into it"
     where = run_dir.absolute()

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from megalite import plan
 from megalite.agree import Report, report
+from megalite.checkpoint import lock
 from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
-from megalite.hf.keys import check_hf, with_hf
-from megalite.request import apart, make_run_folder, one_length, resume_from, with_epochs, with_tokenizer
+from megalite.hf.keys import check_hf, context_warning, with_hf
+from megalite.request import apart, one_length, resume_from, take_run_folder, with_curve, with_epochs, with_tokenizer
 from megalite.together import (
     HERE,
     LOCAL_RANKS,
@@ -69,10 +70,16 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
         if config.tune.mode != "full" or config.tune.freeze:
             say(plan.describe_trained(config))
+        if config.optim.name == "muon":
+            say(plan.describe_muon(config))
+        if warning := context_warning(config):
+            say(warning)
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
             return 0
+        if RANK == 0:
+            lock.require_free(Path(config.train.run_dir))
         if config.log.tensorboard:
             require_tensorboard()
         if not HERE.master:
@@ -90,6 +97,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
 
         data = open_data(config, scan=RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
+        config = with_curve(config, request, say)
         resume = resume_from(config, say)
         if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:
             say(
@@ -102,7 +110,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
             say("note: neither checkpoint.load nor model.from_hf is set: training starts from fresh weights")
         check_hf(config, resume)
         if RANK == 0:
-            make_run_folder(Path(config.train.run_dir))
+            take_run_folder(config, resume)
         mine = report(config, resume, HERE) if WORLD_SIZE > 1 else None
     except (ConfigError, ValueError, OSError) as error:
         return fail(error, meets=not {"--dry-run", "--print-config"} & set(argv))
@@ -187,7 +195,11 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
 
         done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
-    status = in_world(config, main, mine)
+    try:
+        status = in_world(config, main, mine)
+    finally:
+        if RANK == 0:
+            lock.release(Path(config.train.run_dir))
     if status == 0 and done and config.train.export_hf is not None:
         try:
             export(config)
