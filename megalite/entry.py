@@ -228,13 +228,13 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
         nonlocal done
         from megalite.trainer import train
 
-        try:
-            done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
-        finally:
-            if RANK == 0:
-                lock.release(Path(config.train.run_dir))
+        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
-    status = in_world(config, main, mine)
+    try:
+        status = in_world(config, main, mine)
+    finally:
+        if RANK == 0:
+            lock.release(Path(config.train.run_dir))
     if status == 0 and done and config.train.export_hf is not None:
         try:
             export(config)

@@ -95,7 +95,7 @@ class ParallelConfig:
     overlap: bool = _key(True, "sum gradient buckets over dp while the backward still computes")
     bucket_mb: float = _key(25.0, "size of one gradient bucket in MiB")
     zero: int = _key(0, "1: each replica keeps optimizer states of its share only (ZeRO stage 1); 0: of all")
-    timeout_s: float = _key(600.0, "seconds after which a collective that hangs ends the run")
+    timeout_s: float = _key(600.0, "seconds after which a rank that hangs, is stopped or does not come ends the run")
 
 
 @dataclass(frozen=True)
