@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _log = logging.getLogger(__name__)
 
 # Reading a whole stream to look for a wrong token id is worth it up to this size; every batch is checked anyway.
 SCAN_TOKENS = 200_000_000
+# of a held-out set so many tokens are decoded to learn how many bytes of text they are: seconds
+DECODED_TOKENS = 5_000_000
 
 
 class Section(IndexedDataset):
@@ -116,7 +119,7 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
     return DataSets(
         PretrainDataset(train, t.seq_len, t.seed, isolate_documents=d.isolate_documents),
         {n: heldout_windows(x, t.seq_len, isolate_documents=d.isolate_documents) for n, x in heldout.items()},
-        {n: _bytes_per_token(x) for n, x in heldout.items()},
+        {n: _bytes_per_token(x, d.tokenizer, scan) for n, x in heldout.items()},
         f"{Path(d.path).name}: {train.num_tokens} tokens in {train.num_documents} documents",
     )
 
@@ -249,7 +252,32 @@ def _open(prefix: str, key: str, reader: str) -> IndexedDataset:
         raise ValueError(f"{key}={prefix}: {error}") from None
 
 
-def _bytes_per_token(data: IndexedDataset) -> float | None:
+def _bytes_per_token(data: IndexedDataset, tokenizer: str | None, scan: bool) -> float | None:
+    """Bytes of text for each token that is predicted; None where the text is not known, or with `scan` false."""
+    if isinstance(data, Section):
+        return _decoded_bytes_per_token(data, tokenizer) if scan else None
     found = data.sidecar.get("text_bytes")
     # the first token of the stream is never predicted
     return found / max(1, data.num_tokens - 1) if isinstance(found, int) and found > 0 else None
+
+
+def _decoded_bytes_per_token(data: Section, path: str | None) -> float | None:
+    """By the text that the documents decode to: of all, or of a very large set those evenly spread over it.
+
+    None where the tokenizer that the data was made with is not at hand.
+    """
+    side = data.whole.sidecar
+    beside = data.whole.prefix.parent / str(side.get("tokenizer"))
+    if path is None and not beside.is_file():
+        return None
+    tokenizer = load_tokenizer(path or beside)
+    if tokenizer.fingerprint != side.get("tokenizer_sha256"):
+        return None
+    starts = [*data.document_starts.tolist(), data.num_tokens]
+    every = -(-data.num_tokens // DECODED_TOKENS)
+    size = tokens = 0
+    for first, last in list(itertools.pairwise(starts))[::every]:
+        size += len(tokenizer.decode(data.tokens(first, last).tolist()).encode())
+        tokens += last - first
+    # the first token of the stream is never predicted
+    return size / max(1, tokens - (every == 1))

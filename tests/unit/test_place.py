@@ -1,6 +1,9 @@
 """Each launcher's environment, and what place() makes of it."""
 
-from megalite.place import Place, place
+import json
+from pathlib import Path
+
+from megalite.place import Place, place, tell_launcher
 
 # as srun sets them for the last of eight processes on two nodes
 SRUN = {
@@ -44,3 +47,11 @@ def test_torchrun_within_a_job_goes_by_torchrun() -> None:
 def test_a_plain_command_in_a_job_is_one_process() -> None:
     batch_script = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
     assert place(batch_script) == place({**SRUN, "SLURM_NTASKS": "1"}) == Place()
+
+
+def test_the_last_line_is_left_for_the_launcher(tmp_path: Path) -> None:
+    tell_launcher("error: nobody asks", {})
+    tell_launcher("error: nowhere", {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "lost" / "error.json")})
+    path = tmp_path / "error.json"
+    tell_launcher("error: seq_len é", {"TORCHELASTIC_ERROR_FILE": str(path)})
+    assert json.loads(path.read_text(encoding="utf-8"))["message"] == "error: seq_len é"
