@@ -20,7 +20,7 @@ from megalite.checkpoint import lock
 from megalite.config import Config
 from megalite.parallel.meet import NotMet, join
 from megalite.parallel.peers import Peers, end_with
-from megalite.place import end, place, watch_launcher
+from megalite.place import end, place, tell_launcher, watch_launcher
 from megalite.watch.stop import SIGNALS
 
 if typing.TYPE_CHECKING:
@@ -71,7 +71,9 @@ def describe_error(error: object) -> str:
 def print_error(text: str) -> int:
     where = f"rank {RANK} on {socket.gethostname()}: " if RANK > 0 else ""
     sys.stdout.flush()
-    print(f"error: {where}{text}", file=sys.stderr, flush=True)
+    line = f"error: {where}{text}"
+    print(line, file=sys.stderr, flush=True)
+    tell_launcher(line)
     return 2
 
 
@@ -148,7 +150,7 @@ def meet(config: Config) -> tuple[Peers, typing.Any]:
     try:
         return join(HERE, config.parallel.timeout_s, BEGAN)
     except NotMet as error:
-        end_with(error.line, 1)
+        end_with(error.line, 1, error.speaks)
 
 
 def complete_together(config: Config, resume: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import glob
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from megalite.data.dataset import PretrainDataset, Samples, Section, check_vocab
 from megalite.data.indexed import IndexedDataset, paths
 from megalite.data.instructions import Options, prepare
 from megalite.data.native import open_indexed
+from megalite.data.origin import find_tokenizer_of
 from megalite.data.packing import Conversations, SftDataset
 from megalite.data.survey import Survey, shown_path, survey
 from megalite.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
@@ -33,6 +35,8 @@ NEEDED = {
     *("tokens", "trained_tokens", "tokenizer_sha256", "template_name", "template", "report", "sources"),
     *("train_on", "control_tokens", "bad_rows"),
 }
+# of a held-out set so many tokens are decoded to learn how many bytes of text they are: seconds
+DECODED_TOKENS = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
     return DataSets(
         PretrainDataset(train, t.seq_len, t.seed, isolate_documents=d.isolate_documents),
         {n: _windows(n, x, config) for n, x in heldout.items()},
-        {n: _bytes_per_token(x) for n, x in heldout.items()},
+        {n: _bytes_per_token(x, d.tokenizer, scan) for n, x in heldout.items()},
         f"{Path(d.path).name}: {train.num_tokens} tokens in {train.num_documents} documents",
     )
 
@@ -286,7 +290,29 @@ def _explain(key: str, path: str, tuning: bool = False) -> None:
     raise ValueError(f"{key}={path}: {why}")
 
 
-def _bytes_per_token(data: IndexedDataset) -> float | None:
+def _bytes_per_token(data: IndexedDataset, tokenizer: str | None, scan: bool) -> float | None:
+    """Bytes of text for each token that is predicted; None where the text is not known, or with `scan` false."""
+    if isinstance(data, Section):
+        return _decoded_bytes_per_token(data, tokenizer) if scan else None
     found = data.sidecar.get("text_bytes")
     # the first token of the stream is never predicted
     return found / max(1, data.num_tokens - 1) if isinstance(found, int) and found > 0 else None
+
+
+def _decoded_bytes_per_token(data: Section, path: str | None) -> float | None:
+    """By the text that the documents decode to: of all, or of a very large set those evenly spread over it.
+
+    None where the tokenizer that the data was made with is not at hand.
+    """
+    found = path or find_tokenizer_of(data.whole.prefix)
+    tokenizer = load_tokenizer(found) if found else None
+    if tokenizer is None or tokenizer.fingerprint != data.whole.sidecar.get("tokenizer_sha256"):
+        return None
+    starts = [*data.document_starts.tolist(), data.num_tokens]
+    every = -(-data.num_tokens // DECODED_TOKENS)
+    size = tokens = 0
+    for first, last in list(itertools.pairwise(starts))[::every]:
+        size += len(tokenizer.decode(data.tokens(first, last).tolist()).encode())
+        tokens += last - first
+    # the first token of the stream is never predicted
+    return size / max(1, tokens - (every == 1))

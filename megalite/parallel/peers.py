@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megalite.parallel.hub import DIED, SETTLE_S, SILENCE_S, SILENT, Hub, Lines, Verdict, beat_s, encode
-from megalite.place import Place, end
+from megalite.place import Place, end, tell_launcher
 
 
 class Peers:
@@ -131,16 +131,17 @@ class Peers:
         elif mine:
             end_with(verdict.line(), 2)
         elif verdict.kind == "gone" and verdict.rank == 0:
-            end_with(verdict.line() if rank == 1 or local_rank == 0 else "", 1)
+            end_with(verdict.line(), 1, rank == 1 or local_rank == 0)
         else:
             # said by the rank itself if it can, and where its node has a log of its own once more here
             speaks = rank == 0 and (verdict.kind == "gone" or verdict.node != 0)
-            end_with(verdict.line() if speaks else "", 1)
+            end_with(verdict.line(), 1, speaks)
 
 
-def end_with(line: str, status: int) -> NoReturn:
-    """End this process from any thread; one that has nothing to say waits until the one that has is heard."""
-    if line:
+def end_with(line: str, status: int, speaks: bool = True) -> NoReturn:
+    """End this process from any thread; one that does not speak waits until the one that does is heard."""
+    tell_launcher(line)
+    if speaks:
         sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
     else:
