@@ -119,7 +119,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None, st
 
 def _stopped_before(run: Run) -> State:
     """A stop that was asked for while the run started: no step is taken and nothing has to be saved."""
-    reason = run.stop.reason or "another rank was told to"
+    reason = run.stop.reason or "another rank received a stop signal"
     run.progress.say(f"stopped before step {run.state.step + 1}: {reason}; the same command goes on from here")
     _ask_requeue(run, reason)
     run.engine.mesh.world.barrier()

@@ -33,7 +33,7 @@ class Peers:
         # a signal may have the main thread send within a send
         self._connection, self._sending = connection, threading.RLock()
         self._inbox: queue.Queue[Any] = queue.Queue()
-        self._failing, self._speaks = False, threading.Event()
+        self._failing, self._speaks = "", threading.Event()
         self._over = False
         connection.settimeout(beat_s(self._silence))
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
@@ -65,7 +65,7 @@ class Peers:
         """
         if self._over:
             return
-        self._failing = True
+        self._failing = kind
         self._send({"ended": [kind, text]})
         # where the connection is lost too the verdict is that rank 0 is gone; where all fails this rank speaks
         self._speaks.wait(SETTLE_S + self._silence + 1.0)
@@ -126,11 +126,12 @@ class Peers:
         if self.sign is not None:
             self.sign.unlink(missing_ok=True)
         mine = verdict.rank == rank
-        if self._failing and (mine or (verdict.kind == "gone" and verdict.rank == 0)):
+        rank_0_gone = verdict.kind == "gone" and verdict.rank == 0
+        if self._failing and (mine or (rank_0_gone and self._failing == "error")):
             self._speaks.set()
         elif mine:
             end_with(verdict.line(), 2)
-        elif verdict.kind == "gone" and verdict.rank == 0:
+        elif rank_0_gone:
             end_with(verdict.line(), 1, rank == 1 or local_rank == 0)
         else:
             # said by the rank itself if it can, and where its node has a log of its own once more here
