@@ -24,6 +24,8 @@ from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size, is_skipped
 from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
+from megalite.data.tokenizer import tokenizer_file
+from megalite.data.tokenizer_files import TEMPLATES, copy_files
 from megalite.divergence import Spikes, advice, locate, spike_warning
 from megalite.hf.keys import keep_hf
 from megalite.optim.adamw import clip_scale
@@ -133,13 +135,11 @@ def _fill_run_folder(run_dir: Path, config: Config, data: DataSets, state: State
     for name in ("STOP", "REQUEUE"):
         (run_dir / name).unlink(missing_ok=True)
     remove_leftovers(run_dir)
-    tokenizer = None if config.data.tokenizer is None else Path(config.data.tokenizer)
+    tokenizer = None if config.data.tokenizer is None else tokenizer_file(config.data.tokenizer)
     if tokenizer is not None and tokenizer.resolve().parent != run_dir.resolve():
-        shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
-        names = tokenizer.with_name("tokenizer_config.json")
-        if tokenizer.suffix == ".json" and names.is_file():
-            shutil.copyfile(names, run_dir / names.name)
+        copy_files(tokenizer, run_dir, config.model.add_tokens)
     if data.template is not None:
+        shutil.rmtree(run_dir / TEMPLATES, ignore_errors=True)  # this one is the run's
         (run_dir / "chat_template.jinja").write_text(data.template, encoding="utf-8")
 
 

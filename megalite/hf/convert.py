@@ -21,6 +21,8 @@ from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.load import read_yaml_file
 from megalite.config.tune import is_adapter
+from megalite.data.origin import tokenizer_of_run
+from megalite.data.tokenizer_files import copy_files
 from megalite.hf.export import export
 from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new
 from megalite.hf.load import read_whole, stored_dtype
@@ -94,9 +96,7 @@ def keep_beside(source: Path, run_dir: Path) -> None:
     """
     carry(source, run_dir / "hf")
     if (tokenizer := find_tokenizer(source)) is not None:
-        for file in (tokenizer, source / "tokenizer_config.json", source / "chat_template.jinja"):
-            if file.is_file():
-                shutil.copyfile(file, run_dir / file.name)
+        copy_files(tokenizer, run_dir)
 
 
 def fitting(name: str, get: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]) -> Tensor:
@@ -139,7 +139,7 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
             dtypes,
             context=config.train.seq_len,
             carried=carried if carried.is_dir() else None,
-            tokenizer=find_tokenizer(run_dir),
+            tokenizer=find_tokenizer(run_dir) or tokenizer_of_run(manifest["config"].get("data", {}), run_dir),
             template=template if template.is_file() else None,
             shard_bytes=shard_bytes,
         )
