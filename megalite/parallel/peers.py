@@ -140,9 +140,10 @@ class Peers:
 
 
 def end_with(line: str, status: int, speaks: bool = True) -> NoReturn:
-    """End this process from any thread; one that does not speak waits until the one that does is heard."""
-    tell_launcher(line)
-    if speaks:
+    """End this process from any thread; one that does not speak, or said it, waits until the one that does is heard."""
+    if line:
+        tell_launcher(line)
+    if line and speaks:
         sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
     else:
