@@ -65,6 +65,9 @@ class ModelConfig:
     attention_dropout: float = _key(0.0, "of attention probabilities (HF attention_dropout, attn_pdrop)")
     sliding_window: int | None = _key(None, "keys a query sees, its own among them (HF sliding_window); null: all")
     from_hf: str | None = _key(None, "start from this Hugging Face folder: its config.json is the model")
+    add_tokens: tuple[str, ...] = _key(
+        (), "control tokens to add to data.tokenizer, e.g. [<|im_start|>, <|im_end|>]; the vocabulary grows by them"
+    )
 
     @property
     def gated(self) -> bool:
@@ -105,7 +108,9 @@ class DataConfig:
     path: str | None = _key(None, "training data: the prefix printed by tools/preprocess_data.py")
     valid: Mapping[str, str] = _key({}, "held-out sets, NAME: PREFIX; each is evaluated and reported by name")
     valid_fraction: float = _key(0.02, "share of data.path held out, from its end, if data.valid is empty")
-    tokenizer: str | None = _key(None, "sentencepiece .model or tokenizer.json, kept with the run for generation")
+    tokenizer: str | None = _key(
+        None, "sentencepiece .model or tokenizer.json, kept with the run; null: that of the data"
+    )
     isolate_documents: bool = _key(False, "attention and positions restart at each document")
     sft: str | None = _key(
         None, "instruction data in place of path: .jsonl, .json, .parquet, or a prefix made by tools/data.py sft"

@@ -49,9 +49,9 @@ def test_nobody_is_there() -> None:
 
 
 def test_one_rank_of_a_node_speaks() -> None:
-    assert NotMet(Place(3, 8, 3, 4), "x").line == ""
-    assert NotMet(Place(4, 8, 0, 4), "x").line
-    assert NotMet(Place(1, 8, 1, 4), "x").line  # of rank 0's node, where rank 0 may be what is missing
+    assert not NotMet(Place(3, 8, 3, 4), "x").speaks
+    assert NotMet(Place(4, 8, 0, 4), "x").speaks
+    assert NotMet(Place(1, 8, 1, 4), "x").speaks  # of rank 0's node, where rank 0 may be what is missing
 
 
 def test_who_comes_late_waits_for_half_as_long() -> None:
