@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from megalite.parallel.hub import DIED, SETTLE_S, SILENCE_S, SILENT, Hub, Lines, Verdict, beat_s, encode
@@ -26,8 +25,6 @@ class Peers:
 
     def __init__(self, here: Place, connection: socket.socket, host: str, timeout_s: float, hub: Hub | None) -> None:
         self.here, self.hub, self.timeout_s = here, hub, timeout_s
-        # a file that says that this process lives: removed where it ends by the verdict
-        self.sign: Path | None = None
         self.host0, self.address = host, connection.getpeername()[0]
         self._silence = min(timeout_s, SILENCE_S)
         # a signal may have the main thread send within a send
@@ -123,8 +120,6 @@ class Peers:
     def _end(self, verdict: Verdict) -> None:
         """End this process, unless its main thread has failed and is the one to speak."""
         rank, local_rank = self.here.rank, self.here.local_rank
-        if self.sign is not None:
-            self.sign.unlink(missing_ok=True)
         mine = verdict.rank == rank
         rank_0_gone = verdict.kind == "gone" and verdict.rank == 0
         if self._failing and (mine or (rank_0_gone and self._failing == "error")):
