@@ -28,6 +28,7 @@ from megalite.request import (
     one_length,
     resume_from,
     take_run_folder,
+    with_added_tokens,
     with_curve,
     with_data_tokenizer,
     with_epochs,
@@ -134,7 +135,9 @@ def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Reques
     if tuning:
         request = apart(request)
     request = with_hf(with_loaded(request, tuning, tell))
-    return with_template(with_tokenizer(request, tell), tell) if tuning else request
+    if tuning:
+        request = with_template(with_tokenizer(request, tell), tell)
+    return with_added_tokens(request)
 
 
 def configure(request: Request) -> tuple[Config, str]:
@@ -227,13 +230,13 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
         nonlocal done
         from megalite.trainer import train
 
-        try:
-            done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
-        finally:
-            if RANK == 0:
-                lock.release(Path(config.train.run_dir))
+        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
-    status = in_world(config, main, mine)
+    try:
+        status = in_world(config, main, mine)
+    finally:
+        if RANK == 0:
+            lock.release(Path(config.train.run_dir))
     if status == 0 and done and config.train.export_hf is not None:
         try:
             export(config)

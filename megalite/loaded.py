@@ -139,7 +139,8 @@ def with_loaded(request: Request, tuning: bool, say: Say) -> Request:
     manifest = read_manifest(source)
     saved = manifest["config"]
     try:
-        model = dataclasses.replace(ModelConfig(**saved["model"]), from_hf=None)
+        # the tokenizer in the run's folder has the tokens that were added
+        model = dataclasses.replace(ModelConfig(**saved["model"]), from_hf=None, add_tokens=())
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source}: written by another version of megalite ({error}); use that one") from None
     request = _with_model(request, model, load, say)
@@ -173,7 +174,7 @@ def _with_model(request: Request, model: ModelConfig, load: str, say: Say) -> Re
         if section != "model" or name == "from_hf":
             continue
         asked, found = getattr(config.model, name), getattr(model, name)
-        if name in TRAINING:
+        if name in TRAINING or name == "add_tokens":
             chosen[name] = asked
         elif asked is not None and asked != found:
             raise ConfigError(f"{key}={asked}, but {load} has {found}; leave {key} to checkpoint.load")

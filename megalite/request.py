@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megalite.checkpoint import lock
@@ -81,6 +81,43 @@ def with_tokenizer(request: Request, say: Say) -> Request:
         say(f"data.tokenizer={tokenizer}" + (f", data.template={run_dir / 'chat_template.jinja'}" if own else ""))
     data = dataclasses.replace(config.data, tokenizer=str(tokenizer))
     return dataclasses.replace(request, config=dataclasses.replace(config, data=data))
+
+
+def with_added_tokens(request: Request) -> Request:
+    """With model.add_tokens: a vocabulary that has room for them."""
+    config, add = request.config, request.config.model.add_tokens
+    if not add:
+        return request
+    wrong = [token for token in add if not token.strip() or token != token.strip()]
+    if wrong or len(set(add)) < len(add):
+        what = f"{wrong[0]!r} begins or ends with a space, or is empty" if wrong else "a token stands there twice"
+        raise ConfigError(f"model.add_tokens: {what}; write each token once, e.g. [<|im_start|>, <|im_end|>]")
+    if config.data.tokenizer is None:
+        raise ConfigError("model.add_tokens: to which tokenizer? Set data.tokenizer too")
+    if config.tune.mode == "lora":
+        raise ConfigError(
+            "model.add_tokens: tune.mode=lora does not train the embeddings, so new tokens would never mean anything; "
+            "use tune.mode=full, or a template whose control strings the tokenizer has"
+        )
+    size = max(config.model.vocab_size, load_tokenizer(config.data.tokenizer, add).vocab_size)
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return dataclasses.replace(request, config=dataclasses.replace(config, model=model))
+
+
+def new_rows(config: Config, known: Sequence[str]) -> range:
+    """The ids that model.add_tokens adds to a model that has those of `known` already; empty where it has all."""
+    add, tokenizer = config.model.add_tokens, config.data.tokenizer
+    if tokenizer is None or set(add) <= set(known):
+        return range(0)
+    before = load_tokenizer(tokenizer, [token for token in known if token in add])
+    after = load_tokenizer(tokenizer, add)
+    moved = [token for token, number in before.controls.items() if after.controls.get(token) != number]
+    if moved:
+        raise ConfigError(
+            f"model.add_tokens: {moved[0]} would get another id than in the checkpoint; keep its tokens first: "
+            f"{', '.join(known)}"
+        )
+    return range(before.vocab_size, after.vocab_size)
 
 
 def with_data_tokenizer(config: Config, say: Say) -> Config:
@@ -208,7 +245,12 @@ def resume_from(config: Config, say: Say) -> Path | None:
         if config.checkpoint.load is not None:
             source = find(config.checkpoint.load)
             manifest = read_manifest(source)
-            check_model(manifest, dataclasses.asdict(config.model), source)
+            check_model(manifest, dataclasses.asdict(config.model), source, grows=bool(config.model.add_tokens))
+            if new_rows(config, manifest["config"]["model"].get("add_tokens", ())) and config.checkpoint.load_optim:
+                raise ConfigError(
+                    f"model.add_tokens: the optimizer state of {source} has no rows for them; set "
+                    f"checkpoint.load_optim=false"
+                )
             check_adapter(manifest, config, source, resume=False)
             goes_on = config.checkpoint.load_optim and (config.tune.mode != "lora" or is_adapter(manifest))
             if manifest["step"] >= config.train.steps and goes_on and not config.train.eval_only:
@@ -218,6 +260,12 @@ def resume_from(config: Config, say: Say) -> Path | None:
                 )
         return None
     check_model(read_manifest(newest), dataclasses.asdict(config.model), newest)
+    kept = read_manifest(newest)["config"]["model"].get("add_tokens", ())
+    if tuple(kept) != config.model.add_tokens:
+        raise ConfigError(
+            f"{newest} was trained with model.add_tokens=[{', '.join(kept)}]; use the same here, or begin another run "
+            f"with checkpoint.load={run_dir}"
+        )
     check_adapter(read_manifest(newest), config, newest, resume=True)
     saved = run_dir / "config.yaml"
     for line in changed_keys(saved, config) if saved.is_file() else []:
@@ -227,8 +275,7 @@ def resume_from(config: Config, say: Say) -> Path | None:
 
 def _holds_files(run_dir: Path) -> bool:
     # rank 0 may already try whether it can write here and take the folder, while another rank still looks
-    ours = (PROBE, lock.NAME, lock.BESIDE)
-    return any(not path.name.startswith(ours) for path in run_dir.iterdir())
+    return any(path.name != lock.NAME and not path.name.startswith((PROBE, lock.BESIDE)) for path in run_dir.iterdir())
 
 
 def newest_readable(run_dir: Path, say: Say) -> Path | None:

@@ -109,8 +109,8 @@ def _coerce(key: str, value: Any, hint: Any, choices: Sequence[str]) -> Any:
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
     origin = typing.get_origin(hint)
     if origin is tuple:
-        items = value if isinstance(value, list) else str(value).split(",")
-        return tuple(_coerce(key, item, int, ()) for item in items)
+        items = value if isinstance(value, list) else str(value).split(",") if value else []
+        return tuple(_coerce(key, item, typing.get_args(hint)[0], ()) for item in items)
     if origin is not None:
         if value in (None, "", "null"):
             return {}

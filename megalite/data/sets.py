@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import glob
+import itertools
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -20,9 +21,10 @@ from megalite.data.dataset import PretrainDataset, Samples, Section, check_vocab
 from megalite.data.indexed import IndexedDataset, paths
 from megalite.data.instructions import Options, prepare
 from megalite.data.native import open_indexed
+from megalite.data.origin import find_tokenizer_of
 from megalite.data.packing import Conversations, SftDataset
 from megalite.data.survey import Survey, shown_path, survey
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +36,8 @@ NEEDED = {
     **dict.fromkeys(("tokenizer_sha256", "template_name", "template", "train_on", "control_tokens", "bad_rows"), str),
     **{"report": dict, "sources": list},
 }
+# of a held-out set so many tokens are decoded to learn how many bytes of text they are: seconds
+DECODED_TOKENS = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,12 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
     `scan`: read small streams through for token ids the model does not have (one rank is enough).
     """
     d, t = config.data, config.train
-    if d.tokenizer is not None and not (Path(d.tokenizer).is_file() and d.tokenizer.endswith((".model", ".json"))):
-        raise ValueError(f"data.tokenizer={d.tokenizer}: no such file; name a sentencepiece .model or a tokenizer.json")
+    if d.tokenizer is not None:
+        if not (Path(d.tokenizer).is_dir() or d.tokenizer.endswith((".model", ".json"))):
+            raise ValueError(
+                f"data.tokenizer={d.tokenizer}: name a sentencepiece .model, a tokenizer.json or the folder of one"
+            )
+        tokenizer_file(d.tokenizer)
     if d.sft is not None:
         return _open_conversations(config, scan)
     if d.path is None:
@@ -100,7 +108,7 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
     return DataSets(
         PretrainDataset(train, t.seq_len, t.seed, isolate_documents=d.isolate_documents),
         {n: _windows(n, x, config) for n, x in heldout.items()},
-        {n: _bytes_per_token(x) for n, x in heldout.items()},
+        {n: _bytes_per_token(x, d.tokenizer, scan) for n, x in heldout.items()},
         f"{Path(d.path).name}: {train.num_tokens} tokens in {train.num_documents} documents",
     )
 
@@ -210,7 +218,7 @@ def _conversations(path: str, key: str, config: Config) -> Conversations:
         if not Path(path).is_file():
             _explain(key, path, tuning=True)
             raise ValueError(f"{key}={path}: no such file; name a .jsonl, .json or .parquet file of conversations")
-        tokenizer = load_tokenizer(d.tokenizer)
+        tokenizer = load_tokenizer(d.tokenizer, config.model.add_tokens)
         _check_size(tokenizer, config)
         template = ChatTemplate(*find_template(d.template, tokenizer), tokenizer)
         prefix = prepare(path, d.cache_dir, tokenizer, template, Options(d.train_on, d.control_tokens, d.bad_rows))
@@ -245,7 +253,7 @@ def _check_made_alike(which: str, sidecar: Mapping[str, Any], config: Config) ->
             f"{which} was made with template {sidecar['template_name']}, data.template={template}; make it again"
         )
     if config.data.tokenizer is not None:
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = load_tokenizer(config.data.tokenizer, config.model.add_tokens)
         if tokenizer.fingerprint != sidecar["tokenizer_sha256"]:
             raise ValueError(
                 f"{which} was made with another tokenizer than data.tokenizer={tokenizer.path}; name that one, "
@@ -283,7 +291,29 @@ def _explain(key: str, path: str, tuning: bool = False) -> None:
     raise ValueError(f"{key}={path}: {why}")
 
 
-def _bytes_per_token(data: IndexedDataset) -> float | None:
+def _bytes_per_token(data: IndexedDataset, tokenizer: str | None, scan: bool) -> float | None:
+    """Bytes of text for each token that is predicted; None where the text is not known, or with `scan` false."""
+    if isinstance(data, Section):
+        return _decoded_bytes_per_token(data, tokenizer) if scan else None
     found = data.sidecar.get("text_bytes")
     # the first token of the stream is never predicted
     return found / max(1, data.num_tokens - 1) if isinstance(found, int) and found > 0 else None
+
+
+def _decoded_bytes_per_token(data: Section, path: str | None) -> float | None:
+    """By the text that the documents decode to: of all, or of a very large set those evenly spread over it.
+
+    None where the tokenizer that the data was made with is not at hand.
+    """
+    found = path or find_tokenizer_of(data.whole.prefix)
+    tokenizer = load_tokenizer(found) if found else None
+    if tokenizer is None or tokenizer.fingerprint != data.whole.sidecar.get("tokenizer_sha256"):
+        return None
+    starts = [*data.document_starts.tolist(), data.num_tokens]
+    every = -(-data.num_tokens // DECODED_TOKENS)
+    size = tokens = 0
+    for first, last in list(itertools.pairwise(starts))[::every]:
+        size += len(tokenizer.decode(data.tokens(first, last).tolist()).encode())
+        tokens += last - first
+    # the first token of the stream is never predicted
+    return size / max(1, tokens - (every == 1))

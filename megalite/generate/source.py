@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, check, resolve
@@ -90,8 +91,16 @@ def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
         raise ValueError(f"{folder}: written by another version of megalite ({error}); use that one") from None
     # documents are joined by the end-of-document token, so a text begins after one
     end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    start = end if tokenizer.bos_id is None or not _begins(saved) else (*end, tokenizer.bos_id)
     limit = model.max_positions if model.position == "learned" else None
-    return Source(folder, Config(model=model, train=kept), tokenizer, end, frozenset(end), limit)
+    return Source(folder, Config(model=model, train=kept), tokenizer, start, frozenset(end), limit)
+
+
+def _begins(saved: dict[str, Any]) -> bool:
+    """Whether documents of the training data begin with a token of their own, as far as the data is still there."""
+    prefix = saved.get("data", {}).get("path")
+    side = Path(f"{prefix}.json")
+    return prefix is not None and side.is_file() and bool(read_json(side).get("prepend_bos"))
 
 
 def _of_folder(path: Path, dtype: str | None) -> Source:
