@@ -9,6 +9,8 @@ from pathlib import Path
 from megalite import place
 from megalite.checkpoint import lock
 from megalite.config import Config, ConfigError, to_yaml
+from megalite.data.tokenizer import tokenizer_file
+from megalite.data.tokenizer_files import TEMPLATES, copy_files
 from megalite.disk import write_whole_text
 
 
@@ -19,13 +21,11 @@ def fill_run_folder(run_dir: Path, config: Config, template: str | None, step: i
     if before.strip() and before != text:
         keep.rename(run_dir / f"config.before-step-{step:08d}.yaml")
     write_whole_text(keep, text)
-    tokenizer = None if config.data.tokenizer is None else Path(config.data.tokenizer)
+    tokenizer = None if config.data.tokenizer is None else tokenizer_file(config.data.tokenizer)
     if tokenizer is not None and tokenizer.resolve().parent != run_dir.resolve():
-        shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
-        names = tokenizer.with_name("tokenizer_config.json")
-        if tokenizer.suffix == ".json" and names.is_file():
-            shutil.copyfile(names, run_dir / names.name)
+        copy_files(tokenizer, run_dir, config.model.add_tokens)
     if template is not None:
+        shutil.rmtree(run_dir / TEMPLATES, ignore_errors=True)  # this one is the run's
         write_whole_text(run_dir / "chat_template.jinja", template)
 
 

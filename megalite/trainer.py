@@ -36,7 +36,7 @@ from megalite.run_folder import ask_requeue, fill_run_folder, remake_run_folder
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
-from megalite.watch.progress import Progress
+from megalite.watch.progress import Bar, Progress
 from megalite.watch.stop import Stop
 from megalite.watch.trace import traced
 
@@ -210,11 +210,13 @@ def evaluate(run: Run) -> dict[str, float]:
         chosen = Spread(windows, count)
         chunk = EVAL_MICROBATCHES * t.micro_batch_size * run.engine.mesh.dp.size
         loss_sum = tokens = 0.0
-        for first in range(0, count, chunk):
-            samples = range(first, min(first + chunk, count))
-            microbatches = load_microbatches(chosen, samples, c, run.engine.mesh)
-            sums = run.engine.evaluate(microbatches)
-            loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
+        with Bar(f"held out {name}", count, shows=run.progress.speaks) as bar:
+            for first in range(0, count, chunk):
+                samples = range(first, min(first + chunk, count))
+                microbatches = load_microbatches(chosen, samples, c, run.engine.mesh)
+                sums = run.engine.evaluate(microbatches)
+                loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
+                bar.advance(len(samples))
         loss_sum, tokens = _sum(run.engine, loss_sum, tokens)
         if not tokens:
             raise TrainingError(f"held-out set {name}: no token of the {count} samples looked at is trained")
@@ -256,6 +258,7 @@ def save(run: Run, last: bool = True) -> None:
 def _saved(run: Run, folder: Path | None) -> None:
     if folder is not None:
         run.metrics.write("checkpoint", step=folders.step_of(folder), folder=str(folder))
+        run.progress.say(f"checkpoint {folder}")
 
 
 @contextmanager
@@ -325,16 +328,12 @@ def _finish(run: Run) -> None:
     run_dir = Path(c.train.run_dir)
     run.metrics.write("end", at_step=run.state.step)
     _hear_disk(run)
-    if run.engine.mesh.world.rank == 0:
-        done = run.state.step >= c.train.steps and not c.train.eval_only
-        if done:
-            run.progress.say(f"checkpoint {folders.latest(run_dir)}")
-        if c.log.plot and not c.train.eval_only:
-            try:
-                picture = plot_losses(run_dir)
-                run.progress.say(f"plot {picture}" if picture else "no plot: pip install 'megalite[plot]'")
-            except OSError as error:
-                run.progress.say(f"WARNING: no plot: {disk.reason(error, run_dir / 'loss.png')}. {disk.remedy(error)}")
+    if run.engine.mesh.world.rank == 0 and c.log.plot and not c.train.eval_only:
+        try:
+            picture = plot_losses(run_dir)
+            run.progress.say(f"plot {picture}" if picture else "no plot: pip install 'megalite[plot]'")
+        except OSError as error:
+            run.progress.say(f"WARNING: no plot: {disk.reason(error, run_dir / 'loss.png')}. {disk.remedy(error)}")
     run.engine.mesh.world.barrier()
     if run.failure:
         raise TrainingError(run.failure)
