@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megalite import plan
+from megalite import plan, topology
 from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
@@ -67,7 +67,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         request = with_hf(request)
         if tuning:
             request = with_tokenizer(request, say)
-        config, why = configure(request)
+        machine = machine_of(request)
+        config, why = configure(request, machine)
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
@@ -75,10 +76,13 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
         if config.tune.mode != "full" or config.tune.freeze:
             say(plan.describe_trained(config))
-        need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
-            say(to_yaml(config) + describe(config, need))
+            say(to_yaml(config) + describe(config, machine))
+        first_try = request.preset == default_preset and not request.explicit and request.hardware is None
+        topology.check_memory(config, machine, first_try)
+        if request.dry_run:
             return 0
+        check_threads(config)
         if config.log.tensorboard:
             require_tensorboard()
         if not HERE.master:
@@ -127,15 +131,33 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def configure(request: Request) -> tuple[Config, str]:
+def machine_of(request: Request) -> topology.Machine:
+    """What the run, or with world= and gpu= the plan, has."""
+    device, asked = request.config.train.device, request.hardware
+    if asked is None:
+        return topology.this_machine(device, WORLD_SIZE, LOCAL_RANKS)
+    return topology.other_machine(device, asked.world or WORLD_SIZE, asked.per_node, asked.gpu)
+
+
+def configure(request: Request, machine: topology.Machine) -> tuple[Config, str]:
     """The resolved and checked configuration, and how its topology was chosen."""
-    config, why = plan.choose_topology(request.config, WORLD_SIZE, LOCAL_RANKS, request.explicit)
-    config = resolve(config, WORLD_SIZE)
-    check(config, WORLD_SIZE)
+    config, why = topology.choose_topology(request.config, machine, request.explicit)
+    config = resolve(config, machine.ranks)
+    check(config, machine.ranks)
     return config, why
 
 
-def describe(config: Config, need: plan.Memory) -> str:
+def check_threads(config: Config) -> None:
+    """ConfigError for more threads than this machine can have use of: each costs memory, and a place in its table."""
+    threads, cores = config.train.threads, os.cpu_count() or 1
+    if threads > max(16, cores):
+        raise ConfigError(
+            f"train.threads={threads} of each rank on a machine of {cores} cores; use train.threads="
+            f"{max(1, cores // LOCAL_RANKS)} or less, or 0 to share the cores among the ranks"
+        )
+
+
+def describe(config: Config, machine: topology.Machine) -> str:
     """The plan in a few lines: stages, batch, memory, work."""
     p, t = config.parallel, config.train
     pp = p.pp or 1
@@ -150,7 +172,7 @@ def describe(config: Config, need: plan.Memory) -> str:
         f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
         f"  layers by stage: {stages}; {p.schedule}, {microbatches} microbatches, bubble "
         f"{(pp - 1) / (microbatches + pp - 1):.1%}\n"
-        f"  memory of the fullest rank: {need.table()}\n"
+        f"{topology.memory_table(config, machine)}\n"
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
         f"{length} in all"
     )

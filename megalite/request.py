@@ -11,9 +11,10 @@ from pathlib import Path
 
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
-from megalite.config import Config, ConfigError, Request, from_mapping, resolve
+from megalite.config import Config, ConfigError, Request, check, from_mapping, resolve
 from megalite.config.batch import steps_for
-from megalite.config.load import read_yaml_file
+from megalite.config.read import read_yaml_file
+from megalite.config.schema import MOST_STEPS
 from megalite.config.tune import check_adapter, is_adapter
 from megalite.hf.folder import find_tokenizer
 
@@ -67,10 +68,17 @@ def with_epochs(config: Config, request: Request, samples: int, world_size: int,
     if config.train.epochs is None:
         return config
     steps = steps_for(config, config.train.epochs * samples)
+    if steps > MOST_STEPS:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs:g} of {samples} samples are {steps} steps, more than {MOST_STEPS:g}; "
+            f"lower train.epochs"
+        )
     say(f"train.epochs={config.train.epochs:g} of {samples} samples: {steps} steps")
     train = dataclasses.replace(config.train, steps=steps, epochs=None)
     optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
-    return resolve(dataclasses.replace(config, train=train, optim=optim), world_size)
+    config = resolve(dataclasses.replace(config, train=train, optim=optim), world_size)
+    check(config, world_size)
+    return config
 
 
 def resume_from(config: Config, say: Say) -> Path | None:

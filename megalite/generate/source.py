@@ -13,7 +13,7 @@ from megalite.config.tune import is_adapter
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.hf.config import read_json
 from megalite.hf.folder import HFFolder, find_tokenizer, open_folder
-from megalite.plan import device_memory
+from megalite.topology import device_memory
 from megalite.tune.base import base_of
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")

@@ -18,7 +18,7 @@ from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
-from megalite.config.load import read_yaml_file
+from megalite.config.read import read_yaml_file
 from megalite.config.tune import is_adapter
 from megalite.hf.export import export
 from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new

@@ -17,7 +17,7 @@ FLOORS = {
     5: ("trainer", "restore", "generate", "evaluate"),
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request"),
-    2: ("parallel", "data", "watch", "plan", "activations", "batches"),
+    2: ("parallel", "data", "watch", "plan", "topology", "activations", "batches"),
     1: ("config", "ops", "place", "arguments"),
     0: ("megalite",),  # the version alone
 }
@@ -35,6 +35,7 @@ NEVER = [
             "config",
             "place",
             "plan",
+            "topology",
             "activations",
             "generate.text",
             "generate.source",

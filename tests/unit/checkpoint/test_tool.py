@@ -23,7 +23,7 @@ from megalite.checkpoint.retain import surplus
 from megalite.checkpoint.save import own_parts, write_whole
 from megalite.checkpoint.verify import verify
 from megalite.config import Config, from_mapping
-from megalite.config.load import read_yaml_file
+from megalite.config.read import read_yaml_file
 from megalite.parallel.cuts import even
 from tools.checkpoint import main
 
