@@ -72,8 +72,8 @@ def test_whole_plateaus_are_counted_as_their_steps_would_be() -> None:
 
 def test_the_longest_ramp_is_counted_at_once() -> None:
     began = time.process_time()
-    c = config(steps=10**9, micro_batch_size=1, global_batch_size=10**5, ramp_start=1, ramp_samples=10**15, seq_len=1)
+    c = config(steps=10**9, micro_batch_size=1, global_batch_size=10**5, ramp_start=1, ramp_samples=10**9, seq_len=1)
     assert c.optim.decay_samples is not None
     assert 10**13 < c.optim.decay_samples < 10**14
-    assert steps_for(c, 10**12) > 1
+    assert steps_for(c, 10**12) > 10**7
     assert time.process_time() - began < 5
