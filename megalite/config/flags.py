@@ -20,20 +20,21 @@ from megalite.config.values import ConfigError, number, shown
 
 TABLE = Path(__file__).parent / "flags.yaml"
 ON, OFF = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")
+HERE = "here it is "
 # of names that are spelled wrong; far ones are worse than none
 NEAR = 0.75
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """A name that is no key. `values`: what stood behind it; `flag`: it was written with dashes."""
+    """A name that is no key. `values`: what stood behind it; `dashes`: what stood before it."""
 
     name: str
     values: tuple[str, ...] = ()
-    flag: bool = False
+    dashes: str = ""
 
     def __str__(self) -> str:
-        return f"--{shown(self.name)}" if self.flag else shown(self.name)
+        return self.dashes + shown(self.name)
 
 
 def explain(unknown: Sequence[Unknown], known: Mapping[str, Any], where: str = "") -> ConfigError:
@@ -42,14 +43,18 @@ def explain(unknown: Sequence[Unknown], known: Mapping[str, Any], where: str = "
     # what one flag says, another may need: a ratio the steps, the steps the batch
     for _ in range(3):
         for each in unknown:
-            for setting in re.findall(r"([a-z]+\.\w+)=(\S+)", _advice(each, values) or ""):
-                values[setting[0]] = setting[1]
+            advice = _advice(each, values) or ""
+            values |= dict(re.findall(r"([a-z]+\.\w+)=(\S+)", advice) if advice.startswith(HERE) else ())
+            if open_ := re.match(rf"{HERE}([a-z]+\.\w+), as ", advice):
+                values.pop(open_[1], None)
+            if "train.epochs" in values:
+                values.pop("train.steps", None)
     said = [(each, _advice(each, values) or _near(each)) for each in unknown]
     start = f"{where}: " if where else ""
     if len(said) == 1:
-        (each, advice), form = said[0], "; keys are set as key=value" if said[0][0].flag else ""
-        return ConfigError(f"{start}unknown {'flag' if each.flag else 'key'} {each}; {advice}{form}")
-    each_one = "; ".join(f"{each}: {advice}" for each, advice in said)
+        (each, advice), form = said[0], "; keys are set as key=value" if said[0][0].dashes else ""
+        return ConfigError(f"{start}unknown {'flag' if each.dashes else 'key'} {each}; {advice}{form}")
+    each_one = "; ".join(f"{each}: {advice.removeprefix(HERE)}" for each, advice in said)
     return ConfigError(f"{start}{len(said)} unknown flags or keys; keys are set as key=value: {each_one}")
 
 
@@ -86,8 +91,8 @@ def _advice(each: Unknown, known: Mapping[str, str]) -> str | None:
             return _of_table(rows, values, known)
         if keys := _keys().get(name):
             if len(keys) == 1:
-                return f"here it is {_setting(keys[0], values)}"
-            return f"here it is {' or '.join(keys)}"
+                return f"{HERE}{_setting(keys[0], values)}"
+            return f"{HERE}{' or '.join(keys)}"
     return None
 
 
@@ -114,31 +119,35 @@ def _setting(key: str, values: Sequence[str]) -> str:
     if key in ("tune.lora_targets", "tune.freeze"):
         text = re.sub(r"[\s,\[\]'\"]+", " ", text).strip()
         text = {"all": "", "all-linear": "", "all_linear": ""}.get(text, text)
-    elif len(values) > 1:
+    elif len(values) > 1 and key != "parallel.stages":
         return f"{key}=..., which takes one value and not {len(values)}"
     return f"{key}={shown(text)}" if " " not in text else f'{key}="{shown(text)}"'
 
 
 def _of_table(rows: Sequence[tuple[str, str]], values: tuple[str, ...], known: Mapping[str, str]) -> str:
+    if values[:1] in (("null",), ("~",)):
+        return "leave it out: nothing is set"
     kinds = dict(rows)
     value = values[0].lower() if values else "true"
     if "switch" in kinds and (value in (*ON, *OFF) or "same" not in kinds):
         on, off = kinds["switch"].split("|")
-        if value in (*ON, *OFF):
-            return f"here it is {on if value in ON else off}"
-        return f"here it is {on}, or {off}"
+        if value in OFF:
+            return f"{HERE}{off}" if off else "leave it out: it is off unless it is set"
+        return f"{HERE}{on}" if value in ON or not off else f"{HERE}{on}, or {off}"
     if "same" in kinds:
-        return f"here it is {_setting(kinds['same'], values)}"
+        return f"{HERE}{_setting(kinds['same'], values)}"
     (kind, text) = rows[0]
     if kind == "value":
         key, *pairs = text.split()
         names = dict(pair.split("=") for pair in pairs)
         if value in names:
-            return f"here it is {key}={names[value]}"
-        return f"here it is {key}={' or '.join(dict.fromkeys(names.values()))}; {shown(value)} is not supported"
+            return f"{HERE}{key}={names[value]}"
+        return f"{HERE}{key}={' or '.join(dict.fromkeys(names.values()))}; {shown(value)} is not supported"
     if kind == "product":
-        return f"here it is {_product(text, values, known)}"
-    return f"leave it out: {text}" if kind == "unneeded" else f"not supported: {text}"
+        return f"{HERE}{_product(text, values, known)}"
+    if kind == "unneeded":
+        return f"leave it out: {text}"
+    return text if "not supported" in text else f"not supported: {text}"
 
 
 def _product(rule: str, values: tuple[str, ...], known: Mapping[str, str]) -> str:
@@ -173,14 +182,23 @@ def _near(each: Unknown) -> str:
     """For a name that nothing is known of: the nearest key or flag, if one is near."""
     plain = shown(each.name.replace("-", "_").lower())
     last, keys = plain.rsplit(".", 1)[-1], _keys()
-    whole = [key for group in keys.values() for key in group]
-    found = difflib.get_close_matches(plain, whole, n=1, cutoff=NEAR)
-    if not found and (name := difflib.get_close_matches(last, list(keys), n=1, cutoff=NEAR)):
-        found = keys[name[0]][:1]
+    section = ".".join(plain.split(".")[:2])
+    if plain in SECTIONS:
+        return f"it is a section; write e.g. {plain}.{dataclasses.fields(SECTIONS[plain])[0].name}=..."
+    found = [section] if any(section in group for group in keys.values()) else []
+    near = difflib.get_close_matches(last, list(keys), n=1, cutoff=NEAR)
+    begun = [name for name in keys if len(last) > 3 and name.startswith(f"{last}_")]
+    for name in near or begun[:1]:
+        # of those of one name, the one in the section that was written
+        found += sorted(keys[name], key=lambda key: not plain.startswith(key.split(".")[0]))
     if found:
         return f"did you mean {found[0]}?"
     other = difflib.get_close_matches(last, list(_table()), n=1, cutoff=0.85)
-    if other and (advice := _advice(dataclasses.replace(each, name=other[0]), {})):
+    if (
+        other
+        and abs(len(other[0]) - len(last)) <= 3
+        and (advice := _advice(dataclasses.replace(each, name=other[0]), {}))
+    ):
         return f"did you mean {other[0]}? {advice}"
     return "--help lists every key"
 
@@ -197,7 +215,7 @@ def _val_size(values: tuple[str, ...]) -> str:
     share = _number(values[0]) if values else None
     if share is not None and share >= 1:
         return f"here it is data.valid_fraction, a share of the rows: {shown(values[0])} / rows"
-    return f"here it is {_setting('data.valid_fraction', values[:1])}"
+    return f"{HERE}{_setting('data.valid_fraction', values[:1])}"
 
 
 def _ramp(values: tuple[str, ...]) -> str:
@@ -215,7 +233,7 @@ def _data_path(values: tuple[str, ...]) -> str:
             "here it is data.path=PREFIX, one set: blends are not supported; join the texts before "
             "tools/preprocess_data.py"
         )
-    return f"here it is {_setting('data.path', values)}"
+    return f"{HERE}{_setting('data.path', values)}"
 
 
 SPECIAL = {

@@ -77,17 +77,22 @@ def _unknown_keys(nested: Mapping[str, Any]) -> Iterator[Unknown]:
         if section in SECTIONS and isinstance(values, Mapping):
             names = hints_of(SECTIONS[section])
             yield from (Unknown(f"{section}.{k}", _words(v)) for k, v in values.items() if k not in names)
-        elif section not in SECTIONS and isinstance(values, Mapping) and values:
-            yield from (Unknown(f"{section}.{k}", _words(v)) for k, v in values.items())
         elif section not in SECTIONS:
-            yield Unknown(section, _words(values))
+            yield from _leaves(section, values)
+
+
+def _leaves(name: str, value: Any) -> Iterator[Unknown]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield Unknown(name, _words(value))
 
 
 def _words(value: Any) -> tuple[str, ...]:
-    """A value of a file as a flag's would be."""
-    if isinstance(value, list):
-        return tuple(shown(v) for v in value[:20])
-    return (shown(value, 200),) if value != "" else ()
+    """A value of a file as a flag's would be; nothing of what no flag holds."""
+    words = value if isinstance(value, list) else [value]
+    return tuple(shown(w, 200) for w in words[:20]) if all(isinstance(w, str) and w for w in words) else ()
 
 
 def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +241,7 @@ def _sorted_words(argv: Sequence[str]) -> _Words:
             values = [value] if equals else []
             while words and not equals and not _begins(words[0]):
                 values.append(words.pop(0))
-            found.unknown.append(Unknown(name, tuple(values), flag=True))
+            found.unknown.append(Unknown(name, tuple(values), word[: len(word) - len(word.lstrip("-"))]))
         elif equals and name:
             found.unknown.append(Unknown(name, (value,)))
         elif word not in ("--", ""):
