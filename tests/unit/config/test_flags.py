@@ -31,11 +31,12 @@ def each(message: str) -> dict[str, str]:
 MEGATRON = (
     "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 4 --num-layers 32 --num-attention-heads 32 "
     "--group-query-attention --num-query-groups 8 --seq-length 4096 --max-position-embeddings 4096 "
-    "--micro-batch-size 1 --global-batch-size 256 --train-iters 1000 --lr-decay-iters 900 --lr-decay-style cosine --lr-warmup-fraction .01 "
-    "--adam-beta2 0.98 --bf16 --log-interval 10 --save-interval 100 --eval-iters 10 --save runs/x --load runs/y "
-    "--split 949,50,1 --use-distributed-optimizer --swiglu --untie-embeddings-and-output-weights --disable-bias-linear "
-    "--no-position-embedding --normalization RMSNorm --distributed-timeout-minutes 5 --rampup-batch-size 16 16 1000 "
-    "--tokenizer-model t.model --data-path a --fp8-format hybrid --recompute-granularity selective"
+    "--micro-batch-size 1 --global-batch-size 256 --train-iters 1000 --lr-decay-iters 900 --lr-decay-style cosine "
+    "--lr-warmup-fraction .01 --adam-beta2 0.98 --bf16 --log-interval 10 --save-interval 100 --eval-iters 10 --save "
+    "runs/x --load runs/y --split 949,50,1 --use-distributed-optimizer --swiglu "
+    "--untie-embeddings-and-output-weights --disable-bias-linear --no-position-embedding --normalization RMSNorm "
+    "--distributed-timeout-minutes 5 --rampup-batch-size 16 16 1000 --tokenizer-model t.model --data-path a "
+    "--fp8-format hybrid --recompute-granularity selective"
 )
 EXPECTED = {
     "--tensor-model-parallel-size": "parallel.tp=2",
