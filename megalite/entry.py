@@ -30,7 +30,11 @@ if typing.TYPE_CHECKING:
     from megalite.data.sets import DataSets
     from megalite.parallel.groups import World
 
-HERE = place()
+try:
+    HERE = place()
+except ValueError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
 
 
@@ -72,6 +76,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
+        if HERE.note:
+            say(HERE.note)
         name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
         say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
         if config.tune.mode != "full" or config.tune.freeze:
@@ -85,11 +91,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         check_threads(config)
         if config.log.tensorboard:
             require_tensorboard()
-        if not HERE.master:
-            raise ConfigError(
-                f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set: before srun, "
-                f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-            )
+        require_peers()
         config = with_corpus(config, corpus, request, tuning)
         if tuning and config.data.sft is None:
             raise ConfigError(
@@ -208,6 +210,20 @@ def with_corpus(config: Config, corpus: Path, request: Request, tuning: bool = F
     return dataclasses.replace(config, data=data)
 
 
+def require_peers() -> None:
+    """ConfigError where the other ranks cannot be met: nobody has started them, or nobody says where."""
+    if HERE.alone:
+        raise ConfigError(
+            f"WORLD_SIZE={WORLD_SIZE} is set and RANK is not: nobody has started the other ranks; unset WORLD_SIZE for "
+            f"one process, or use torchrun --nproc_per_node {WORLD_SIZE}"
+        )
+    if not HERE.master:
+        raise ConfigError(
+            f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set: before srun, "
+            f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
+
+
 def export(config: Config) -> None:
     """Write the finished run as a Hugging Face folder. One rank does it, after the last collective."""
     from megalite.hf.convert import to_hf_folder
@@ -245,6 +261,7 @@ def in_world(config: Config, main: Callable[[World], None]) -> int:
     from megalite.parallel.launch import Echo, start_world
 
     try:
+        require_peers()
         with start_world(config) as world:
             main(world)
     except Echo:
