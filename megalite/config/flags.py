@@ -173,9 +173,11 @@ def _product(rule: str, values: tuple[str, ...], known: Mapping[str, str]) -> st
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    # what is beyond is nonsense, and no float can be rounded there
+    return number if abs(number) < 1e18 else None
 
 
 def _near(each: Unknown) -> str:
