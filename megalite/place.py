@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 # step numbers above are SLURM's own: of the batch script, of salloc's shell, of what ssh starts
 LAST_STEP = 0xFFFFFFF0
@@ -28,6 +31,11 @@ class Place:
     port: int = 29500
     note: str = field(default="", compare=False)
     alone: bool = field(default=False, compare=False)
+
+    @property
+    def node(self) -> int:
+        """The first rank of this rank's node."""
+        return self.rank - self.local_rank
 
 
 def place(env: Mapping[str, str] = os.environ, pid: int | None = None) -> Place:
@@ -94,7 +102,7 @@ def _of_torchrun(env: Mapping[str, str]) -> Place:
     size = _number(env, "WORLD_SIZE")
     return _checked(
         Place(
-            # enough for a plan; whoever starts a world asks for it (entry.py)
+            # enough for a plan; whoever starts a world asks for it (together.py)
             _number(env, "RANK", 0),
             size,
             _number(env, "LOCAL_RANK", 0),
@@ -129,3 +137,38 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if not re.fullmatch(r"-?[0-9]{1,18}", text.strip()):
         raise ValueError(f"{name}={text[:80]!r} in the environment is not a number; set it right, or unset it")
     return int(text)
+
+
+_launcher = 0
+# whether a training loop runs, which looks for the launcher at each step and saves where it is gone
+training = False
+
+
+def watch_launcher(env: Mapping[str, str] = os.environ) -> None:
+    """Remember who started this rank, and outside the training loop end with it, in whatever call this rank waits.
+
+    A process alone has no launcher: it may outlive the shell it was typed into.
+    """
+    global _launcher
+    if "TORCHELASTIC_RUN_ID" in env or place(env).world_size > 1:
+        _launcher = -1 if _adopted_by_init() else os.getppid()
+        threading.Thread(target=_end_without_launcher, name="launcher", daemon=True).start()
+
+
+def _adopted_by_init() -> bool:
+    # in a container the launcher itself may be process 1
+    try:
+        return os.getppid() == 1 and "python" not in Path("/proc/1/exe").resolve().name
+    except OSError:
+        return False
+
+
+def launcher_gone() -> bool:
+    """Whether this rank's launcher is dead, so that nobody would end this rank if it waited for ever."""
+    return _launcher != 0 and os.getppid() != _launcher
+
+
+def _end_without_launcher() -> None:
+    while training or not launcher_gone():
+        time.sleep(0.5)
+    os._exit(1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from megalite.config.batch import total_samples
+from megalite.config.batch import skipped_ranges, total_samples
 from megalite.config.groups import parse_groups
 from megalite.config.schema import Config, ModelConfig, TuneConfig
-from megalite.config.tune import trained
+from megalite.config.tune import hidden_matrices, trained
 from megalite.config.values import ConfigError, check_values, shown
 
 
@@ -88,7 +88,8 @@ def _check_model(config: Config) -> None:
         _require(
             config.train.seq_len <= m.max_positions,
             f"train.seq_len={config.train.seq_len} is more than model.max_positions={m.max_positions} learned "
-            f"positions; use train.seq_len={m.max_positions} or less, or model.position=rope",
+            f"positions; use train.seq_len={m.max_positions} or less"
+            + (", or model.position=rope" if m.from_hf is None else ""),
         )
         _require(
             m.rope_scaling == "none",
@@ -258,8 +259,10 @@ def _check_tune(config: Config) -> None:
         "model.from_hf=DIR",
     )
     _require(
-        config.optim.name != "muon" or t.mode in ("full", "ffn_only"),
-        f"optim.name=muon is for hidden matrices, and tune.mode={t.mode} trains none; use optim.name=adamw",
+        config.optim.name != "muon" or bool(hidden_matrices(config)),
+        f"optim.name=muon is for hidden matrices, and tune.mode={t.mode}"
+        + (f" with tune.freeze={t.freeze}" if t.freeze else "")
+        + " trains none; use optim.name=adamw",
     )
     trained(config)
 
@@ -270,6 +273,7 @@ def _check_data(config: Config) -> None:
         d.path is None or d.sft is None,
         f"data.path={d.path} and data.sft={d.sft} are both set; a run learns from one of them",
     )
+    skipped_ranges(config.train.skip_samples)
     _require(
         config.model.from_hf is None or config.checkpoint.load is None,
         f"model.from_hf={config.model.from_hf} and checkpoint.load={config.checkpoint.load} both name the weights to "

@@ -16,6 +16,7 @@ from megalite.config.values import Range
 
 MOST_LAYERS = 1000  # what planning is quick for; the deepest models known have 126 to 1000
 MOST_STEPS = 10**9
+LARGEST_LOSS_SCALE = 2.0**127  # the scaled loss is fp32: a larger scale makes every loss infinite
 STEPS = Range(0, MOST_STEPS, 1000)
 SAMPLES = Range(0, 10**15, 10**5)
 POSITIONS = Range(1, 2**31 - 1, 8192)
@@ -169,7 +170,12 @@ class OptimConfig:
         0.1, "wsd: last share of decay_samples, in which lr falls", Range(0, 1, 0.1, above=True)
     )
     warmup_samples: int = _key(0, "samples of linear warm-up from 0 to lr", SAMPLES)
-    decay_samples: int | None = _key(None, "samples until min_lr is reached; null: all of train.steps", SAMPLES)
+    decay_samples: int | None = _key(None, "samples until min_lr is reached; null: the end of the run", SAMPLES)
+    lr_on_resume: str = _key(
+        "new",
+        "which curve a resumed run follows: that of its own keys, or the one saved in the checkpoint",
+        choices=("new", "keep"),
+    )
     beta1: float = _key(0.9, "decay of the first moment", DECAY)
     beta2: float = _key(0.95, "decay of the second moment", DECAY)
     eps: float = _key(1e-8, "added to the root of the second moment", Range(1e-20, 1, 1e-8))
@@ -185,11 +191,15 @@ class OptimConfig:
         1.0, "global norm above which gradients are scaled down; 0: never", Range(1e-6, 10**6, 1, zero=True)
     )
     label_smoothing: float = _key(0.0, "share of each label spread over the vocabulary", SHARE)
-    loss_scale_initial: float = _key(1024.0, "fp16: loss scale of the first step", Range(2.0**-24, 2.0**32, 1024))
+    loss_scale_initial: float = _key(
+        1024.0, "fp16: loss scale of the first step", Range(2.0**-24, LARGEST_LOSS_SCALE, 1024)
+    )
     loss_scale_window: int = _key(
         1000, "fp16: steps without overflow until the loss scale doubles", Range(1, 10**9, 1000)
     )
-    loss_scale_min: float = _key(2.0**-10, "fp16: loss scale below which the run ends", Range(2.0**-24, 2.0**32, 1))
+    loss_scale_min: float = _key(
+        2.0**-10, "fp16: loss scale below which the run ends", Range(2.0**-24, LARGEST_LOSS_SCALE, 1)
+    )
 
 
 @dataclass(frozen=True)
@@ -222,6 +232,9 @@ class TrainConfig:
     global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas", Range(1, 10**5, 256))
     ramp_start: int = _key(0, "with ramp_samples: samples of the first optimizer step", Range(0, 10**5, 32))
     ramp_samples: int = _key(0, "samples over which a step grows to global_batch_size; 0: no ramp", SAMPLES)
+    skip_samples: str = _key(
+        "", "numbers of samples, FIRST:END,FIRST:END, whose batches are passed over: their steps change no weight"
+    )
     seed: int = _key(1234, "of initial weights and sample order", Range(0, 2**63 - 1, 1234))
     dtype: str = _key(
         "fp32",
@@ -234,7 +247,7 @@ class TrainConfig:
     )
     threads: int = _key(0, "CPU threads of one rank; 0: cores / local ranks, or OMP_NUM_THREADS", Range(0, 1024, 8))
     eval_interval: int = _key(0, "steps between held-out evaluations; 0: only first and last", STEPS)
-    eval_samples: int = _key(0, "samples of each held-out set; 0: all of it", SAMPLES)
+    eval_samples: int = _key(0, "samples of each held-out set, evenly spread over it; 0: all of it", SAMPLES)
     eval_only: bool = _key(False, "evaluate the loaded weights and end")
     patience: int = _key(0, "stop after so many evaluations without a better mean held-out loss; 0: never", STEPS)
     time_limit_s: float = _key(0.0, "save and stop cleanly after so many seconds; 0: none", Range(0, 10**9, 3600))

@@ -135,6 +135,12 @@ def trained(config: Config) -> dict[str, Shape]:
     return left
 
 
+def hidden_matrices(config: Config) -> list[str]:
+    """Trained matrices of the model's blocks, which Muon updates: no embeddings, no head, no LoRA factors."""
+    model = shapes(config.model)
+    return [name for name in trained(config) if name in model and name.startswith("layers.") and len(model[name]) == 2]
+
+
 def _matcher(patterns: Collection[str]) -> Callable[[str], object]:
     """Whether a name fits one of `patterns`."""
     # one expression: fnmatch keeps few compiled, and a deep model has thousands of names
