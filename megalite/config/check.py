@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterable
 
 from megalite.config.batch import skipped_ranges, total_samples
-from megalite.config.groups import parse_groups
+from megalite.config.groups import check_groups
 from megalite.config.schema import Config, ModelConfig, TuneConfig
-from megalite.config.tune import hidden_matrices, trained
+from megalite.config.tune import adapter_shapes, hidden_matrices, shapes, trained
 from megalite.config.values import ConfigError, check_values, shown
 
 
@@ -242,7 +242,6 @@ def _check_optim(config: Config) -> None:
         o.loss_scale_min <= o.loss_scale_initial,
         f"optim.loss_scale_min={o.loss_scale_min} must not be above optim.loss_scale_initial={o.loss_scale_initial}",
     )
-    parse_groups(o.groups)
 
 
 def _check_tune(config: Config) -> None:
@@ -265,6 +264,7 @@ def _check_tune(config: Config) -> None:
         + " trains none; use optim.name=adamw",
     )
     trained(config)
+    check_groups(config.optim, [*shapes(config.model), *adapter_shapes(config)])
 
 
 def _check_data(config: Config) -> None:

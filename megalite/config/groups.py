@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 
 from megalite.config.schema import OptimConfig
 from megalite.config.values import ConfigError, Range, shown
@@ -57,9 +58,9 @@ def parse_groups(text: str) -> list[Group]:
 def check_groups(c: OptimConfig, names: Collection[str]) -> None:
     """ConfigError if a pattern fits none of `names`, the parameters of the whole model."""
     for group in parse_groups(c.groups):
-        if not any(fnmatchcase(name, group.pattern) for name in names):
-            near = difflib.get_close_matches(group.pattern, list(names), n=1, cutoff=0.0)
-            raise ConfigError(f"optim.groups: no parameter is named {group.pattern}; did you mean {near[0]}?")
+        if not any(map(re.compile(translate(group.pattern)).match, names)):
+            near = difflib.get_close_matches(shown(group.pattern), list(names)[:2000], n=1, cutoff=0.0)
+            raise ConfigError(f"optim.groups: no parameter is named {shown(group.pattern)}; did you mean {near[0]}?")
 
 
 def group_settings(c: OptimConfig, name: str, matrix: bool) -> tuple[float, float]:

@@ -16,6 +16,8 @@ from megalite.config.values import Range
 
 MOST_LAYERS = 1000  # what planning is quick for; the deepest models known have 126 to 1000
 MOST_STEPS = 10**9
+MOST_THREADS = 1024
+LARGEST_SEED = 2**63 - 1
 LARGEST_LOSS_SCALE = 2.0**127  # the scaled loss is fp32: a larger scale makes every loss infinite
 STEPS = Range(0, MOST_STEPS, 1000)
 SAMPLES = Range(0, 10**15, 10**5)
@@ -50,7 +52,7 @@ class ModelConfig:
     qkv_bias: bool = _key(False, "bias on the query/key/value projection (Qwen2)")
     qk_norm: bool = _key(False, "RMSNorm on each query and key head before RoPE (Qwen3)")
     init_std: float = _key(
-        0.02, "std of the initial weights; residual outputs use init_std / sqrt(2 num_layers)", Range(1e-6, 10, 0.02)
+        0.02, "std of initial weights; residual outputs: init_std / sqrt(2 num_layers)", Range(1e-6, 10, 0.02)
     )
     norm: str = _key("rmsnorm", "norm of the residual stream; layernorm has a bias", choices=("rmsnorm", "layernorm"))
     activation: str = _key(
@@ -60,7 +62,7 @@ class ModelConfig:
     )
     position: str = _key("rope", "rotary, or GPT-2's learned position embedding", choices=("rope", "learned"))
     max_positions: int | None = _key(
-        None, "rows of a learned position embedding (HF max_position_embeddings); null: train.seq_len", POSITIONS
+        None, "rows of a learned position embedding (HF n_positions); null: train.seq_len", POSITIONS
     )
     linear_bias: bool = _key(False, "bias on every linear of a block (HF attention_bias and mlp_bias; GPT-2)")
     rope_fraction: float = _key(
@@ -172,9 +174,7 @@ class OptimConfig:
     warmup_samples: int = _key(0, "samples of linear warm-up from 0 to lr", SAMPLES)
     decay_samples: int | None = _key(None, "samples until min_lr is reached; null: the end of the run", SAMPLES)
     lr_on_resume: str = _key(
-        "new",
-        "which curve a resumed run follows: that of its own keys, or the one saved in the checkpoint",
-        choices=("new", "keep"),
+        "new", "curve of a resumed run: that of its keys, or the checkpoint's", choices=("new", "keep")
     )
     beta1: float = _key(0.9, "decay of the first moment", DECAY)
     beta2: float = _key(0.95, "decay of the second moment", DECAY)
@@ -194,9 +194,7 @@ class OptimConfig:
     loss_scale_initial: float = _key(
         1024.0, "fp16: loss scale of the first step", Range(2.0**-24, LARGEST_LOSS_SCALE, 1024)
     )
-    loss_scale_window: int = _key(
-        1000, "fp16: steps without overflow until the loss scale doubles", Range(1, 10**9, 1000)
-    )
+    loss_scale_window: int = _key(1000, "fp16: steps without overflow until it doubles", Range(1, 10**9, 1000))
     loss_scale_min: float = _key(
         2.0**-10, "fp16: loss scale below which the run ends", Range(2.0**-24, LARGEST_LOSS_SCALE, 1)
     )
@@ -232,10 +230,8 @@ class TrainConfig:
     global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas", Range(1, 10**5, 256))
     ramp_start: int = _key(0, "with ramp_samples: samples of the first optimizer step", Range(0, 10**5, 32))
     ramp_samples: int = _key(0, "samples over which a step grows to global_batch_size; 0: no ramp", SAMPLES)
-    skip_samples: str = _key(
-        "", "numbers of samples, FIRST:END,FIRST:END, whose batches are passed over: their steps change no weight"
-    )
-    seed: int = _key(1234, "of initial weights and sample order", Range(0, 2**63 - 1, 1234))
+    skip_samples: str = _key("", "samples FIRST:END,FIRST:END whose batches are passed over and change no weight")
+    seed: int = _key(1234, "of initial weights and sample order", Range(0, LARGEST_SEED, 1234))
     dtype: str = _key(
         "fp32",
         "of weights and activations; bf16 and fp16 keep fp32 masters, fp16 scales the loss",
@@ -245,7 +241,9 @@ class TrainConfig:
     kernels: str = _key(
         "auto", "auto: fused RoPE, torch's attention; by name: RoPE and softmax", choices=("auto", "fused", "torch")
     )
-    threads: int = _key(0, "CPU threads of one rank; 0: cores / local ranks, or OMP_NUM_THREADS", Range(0, 1024, 8))
+    threads: int = _key(
+        0, "CPU threads of one rank; 0: cores / local ranks, or OMP_NUM_THREADS", Range(0, MOST_THREADS, 8)
+    )
     eval_interval: int = _key(0, "steps between held-out evaluations; 0: only first and last", STEPS)
     eval_samples: int = _key(0, "samples of each held-out set, evenly spread over it; 0: all of it", SAMPLES)
     eval_only: bool = _key(False, "evaluate the loaded weights and end")
@@ -275,14 +273,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    interval: int = _key(
-        10, "steps between log lines; the terminal's progress line is live in any case", Range(1, 10**9, 10)
-    )
+    interval: int = _key(10, "steps between log lines; the progress line is live anyway", Range(1, 10**9, 10))
     plot: bool = _key(True, "write loss.png at the end (needs matplotlib)")
     tensorboard: bool = _key(False, "also write TensorBoard events (needs tensorboard)")
-    trace_step: int = _key(
-        0, "step whose event trace is written to trace-rank-NNNNN.json, for Perfetto; 0: none", STEPS
-    )
+    trace_step: int = _key(0, "step whose trace is written to trace-rank-NNNNN.json, for Perfetto; 0: none", STEPS)
 
 
 @dataclass(frozen=True)
