@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import sys
+import tempfile
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,18 @@ from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
 from megalite.hf.keys import check_hf, context_warning, with_hf
-from megalite.request import apart, one_length, resume_from, take_run_folder, with_curve, with_epochs, with_tokenizer
+from megalite.loaded import settle, with_loaded, with_template
+from megalite.request import (
+    apart,
+    one_length,
+    resume_from,
+    take_run_folder,
+    with_added_tokens,
+    with_curve,
+    with_data_tokenizer,
+    with_epochs,
+    with_tokenizer,
+)
 from megalite.together import (
     HERE,
     LOCAL_RANKS,
@@ -57,13 +69,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
     logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
     try:
-        request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
-        request = one_length(request)
-        if tuning:
-            request = apart(request)
-        request = with_hf(request)
-        if tuning:
-            request = with_tokenizer(request, say)
+        request = understand(argv, default_preset, tuning)
         machine = machine_of(request)
         config, why = configure(request, machine)
         if request.print_config:
@@ -81,9 +87,11 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
             say(warning)
         if request.dry_run:
             say(to_yaml(config) + describe(config, machine))
-        first_try = request.preset == default_preset and not request.explicit and request.hardware is None
+        first_try = not request.preset_named and not request.explicit and request.hardware is None
         topology.check_memory(config, machine, first_try)
         if request.dry_run:
+            if RANK == 0 and request.hardware is None:
+                look_at_data(config, request)
             return 0
         check_threads(config)
         if RANK == 0:
@@ -95,10 +103,11 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         if tuning and config.data.sft is None:
             raise ConfigError(
                 "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
-                "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b checkpoint.load_optim=false"
+                "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b"
             )
         from megalite.data.sets import open_data
 
+        config = with_data_tokenizer(config, say)
         data = open_data(config, scan=RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
         config = with_curve(config, request, say)
@@ -119,6 +128,19 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
     except (ConfigError, ValueError, OSError) as error:
         return fail(error, meets=not {"--dry-run", "--print-config"} & set(argv))
     return run(config, data, resume, mine)
+
+
+def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Request:
+    """The request of a command line, filled in from the files, folders and runs that it names."""
+    request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
+    tell = (lambda text: None) if request.print_config else say
+    request = one_length(settle(request, tell))
+    if tuning:
+        request = apart(request)
+    request = with_hf(with_loaded(request, tuning, tell))
+    if tuning:
+        request = with_template(with_tokenizer(request, tell), tell)
+    return with_added_tokens(request)
 
 
 def machine_of(request: Request) -> topology.Machine:
@@ -169,6 +191,19 @@ def describe(config: Config, machine: topology.Machine) -> str:
     )
 
 
+def look_at_data(config: Config, request: Request) -> None:
+    """Open and check the data that is named, as a run does; what is made of it is thrown away. ValueError as there."""
+    from megalite.data.sets import open_data
+
+    if config.data.path is None and config.data.sft is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
+        config = with_data_tokenizer(config, say)
+        data = open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=scratch)))
+        say(f"data: {data.fingerprint}; one epoch is {len(data.train)} samples")
+        with_epochs(config, request, len(data.train), WORLD_SIZE, say)
+
+
 def with_corpus(config: Config, corpus: Path, request: Request, tuning: bool = False) -> Config:
     """For the preset tiny without data: the committed corpus, or with `tuning` questions on it; prepared once."""
     chosen = config.data.path is not None or config.data.sft is not None or config.model.from_hf is not None
@@ -216,13 +251,13 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
         nonlocal done
         from megalite.trainer import train
 
-        try:
-            done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
-        finally:
-            if RANK == 0:
-                lock.release(Path(config.train.run_dir))
+        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
-    status = in_world(config, main, mine)
+    try:
+        status = in_world(config, main, mine)
+    finally:
+        if RANK == 0:
+            lock.release(Path(config.train.run_dir))
     if status == 0 and done and config.train.export_hf is not None:
         try:
             export(config)

@@ -89,6 +89,8 @@ def available_memory() -> int:
 def _layouts(config: Config, ranks: int, local: int) -> Iterator[Config]:
     """`config`, resolved, at every tp x pp that obeys the rules where it leaves them open."""
     m, p, t = config.model, config.parallel, config.train
+    if p.stages is not None and (sum(p.stages) != m.num_layers or p.pp != len(p.stages)):
+        return
     # how long the learning rate decays is no matter of memory, and slow to find out for a long ramp
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, decay_samples=10**15))
     for tp in valid_tp(m) if p.tp is None else [p.tp]:

@@ -22,9 +22,8 @@ from megalite.config.values import ConfigError, Range, check_values, shown
 PRESETS = Path(__file__).parent / "presets"
 Nested = dict[str, dict[str, Any]]
 # whether a value follows
-OPTIONS = {"--preset": True, "--config": True} | dict.fromkeys(
-    ("--print-config", "--dry-run", "--version", "--help", "-h"), False
-)
+NO_VALUE = ("--print-config", "--dry-run", "--version", "--help", "-h")
+OPTIONS = {"--preset": True, "--config": True} | dict.fromkeys(NO_VALUE, False)
 HARDWARE = {"world": Range(1, 10**6, 64), "per_node": Range(1, 1024, 8), "gpu": Range(1, 1, 1)}
 
 
@@ -39,13 +38,20 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for. `explicit`: the keys that the user, not a preset, has set."""
+    """What the command line asked for. `explicit`: the keys that the user, not a preset, has set.
+
+    `typed`: those of them that stand on the command line itself, not in the file that --config names, `file`.
+    `preset`: the one named, else the default.
+    """
 
     config: Config
     explicit: frozenset[str]
     preset: str | None
     print_config: bool
     dry_run: bool
+    typed: frozenset[str] = frozenset()
+    file: str | None = None
+    preset_named: bool = False
     hardware: Hardware | None = None
 
 
@@ -62,13 +68,16 @@ def from_mapping(nested: Mapping[str, Any], where: str = "config") -> Config:
             raise ConfigError(f"{where}: {section} is a section; write e.g. {_first_key(section)}=...")
         hints = hints_of(SECTIONS[section])
         metadata = {f.name: f.metadata for f in dataclasses.fields(SECTIONS[section])}
+        # train.epochs may say how long the run is
+        given = {k: v for k, v in values.items() if (section, k) != ("train", "steps") or not _is_null(v)}
         sections[section] = SECTIONS[section](
-            **{
-                name: coerce(f"{section}.{name}", value, hints[name], metadata[name]["choices"])
-                for name, value in values.items()
-            }
+            **{k: coerce(f"{section}.{k}", v, hints[k], metadata[k]["choices"]) for k, v in given.items()}
         )
     return Config(**sections)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value in ("null", "~", ""))
 
 
 def _unknown_keys(nested: Mapping[str, Any]) -> Iterator[Unknown]:
@@ -153,10 +162,8 @@ def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog:
     if preset is not None:
         if preset not in preset_names():
             near = difflib.get_close_matches(preset[:80], preset_names(), n=1, cutoff=0.4)
-            raise ConfigError(
-                f"--preset {shown(preset)}: there is {', '.join(preset_names())}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"--preset {shown(preset)}: there is {', '.join(preset_names())}{meant}")
         _merge(nested, read_yaml_file(PRESETS / f"{preset}.yaml"))
     from_file = read_yaml_file(Path(options.config)) if options.config is not None else {}
     in_file = list(_unknown_keys(from_file))
@@ -169,7 +176,12 @@ def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog:
     from_mapping(from_file, options.config or "")
     _merge(nested, from_file)
     explicit = {f"{section}.{key}" for section, values in from_file.items() for key in values}
-    explicit |= {_override(nested, text) for text in words.overrides}
+    typed = {_override(nested, text) for text in words.overrides}
+    train = nested.get("train", {})
+    if _is_null(train.get("steps", 0)):
+        if _is_null(train.get("epochs")):
+            raise ConfigError("train.steps=null: expected int; write a whole number, e.g. 8")
+        explicit, typed = explicit - {"train.steps"}, typed - {"train.steps"}
     config = from_mapping(nested, "command line")
     check_values(config)
     hardware = _hardware(words.hardware)
@@ -177,7 +189,17 @@ def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog:
         raise ConfigError(
             f"{' '.join(words.hardware)} is for --dry-run: a run has the ranks that torchrun starts, on their GPUs"
         )
-    return Request(config, frozenset(explicit), preset, options.print_config, options.dry_run, hardware)
+    return Request(
+        config,
+        frozenset(explicit | typed),
+        preset,
+        options.print_config,
+        options.dry_run,
+        frozenset(typed),
+        options.config,
+        options.preset is not None,
+        hardware,
+    )
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

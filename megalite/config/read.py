@@ -95,8 +95,8 @@ def coerce(key: str, value: Any, hint: Any, choices: Sequence[str]) -> Any:
         hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
     origin = typing.get_origin(hint)
     if origin is tuple and isinstance(value, list | str):
-        items = value if isinstance(value, list) else value.split(",")
-        return tuple(coerce(key, item, int, ()) for item in items)
+        items = value if isinstance(value, list) else value.split(",") if value else []
+        return tuple(coerce(key, item, typing.get_args(hint)[0], ()) for item in items)
     if origin is not None and origin is not tuple:
         if value in (None, "", "null", "~"):
             return {}

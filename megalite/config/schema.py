@@ -24,6 +24,7 @@ SAMPLES = Range(0, 10**15, 10**5)
 POSITIONS = Range(1, 2**31 - 1, 8192)
 SHARE = Range(0, 1, 0.1, below=True)
 DECAY = Range(0, 0.999999, 0.9)
+TIMEOUT = Range(1, 7 * 86400, 600)
 TURNS = Range(0, 10**6, 4, above=True)
 
 
@@ -65,9 +66,7 @@ class ModelConfig:
         None, "rows of a learned position embedding (HF n_positions); null: train.seq_len", POSITIONS
     )
     linear_bias: bool = _key(False, "bias on every linear of a block (HF attention_bias and mlp_bias; GPT-2)")
-    rope_fraction: float = _key(
-        1.0, "share of a head that is rotated (HF partial_rotary_factor)", Range(0, 1, 0.5, above=True)
-    )
+    rope_fraction: float = _key(1.0, "share of a head rotated (HF partial_rotary_factor)", Range(0, 1, 0.5, above=True))
     rope_scaling: str = _key(
         "none", "frequencies for long contexts (HF rope_type)", choices=("none", "linear", "llama3", "yarn")
     )
@@ -85,6 +84,7 @@ class ModelConfig:
     attention_dropout: float = _key(0.0, "of attention probabilities (HF attention_dropout, attn_pdrop)", SHARE)
     sliding_window: int | None = _key(None, "keys a query sees, itself included; null: all", POSITIONS)
     from_hf: str | None = _key(None, "start from this Hugging Face folder: its config.json is the model", path="in")
+    add_tokens: tuple[str, ...] = _key((), "control tokens to add to data.tokenizer, e.g. [<|im_start|>, <|im_end|>]")
 
     @property
     def gated(self) -> bool:
@@ -112,7 +112,7 @@ class ParallelConfig:
     overlap: bool = _key(True, "sum gradient buckets over dp while the backward still computes")
     bucket_mb: float = _key(25.0, "size of one gradient bucket in MiB", Range(1e-3, 10**5, 25))
     zero: int = _key(0, "1: optimizer states are divided over replicas (ZeRO stage 1)", Range(0, 3, 1))
-    timeout_s: float = _key(600.0, "seconds after which a collective that hangs ends the run", Range(1, 7 * 86400, 600))
+    timeout_s: float = _key(600.0, "seconds after which a rank that hangs or is stopped ends the run", TIMEOUT)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class DataConfig:
     path: str | None = _key(None, "training data: the prefix printed by tools/preprocess_data.py", path="in")
     valid: Mapping[str, str] = _key({}, "held-out sets, NAME: PREFIX, each reported by name", path="in")
     valid_fraction: float = _key(0.02, "share of data.path held out, from its end, if data.valid is empty", SHARE)
-    tokenizer: str | None = _key(None, "sentencepiece .model or tokenizer.json, kept with the run", path="in")
+    tokenizer: str | None = _key(None, "sentencepiece .model or tokenizer.json; null: that of the data", path="in")
     isolate_documents: bool = _key(False, "attention and positions restart at each document")
     sft: str | None = _key(
         None,
@@ -188,7 +188,7 @@ class OptimConfig:
     )
     groups: str = _key("", "by parameter name: 'PATTERN lr_scale=0.1 weight_decay=0; PATTERN ...', first match counts")
     clip_grad: float = _key(
-        1.0, "global norm above which gradients are scaled down; 0: never", Range(1e-6, 10**6, 1, zero=True)
+        1.0, "norm above which gradients are scaled down; 0: never", Range(1e-6, 10**6, 1, zero=True)
     )
     label_smoothing: float = _key(0.0, "share of each label spread over the vocabulary", SHARE)
     loss_scale_initial: float = _key(

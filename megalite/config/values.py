@@ -103,7 +103,7 @@ def _check(key: str, value: Any, rule: Mapping[str, Any]) -> None:
             check_text(f"{key} name", name, "")
             check_text(f"{key}.{shown(name)}", text, rule["path"])
     elif isinstance(value, tuple):
-        if not value:
+        if not value and rule["range"] is not None:
             raise ConfigError(f"{key}=[] is empty; use null, or e.g. {key}=[9, 8, 8, 7]")
         for item in value:
             _check(key, item, rule)

@@ -311,3 +311,9 @@ def test_the_deepest_model_is_planned_at_once(argv: list[str]) -> None:
 def test_deeper_ones_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.num_layers=100000 must be at least 1 and at most 1000, e.g. 32"):
         planned("model.num_layers=100000")
+
+
+@pytest.mark.parametrize("argv", [["parallel.stages=1000"], ["parallel.stages=4,4", "parallel.pp=3"]])
+def test_stages_that_do_not_add_up_are_told_by_the_checks(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.stages="):
+        planned("--preset", "tiny", "world=6", "gpu=80", *argv)

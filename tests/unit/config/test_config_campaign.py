@@ -22,8 +22,6 @@ from megalite.config.load import PRESETS, preset_names
 from megalite.config.read import read_yaml
 from megalite.config.schema import SECTIONS
 from megalite.config.values import number
-from megalite.hf.keys import with_hf
-from megalite.request import apart, one_length, with_tokenizer
 
 KEYS = {f"{section}.{f.name}": f for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 SECONDS = 2.0
@@ -221,9 +219,9 @@ def within(seconds: float) -> Iterator[None]:
 
 def plan(argv: list[str], drawn: random.Random) -> Config:
     """All that `--dry-run` does with a command line, for ranks and memory that are drawn."""
-    request = parse_command_line(argv, default_preset=drawn.choice(preset_names()), prog="fuzz")
-    told = request.config
-    request = with_tokenizer(with_hf(apart(one_length(request))), lambda _: None)
+    preset = drawn.choice(preset_names())
+    told = parse_command_line(argv, default_preset=preset, prog="fuzz").config
+    request = entry.understand(argv, preset, drawn.random() < 0.5)
     ranks, gib = drawn.choice((1, 2, 6, 8, 64)), drawn.choice((8, 24, 80, 10**6))
     machine = topology.Machine(ranks, min(8, ranks), "cuda", gib * 2**30)
     try:
