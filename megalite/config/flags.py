@@ -93,7 +93,8 @@ def _advice(each: Unknown, known: Mapping[str, str]) -> str | None:
             if len(keys) == 1:
                 return f"{HERE}{_setting(keys[0], values)}"
             return f"{HERE}{' or '.join(keys)}"
-    return None
+    starts = [name for name in _table() if name.endswith("*") and last.startswith(name[:-1])]
+    return _of_table(_table()[max(starts, key=len)], each.values, known) if starts else None
 
 
 def _negated(name: str, values: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:

@@ -202,6 +202,8 @@ def test_files_of_nanotron_torchtitan_and_axolotl(tmp_path: Path) -> None:
         (["-tp", "2"], "unknown flag -tp; here it is parallel.tp=2"),
         (["--lora_target", "all"], "tune.lora_targets="),
         (["--LR", "1"], "optim.lr=1"),
+        (["--moe-some-new-option", "3"], "mixture of experts is not supported"),
+        (["--dataloader_prefetch_factor=2"], "leave it out: it changes no number here"),
     ],
 )  # fmt: skip
 def test_flags(argv: list[str], words: str) -> None:
