@@ -120,7 +120,9 @@ def _of_torchrun(env: Mapping[str, str]) -> Place:
 
 
 def _checked(here: Place, rank: str, size: str) -> Place:
-    if not 0 <= here.rank < here.world_size or not 0 <= here.local_rank < here.local_ranks:
+    # nodes of one srun may have different numbers of ranks, of which `local_ranks` is the first node's
+    most = here.world_size if rank == "SLURM_PROCID" else here.local_ranks
+    if not 0 <= here.rank < here.world_size or not 0 <= here.local_rank < most:
         raise ValueError(
             f"{rank}={here.rank} of {size}={here.world_size}, local rank {here.local_rank} of {here.local_ranks}, "
             f"cannot be; start with torchrun --nproc_per_node N, or unset {rank} and {size} for one process"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from megalite.config.batch import skipped_ranges, total_samples
 from megalite.config.groups import check_groups
-from megalite.config.schema import Config, ModelConfig, TuneConfig
+from megalite.config.schema import MOST_BATCH, Config, ModelConfig, TuneConfig
 from megalite.config.tune import adapter_shapes, hidden_matrices, shapes, trained
 from megalite.config.values import ConfigError, check_values, shown
 
@@ -199,10 +199,13 @@ def _check_batch(config: Config) -> None:
     unit = t.micro_batch_size * dp
     if t.global_batch_size % unit:
         lower, upper = t.global_batch_size // unit * unit, -(-t.global_batch_size // unit) * unit
-        fits = f"{lower} or {upper}" if lower else f"{upper}"
+        sizes = [n for n in (lower, upper) if 0 < n <= MOST_BATCH]
+        remedy = (
+            f"use train.global_batch_size={_either(sizes)}" if sizes else "use fewer ranks, or more for each replica"
+        )
         raise ConfigError(
             f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{t.micro_batch_size} x dp {dp} = {unit}; use train.global_batch_size={fits}"
+            f"{t.micro_batch_size} x dp {dp} = {unit}; {remedy}"
         )
     if t.ramp_start or t.ramp_samples:
         _require(

@@ -16,6 +16,7 @@ from megalite.config.values import Range
 
 MOST_LAYERS = 1000  # what planning is quick for; the deepest models known have 126 to 1000
 MOST_STEPS = 10**9
+MOST_BATCH = 10**5
 MOST_THREADS = 1024
 LARGEST_SEED = 2**63 - 1
 LARGEST_LOSS_SCALE = 2.0**127  # the scaled loss is fp32: a larger scale makes every loss infinite
@@ -226,9 +227,9 @@ class TrainConfig:
     steps: int = _key(100, "optimizer steps of the whole run", Range(1, MOST_STEPS, 1000))
     epochs: float | None = _key(None, "passes over the data, in place of steps", Range(0, 10**6, 3, above=True))
     seq_len: int = _key(256, "tokens of one sample", Range(1, 2**24, 4096))
-    micro_batch_size: int = _key(4, "samples of one forward", Range(1, 10**5, 4))
-    global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas", Range(1, 10**5, 256))
-    ramp_start: int = _key(0, "with ramp_samples: samples of the first optimizer step", Range(0, 10**5, 32))
+    micro_batch_size: int = _key(4, "samples of one forward", Range(1, MOST_BATCH, 4))
+    global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas", Range(1, MOST_BATCH, 256))
+    ramp_start: int = _key(0, "with ramp_samples: samples of the first optimizer step", Range(0, MOST_BATCH, 32))
     ramp_samples: int = _key(0, "samples over which a step grows to global_batch_size; 0: no ramp", SAMPLES)
     skip_samples: str = _key("", "samples FIRST:END,FIRST:END whose batches are passed over and change no weight")
     seed: int = _key(1234, "of initial weights and sample order", Range(0, LARGEST_SEED, 1234))

@@ -46,6 +46,8 @@ def test_srun_on_several_nodes_has_to_be_told_where_to_meet() -> None:
 
 def test_nodes_with_different_numbers_of_ranks_give_every_rank_the_same_answer() -> None:
     assert place({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "5,3", "MASTER_ADDR": "node1"}).local_ranks == 5
+    last = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "3,5", "SLURM_LOCALID": "4", "MASTER_ADDR": "node1"}
+    assert (place(last).local_ranks, place(last).local_rank) == (3, 4)
 
 
 def test_torchrun_within_a_job_goes_by_torchrun() -> None:

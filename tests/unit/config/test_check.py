@@ -197,6 +197,12 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
         "use train.global_batch_size=12",
     ),
     (
+        10**5,
+        {"train__global_batch_size": 8, "train__micro_batch_size": 4},
+        "train.global_batch_size=8 is not a multiple of train.micro_batch_size=4 x dp 100000 = 400000; "
+        "use fewer ranks, or more for each replica",
+    ),
+    (
         1,
         {"optim__warmup_samples": 50, "optim__decay_samples": 20},
         "optim.warmup_samples=50 is more than optim.decay_samples=20 (train.steps 100 x global batch 32); lower it",
