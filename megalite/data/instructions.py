@@ -17,13 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalite.data.chat import ChatTemplate, control_pattern, escape_controls
-from megalite.data.conversations import Conversation, RowError, normalise, read_rows
+from megalite.data.conversations import normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.masks import require_trained, token_weights, weighted_spans
+from megalite.data.messages import Conversation, RowError
 from megalite.data.tokenizer import Encoding, Tokenizer
 
 # Raised whenever the same rows would give other files, so that old caches are not taken for new ones.
-RECIPE = 1
+RECIPE = 2
 SHOWN_ROWS = 5
 # within so many seconds a refusal of the same file is another rank's
 SAME_RUN_S = 10.0
@@ -55,6 +56,7 @@ class Report:
     bad: list[str] = field(default_factory=list)
     controls: int = 0
     rows_with_controls: int = 0
+    unshown: int = 0
 
     def lines(self, control_tokens: str) -> Iterator[str]:
         """One line for the user about each thing that is worth one."""
@@ -64,6 +66,8 @@ class Report:
         if self.controls:
             what = "made ordinary text" if control_tokens == "escape" else "left as control tokens"
             yield f"{self.rows_with_controls} rows hold {self.controls} control strings in their contents: {what}"
+        if self.unshown:
+            yield f"the template does not show the reasoning of {self.unshown} messages, so it is not trained"
 
 
 def examples(
@@ -101,6 +105,7 @@ def _example(
     report.formats[conversation.format] += 1
     report.controls += found
     report.rows_with_controls += found > 0
+    report.unshown += rendered.unshown
     return Example(where, conversation, rendered.text, encoding, weights)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megalite.data.chat import ChatTemplate, find_template
-from megalite.data.conversations import Message
+from megalite.data.messages import Message
 from megalite.data.tokenizer import Tokenizer
 
 

@@ -55,7 +55,7 @@ TAIL = "{% endgeneration %}{% elif m.role == 'user' %}{{ m.content }}{% endif %}
             [{"messages": [{"role": "system", "content": "quiet"}, *row("q", "a")["messages"]]}],
             MISTRAL,
             TURNS + "</s>" + TAIL,
-            ["the template drops or changes 1 messages of role system"],
+            ["skipped 1 bad rows"],
         ),
         (
             [row("q", "a", tools=[{"name": "weather"}])],
