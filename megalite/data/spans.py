@@ -89,8 +89,12 @@ class Turns:
         return sorted({mark[:3]: mark for mark in reversed(own)}.values(), key=lambda mark: mark.at)
 
     def stands_in(self, index: int, start: int, stop: int) -> bool:
-        """Whether some of a message stands in characters [start, stop)."""
-        return any(start <= mark.at < stop if mark.start else start < mark.at <= stop for mark in self.of(index))
+        """Whether some of a message stands in characters [start, stop), or, without text, all others do not."""
+        if own := self.of(index):
+            return any(start <= mark.at < stop if mark.start else start < mark.at <= stop for mark in own)
+        before = [mark.at for i in range(index) for mark in self.of(i)]
+        behind = [mark.at for i in range(index + 1, len(self.messages)) for mark in self.of(i)]
+        return max(before, default=0) <= start < stop <= min(behind, default=len(self.text))
 
     def can_mark(self, index: int) -> bool:
         """Whether marks inside a message leave the rest of the text as it is."""
@@ -118,37 +122,74 @@ class Turns:
     def span(self, turn: int) -> Span:
         """What message `turn` of the assistant says; RowError where that is not certain."""
         own = self.of(turn)
+        if not own:
+            return self._empty(turn)
         start = self._start(turn, own)
-        stop = self._stop(turn, own, start)
-        if any(start <= mark.at < stop for mark in self.marks if mark.message != self._number[turn]):
+        stop = self._stop(turn, own[-1])
+        others = (mark for mark in self.marks if mark.message != self._number[turn])
+        if stop < start or any(start <= mark.at < stop for mark in others):
             raise RowError(f"message {turn + 1}: the text of another message stands inside what the assistant says")
         return Span(start, stop, turn)
+
+    def _with_word(self, turn: int) -> Turns:
+        """The same conversation in which message `turn` says one letter and nothing else."""
+        word = {"role": "assistant", "content": "x"}
+        messages = [*self.messages[:turn], word, *self.messages[turn + 1 :]]
+        return Turns(self._render(messages, False), messages, self._render, self._controls)
+
+    def _empty(self, turn: int) -> Span:
+        """A message without any text of its own is one of a letter, less the letter."""
+        other = self._with_word(turn)
+        if not other.of(turn):
+            raise RowError(_unsure(turn))
+        span, at = other.span(turn), other.of(turn)[0].at
+        if other.text[:at] + other.text[at + 1 :] != self.text:
+            raise RowError(_unsure(turn))
+        return Span(span.start, span.stop - 1, turn)
 
     def _start(self, turn: int, own: Sequence[Mark]) -> int:
         """Where the prompt ends that asks for message `turn`."""
         try:
             prompt = self._render(self.messages[:turn], True)
         except RowError:
-            prompt = None
-        first = own[0].at if own else len(self.text)
-        if prompt is not None and self.text.startswith(prompt) and len(prompt) <= first:
+            return self._first_header(turn)
+        if self.text.startswith(prompt):
             self._check_prompt(turn, prompt)
             return len(prompt)
-        if prompt is None or not own:
-            raise RowError(_unsure(turn))
         # what comes before is written otherwise in the prompt: compare from the end of the last message before on
         before, tail = 0, prompt
         if turn:
             asked, marks = self._located(self.messages[:turn], self._ends, prompt=True)
             there = [mark for mark in marks if mark.message == self._number[turn - 1]]
-            here = [mark for mark in self.of(turn - 1) if mark.at <= first]
+            here = [mark for mark in self.of(turn - 1) if mark.at <= own[0].at]
             if asked != prompt or not there or not here or there[-1][:3] != here[-1][:3]:
                 raise RowError(_unsure(turn))
             before, tail = here[-1].at, prompt[there[-1].at :]
-        shared = self._whole(_common(tail, self.text[before:first]), tail)
-        if shared < len(tail) and not tail[:shared].strip():
+        if self.text.startswith(tail, before):
+            return before + len(tail)
+        # a prompt may end in what is written behind it only, as <think>: take what stands before any answer here
+        shared = self._whole(_common(tail, self.text[before : own[0].at]), tail)
+        other = self._with_word(turn)
+        header = [mark.at for mark in other.of(turn)[:1]]
+        begun = [mark.at for mark in other.of(turn - 1) if mark.at <= header[0]] if turn and header else [0]
+        if not header or not begun:
+            raise RowError(_unsure(turn))
+        shared = min(shared, len(_common(tail, other.text[begun[-1] : header[0]])))
+        if not tail[:shared].strip():
             raise RowError(_unsure(turn))
         return before + shared
+
+    def _first_header(self, turn: int) -> int:
+        """Where message 0 begins, of a template that renders no prompt without a message before it."""
+        asked, marks = (
+            self._located([{"role": "user", "content": "x"}], {0: BOTH}, prompt=True) if not turn else ("", [])
+        )
+        other = self._with_word(turn)
+        header = other.text[: other.of(turn)[0].at] if marks and other.of(turn) else ""
+        tail = asked[marks[-1].at :] if marks else ""
+        if not _common(header[::-1], tail[::-1]).strip() or not self.text.startswith(header):
+            raise RowError(_unsure(turn))
+        return len(header)
 
     def _check_prompt(self, turn: int, prompt: str) -> None:
         """A template that has no prompt of its own must come to the point at once."""
@@ -162,15 +203,9 @@ class Turns:
                 f"add_generation_prompt"
             )
 
-    def _stop(self, turn: int, own: Sequence[Mark], start: int) -> int:
+    def _stop(self, turn: int, last: Mark) -> int:
         """Behind the control token that ends message `turn`, else behind what is written as its end."""
         messages = self.messages[: turn + 1]
-        if not own:  # nothing of it is seen: only the plain beginning of the text can tell
-            after = self._render(messages, False)
-            if not self.text.startswith(after) or len(after) < start:
-                raise RowError(_unsure(turn))
-            return start + self._end(after[start:], after[start:])
-        last = own[-1]
         if turn + 1 < len(self.messages):
             ended, going_on = self._behind(messages, last), self.text[last.at :]
         else:
@@ -179,7 +214,12 @@ class Turns:
                 going_on = self._behind([*messages, {"role": "user", "content": "x"}], last)
             except RowError:
                 going_on = ended
-        return last.at + (self._end(ended, going_on) or self._end(ended, ended) * (turn + 1 == len(self.messages)))
+        shared = self._whole(_common(ended, going_on), ended)
+        shared = min(shared, self._whole(ended[:shared], going_on))
+        stop = self._controlled(ended[:shared])
+        if not stop and turn + 1 == len(self.messages):  # some templates write an end behind the whole text alone
+            stop = self._controlled(ended)
+        return last.at + (stop or shared)
 
     def _behind(self, messages: Sequence[Message], mark: Mark) -> str:
         """What stands behind a mark in the text of other messages."""
@@ -189,12 +229,9 @@ class Turns:
             raise RowError(_unsure(mark.message))
         return text[there[-1] :]
 
-    def _end(self, ended: str, going_on: str) -> int:
-        """How much of the beginning of both belongs to the turn: up to its last control token, else all of it."""
-        shared = self._whole(_common(ended, going_on), ended)
-        shared = min(shared, self._whole(ended[:shared], going_on))
-        found = [match.end() for match in self._tokens(ended[:shared])]
-        return found[-1] if found else shared
+    def _controlled(self, text: str) -> int:
+        """The length of `text` up to its last control token, 0 where it has none."""
+        return max((match.end() for match in self._tokens(text)), default=0)
 
     def _whole(self, shared: str, text: str) -> int:
         """The length of the beginning of `text`, without a control string that it holds only the first part of."""
