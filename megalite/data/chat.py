@@ -138,15 +138,13 @@ class ChatTemplate:
         if "".join(part for part in parts if part not in (OPEN, CLOSE)) != turns.text:
             raise RowError(f"template {self.name} works on the text of its generation blocks; mark what it writes last")
         if len(blocks) == len(answers) and not all(turns.of(answer) for answer in answers):
-            return [Span(*block, answer) for block, answer in zip(blocks, answers)]
+            return [Span(*block, answer, answer) for block, answer in zip(blocks, answers)]
         spans = []
         for start, stop in blocks:
-            within = [i for i in answers if turns.stands_in(i, start, stop)]
-            before = [i for i in answers if turns.stands_in(i, 0, start)]
-            others = any(turns.stands_in(i, start, stop) for i in range(len(turns.messages)) if i not in answers)
-            if not within and (others or not before):
+            inside = turns.answers_in(start, stop)
+            if not inside:
                 raise RowError(f"template {self.name} marks as generation what no message of the assistant says")
-            spans.append(Span(start, stop, within[-1], within[0]) if within else Span(start, stop, before[-1]))
+            spans.append(Span(start, stop, inside[-1], inside[0]))
         return spans
 
     def _render(

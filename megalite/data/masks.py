@@ -33,11 +33,10 @@ def weighted_spans(conversation: Conversation, rendered: Rendered, train_on: str
     for span in rendered.spans:
         if span.message not in asked:
             continue
-        since = span.message if span.since is None else span.since
-        inside = [answer for answer in answers if since <= answer <= span.message]
+        inside = [answer for answer in answers if span.since <= answer <= span.message]
         if len({weights[answer] if answer in asked else 0.0 for answer in inside}) > 1:
             raise RowError(
-                f"the template marks messages {since + 1} to {span.message + 1} as one block of generation; they "
+                f"the template marks messages {span.since + 1} to {span.message + 1} as one block of generation; they "
                 f"cannot count differently"
             )
         if found and found[-1][1] == span.start and found[-1][2] == weights[span.message]:

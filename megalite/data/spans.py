@@ -27,12 +27,12 @@ Render = Callable[[Sequence[Message], bool], str]
 
 
 class Span(NamedTuple):
-    """Characters [start, stop) that message number `message` makes the assistant say, or all from `since` on."""
+    """Characters [start, stop) that message number `message` makes the assistant say, or all of `since` to it."""
 
     start: int
     stop: int
     message: int
-    since: int | None = None
+    since: int
 
 
 class Mark(NamedTuple):
@@ -88,13 +88,22 @@ class Turns:
             return own
         return sorted({mark[:3]: mark for mark in reversed(own)}.values(), key=lambda mark: mark.at)
 
-    def stands_in(self, index: int, start: int, stop: int) -> bool:
-        """Whether some of a message stands in characters [start, stop), or, without text, all others do not."""
-        if own := self.of(index):
-            return any(start <= mark.at < stop if mark.start else start < mark.at <= stop for mark in own)
-        before = [mark.at for i in range(index) for mark in self.of(i)]
-        behind = [mark.at for i in range(index + 1, len(self.messages)) for mark in self.of(i)]
-        return max(before, default=0) <= start < stop <= min(behind, default=len(self.text))
+    def answers_in(self, start: int, stop: int) -> list[int]:
+        """The messages of the assistant that characters [start, stop) are part of."""
+        inside = [mark for mark in self.marks if (start <= mark.at < stop if mark.start else start < mark.at <= stop)]
+        if inside:
+            return sorted({mark.message for mark in inside if self._speaks(mark)})
+        before = [mark for mark in self.marks if mark.at <= start][-1:]
+        behind = [mark for mark in self.marks if mark.at >= stop][:1]
+        first = before[0].message + 1 if before else 0
+        last = behind[0].message if behind else len(self.messages)
+        for index in range(first, last):  # one without text of its own
+            if self.messages[index]["role"] == "assistant" and not self.of(index):
+                return [index]
+        return [mark.message for mark in before + behind if self._speaks(mark)][:1]
+
+    def _speaks(self, mark: Mark) -> bool:
+        return bool(self.messages[mark.message]["role"] == "assistant")
 
     def can_mark(self, index: int) -> bool:
         """Whether marks inside a message leave the rest of the text as it is."""
@@ -129,7 +138,7 @@ class Turns:
         others = (mark for mark in self.marks if mark.message != self._number[turn])
         if stop < start or any(start <= mark.at < stop for mark in others):
             raise RowError(f"message {turn + 1}: the text of another message stands inside what the assistant says")
-        return Span(start, stop, turn)
+        return Span(start, stop, turn, turn)
 
     def _with_word(self, turn: int) -> Turns:
         """The same conversation in which message `turn` says one letter and nothing else."""
@@ -145,7 +154,7 @@ class Turns:
         span, at = other.span(turn), other.of(turn)[0].at
         if other.text[:at] + other.text[at + 1 :] != self.text:
             raise RowError(_unsure(turn))
-        return Span(span.start, span.stop - 1, turn)
+        return Span(span.start, span.stop - 1, turn, turn)
 
     def _start(self, turn: int, own: Sequence[Mark]) -> int:
         """Where the prompt ends that asks for message `turn`."""

@@ -260,7 +260,7 @@ def test_a_token_across_the_border_of_a_span() -> None:
 
 def test_last_and_weights() -> None:
     conversation = normalise(ROWS["weights"])
-    rendered = Rendered("abcdef", [Span(0, 1, 1), Span(2, 3, 3), Span(4, 5, 5)])
+    rendered = Rendered("abcdef", [Span(0, 1, 1, 1), Span(2, 3, 3, 3), Span(4, 5, 5, 5)])
     assert weighted_spans(conversation, rendered, "assistant") == [(0, 1, 0.0), (2, 3, 0.5), (4, 5, 1.0)]
     assert weighted_spans(conversation, rendered, "last") == [(4, 5, 1.0)]
     assert weighted_spans(conversation, rendered, "all") == [(0, 6, 1.0)]
