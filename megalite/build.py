@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megalite.batches import Microbatch
 from megalite.config import Config
 from megalite.config.groups import check_groups
-from megalite.config.tune import adapter_shapes, shapes, trained
+from megalite.config.tune import adapter_shapes, hidden_matrices, shapes, trained
 from megalite.model.cut_table import ADAPTER, cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import sample_keys
@@ -135,11 +135,13 @@ class Engine(Stage):
     """A stage that learns. Gradients go by global parameter names too.
 
     `buffers`: where parameters are gathered from the replicas that update them; None: each replica updates all.
+    `microbatch_losses`: of the last forward_backward, on every tp rank of the last stage.
     """
 
     grads: GradBuffers
     optimizer: AdamW
     buffers: ParamBuffers | None
+    microbatch_losses: Sequence[Tensor] = ()
 
     def forward_backward(self, microbatches: Sequence[Microbatch], loss_scale: float = 1.0) -> tuple[float, float]:
         """Gradients of loss_scale · Σ mask · ce over this replica's microbatches.
@@ -148,7 +150,9 @@ class Engine(Stage):
         Gives (Σ loss, valid tokens) of this replica on one rank of it, the last stage's tp rank 0, else zeros.
         """
         self.grads.begin(len(microbatches))
-        return self._totals(self._run(microbatches, True, loss_scale, self.reduce_gradients), microbatches)
+        outputs = self._run(microbatches, True, loss_scale, self.reduce_gradients)
+        self.microbatch_losses = outputs if self.mesh.is_last_stage else []
+        return self._totals(outputs, microbatches)
 
     def reduce_gradients(self) -> None:
         """Finish all sums that a gradient is owed: replicas, partial tp gradients, kv replicas, tied ends."""
@@ -299,6 +303,7 @@ def make_optimizer(
         updated,
         gradients,
         matrices,
+        hidden=hidden_matrices(config),
         model=config.model,
         shards={name: shards[name] for name in parameters},
         held=grads.held,

@@ -8,42 +8,36 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import logging
-import os
-import re
 import sys
-import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megalite import plan
+from megalite.agree import Report, report
+from megalite.checkpoint import lock
 from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
-from megalite.hf.keys import check_hf, with_hf
-from megalite.place import place
-from megalite.request import apart, make_run_folder, one_length, resume_from, with_epochs, with_tokenizer
+from megalite.hf.keys import check_hf, context_warning, with_hf
+from megalite.request import apart, one_length, resume_from, take_run_folder, with_curve, with_epochs, with_tokenizer
+from megalite.together import (
+    HERE,
+    LOCAL_RANKS,
+    RANK,
+    WORLD_SIZE,
+    complete_together,
+    describe_error,
+    fail,
+    hear_signals,
+    in_world,
+    print_error,
+)
 from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
     from megalite.data.sets import DataSets
     from megalite.parallel.groups import World
-
-HERE = place()
-RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
-
-
-def fail(message: object, speaks: bool = RANK == 0) -> int:
-    """Tell the user once, not once a rank; the other ranks wait a moment so that the launcher lets that one speak."""
-    if isinstance(message, OSError) and message.filename and message.strerror:
-        message = f"{message.filename}: {message.strerror}"
-    if speaks:
-        sys.stdout.flush()
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1.0)
-    return 2
 
 
 def say(text: str) -> None:
@@ -56,6 +50,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
 
     `corpus`: what the preset tiny learns from by itself.
     """
+    hear_signals()
     # which kernel and which reader were chosen is said once, by one rank
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
     logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
@@ -75,10 +70,16 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
         if config.tune.mode != "full" or config.tune.freeze:
             say(plan.describe_trained(config))
+        if config.optim.name == "muon":
+            say(plan.describe_muon(config))
+        if warning := context_warning(config):
+            say(warning)
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
             return 0
+        if RANK == 0:
+            lock.require_free(Path(config.train.run_dir))
         if config.log.tensorboard:
             require_tensorboard()
         if not HERE.master:
@@ -96,6 +97,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
 
         data = open_data(config, scan=RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
+        config = with_curve(config, request, say)
         resume = resume_from(config, say)
         if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:
             say(
@@ -103,28 +105,16 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
                 f"raise train.steps to go on, or choose another train.run_dir"
                 + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
             )
-            return 0
+            return 0 if WORLD_SIZE == 1 else complete_together(config, resume)
         if tuning and resume is None and not (config.checkpoint.load or config.model.from_hf):
             say("note: neither checkpoint.load nor model.from_hf is set: training starts from fresh weights")
         check_hf(config, resume)
         if RANK == 0:
-            make_run_folder(Path(config.train.run_dir))
+            take_run_folder(config, resume)
+        mine = report(config, resume, HERE) if WORLD_SIZE > 1 else None
     except (ConfigError, ValueError, OSError) as error:
-        return fail(error)
-    return run(config, data, resume)
-
-
-def leave(status: int) -> NoReturn:
-    """End this process with `status`.
-
-    A rank does not wait for the interpreter to be taken down: threads of the communication library may still let go of
-    a tensor, need Python for it, and would abort the process at its very end.
-    """
-    if WORLD_SIZE > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
+        return fail(error, meets=not {"--dry-run", "--print-config"} & set(argv))
+    return run(config, data, resume, mine)
 
 
 def configure(request: Request) -> tuple[Config, str]:
@@ -195,7 +185,7 @@ def export(config: Config) -> None:
         say(f"exported {to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))}")
 
 
-def run(config: Config, data: DataSets, resume: Path | None) -> int:
+def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None) -> int:
     """Train, and export what was learned if that is asked for; gives the exit status."""
     done = False
 
@@ -203,40 +193,16 @@ def run(config: Config, data: DataSets, resume: Path | None) -> int:
         nonlocal done
         from megalite.trainer import train
 
-        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
+        try:
+            done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
+        finally:
+            if RANK == 0:
+                lock.release(Path(config.train.run_dir))
 
-    status = in_world(config, main)
+    status = in_world(config, main, mine)
     if status == 0 and done and config.train.export_hf is not None:
         try:
             export(config)
         except (ValueError, OSError) as error:
-            return fail(error, speaks=True)
+            return print_error(describe_error(error))
     return status
-
-
-def in_world(config: Config, main: Callable[[World], None]) -> int:
-    """Import torch, start the world, call `main` in it; gives the exit status, every failure told in one line."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    import torch
-
-    from megalite.batches import TrainingError
-    from megalite.parallel.launch import Echo, start_world
-
-    try:
-        with start_world(config) as world:
-            main(world)
-    except Echo:
-        time.sleep(1.0)
-        os._exit(1)
-    except (TrainingError, ValueError, OSError) as error:
-        return fail(error, speaks=True)
-    except torch.OutOfMemoryError as error:
-        print(f"error: rank {RANK} ran out of memory: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        os._exit(1)
-    except RuntimeError as error:
-        if not re.search(r"gloo|nccl|connection|timed? ?out|store", str(error), re.IGNORECASE):
-            raise  # a fault of ours: its traceback is wanted
-        # a peer is gone: say so and end at once, so that the launcher can end the others
-        print(f"error: rank {RANK} lost the others: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        os._exit(1)
-    return 0

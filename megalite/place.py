@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,11 @@ class Place:
     local_ranks: int = 1
     master: str = "127.0.0.1"
     port: int = 29500
+
+    @property
+    def node(self) -> int:
+        """The first rank of this rank's node."""
+        return self.rank - self.local_rank
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place:
@@ -45,3 +53,38 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
         env.get("MASTER_ADDR", "127.0.0.1"),
         int(env.get("MASTER_PORT", 29500)),
     )
+
+
+_launcher = 0
+# whether a training loop runs, which looks for the launcher at each step and saves where it is gone
+training = False
+
+
+def watch_launcher(env: Mapping[str, str] = os.environ) -> None:
+    """Remember who started this rank, and outside the training loop end with it, in whatever call this rank waits.
+
+    A process alone has no launcher: it may outlive the shell it was typed into.
+    """
+    global _launcher
+    if "TORCHELASTIC_RUN_ID" in env or place(env).world_size > 1:
+        _launcher = -1 if _adopted_by_init() else os.getppid()
+        threading.Thread(target=_end_without_launcher, name="launcher", daemon=True).start()
+
+
+def _adopted_by_init() -> bool:
+    # in a container the launcher itself may be process 1
+    try:
+        return os.getppid() == 1 and "python" not in Path("/proc/1/exe").resolve().name
+    except OSError:
+        return False
+
+
+def launcher_gone() -> bool:
+    """Whether this rank's launcher is dead, so that nobody would end this rank if it waited for ever."""
+    return _launcher != 0 and os.getppid() != _launcher
+
+
+def _end_without_launcher() -> None:
+    while training or not launcher_gone():
+        time.sleep(0.5)
+    os._exit(1)

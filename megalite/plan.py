@@ -18,7 +18,7 @@ from pathlib import Path
 from megalite.activations import BYTES, stage_activation_bytes
 from megalite.config import Config, ConfigError, ModelConfig, resolve
 from megalite.config.check import valid_tp
-from megalite.config.tune import adapter_shapes, shapes, trained
+from megalite.config.tune import adapter_shapes, hidden_matrices, shapes, trained
 
 GIB = 2**30
 # torch, its allocator's slack and the communicators of one rank
@@ -66,6 +66,18 @@ def describe_trained(config: Config) -> str:
     every = parameters(config.model) + sum(math.prod(shape) for shape in adapter_shapes(config).values())
     return (
         f"tune.mode={config.tune.mode} trains {some / 1e6:.4g}e6 of {every / 1e6:.1f}e6 parameters ({some / every:.2%})"
+    )
+
+
+def describe_muon(config: Config) -> str:
+    """How many parameters Muon updates, and how many are left to AdamW."""
+    hidden, every = set(hidden_matrices(config)), trained(config)
+    sizes = {True: 0, False: 0}
+    for name, shape in every.items():
+        sizes[name in hidden] += math.prod(shape)
+    return (
+        f"optim.name=muon: Muon updates {sizes[True] / 1e6:.4g}e6 parameters in {len(hidden)} matrices, "
+        f"AdamW the other {sizes[False] / 1e6:.4g}e6"
     )
 
 

@@ -6,21 +6,28 @@ No torch: a run that cannot go on as it is asked for is refused before torch has
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+from megalite.checkpoint import lock
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, Request, from_mapping, resolve
-from megalite.config.batch import steps_for
+from megalite.config.batch import steps_for, total_samples
 from megalite.config.load import read_yaml_file
+from megalite.config.schema import OptimConfig
 from megalite.config.tune import check_adapter, is_adapter
 from megalite.hf.folder import find_tokenizer
+from megalite.optim.lr import learning_rate
 
 Say = Callable[[str], None]
 
-# what rank 0 writes for a moment to see that a run folder can be written
+# how the names begin of what rank 0 writes for a moment, to see that a run folder can be written and that all see it
 PROBE = ".writable"
+
+# the keys that make the learning-rate curve
+CURVE = ("lr", "min_lr", "lr_schedule", "wsd_decay_fraction", "warmup_samples", "decay_samples")
 
 
 def one_length(request: Request) -> Request:
@@ -66,11 +73,78 @@ def with_epochs(config: Config, request: Request, samples: int, world_size: int,
     """train.epochs as train.steps, now that one epoch is known to have so many samples."""
     if config.train.epochs is None:
         return config
-    steps = steps_for(config, config.train.epochs * samples)
+    begun = continued(config)
+    step, used = (0, 0) if begun is None else (begun.step, begun.samples)
+    steps = steps_for(config, config.train.epochs * samples, step, used)
     say(f"train.epochs={config.train.epochs:g} of {samples} samples: {steps} steps")
     train = dataclasses.replace(config.train, steps=steps, epochs=None)
     optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
     return resolve(dataclasses.replace(config, train=train, optim=optim), world_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Continued:
+    """Where the run that is continued stands, and the learning-rate curve it had."""
+
+    step: int
+    samples: int
+    optim: OptimConfig
+
+
+def continued(config: Config) -> Continued | None:
+    """What the counters of this run begin with; None where it starts at zero.
+
+    That is the run's own newest checkpoint, else checkpoint.load with its counters.
+    """
+    run_dir, folder = Path(config.train.run_dir), None
+    if run_dir.is_dir():
+        folder = newest_readable(run_dir, lambda _: None)
+    if folder is None and config.checkpoint.load is not None and config.checkpoint.load_optim:
+        folder = find(config.checkpoint.load)
+    if folder is None:
+        return None
+    manifest = read_manifest(folder)
+    if config.tune.mode == "lora" and not is_adapter(manifest):
+        return None
+    saved = manifest["config"].get("optim", {})
+    curve = {key: saved[key] for key in CURVE if key in saved}
+    return Continued(manifest["step"], manifest["consumed_samples"], OptimConfig(**curve))
+
+
+def with_curve(config: Config, request: Request, say: Say) -> Config:
+    """With the learning-rate curve of a run that continues: it ends where the run ends, or is the saved run's.
+
+    Says from what to what the rate changes at this point. ConfigError where keys were set that the saved curve, which
+    optim.lr_on_resume=keep asks for, does not have.
+    """
+    begun = continued(config)
+    if begun is None or not 0 < begun.step < config.train.steps or begun.optim.decay_samples is None:
+        return config
+    old, new = begun.optim, config.optim
+    if request.config.optim.decay_samples is None:
+        end = max(total_samples(config, begun.step, begun.samples), new.warmup_samples)
+        new = dataclasses.replace(new, decay_samples=end)
+    changed = [(key, getattr(old, key), getattr(new, key)) for key in CURVE if getattr(old, key) != getattr(new, key)]
+    if new.lr_on_resume == "keep":
+        for key, was, asked in changed:
+            if f"optim.{key}" in request.explicit:
+                raise ConfigError(
+                    f"optim.{key}={asked} and optim.lr_on_resume=keep contradict each other: the saved run has "
+                    f"optim.{key}={was}; leave one of them out"
+                )
+        if changed:
+            say("learning rate: the saved run's curve, " + ", ".join(f"optim.{key}={was}" for key, was, _ in changed))
+        kept = {key: getattr(old, key) for key in CURVE}
+        return dataclasses.replace(config, optim=dataclasses.replace(new, **kept))
+    before, after = learning_rate(old, begun.samples), learning_rate(new, begun.samples)
+    if not math.isclose(before, after, rel_tol=1e-6):
+        why = ", ".join(f"optim.{key} {was} -> {now}" for key, was, now in changed)
+        by_hand = " ".join(f"optim.{key}={was}" for key, was, _ in changed)
+        say(
+            f"WARNING: the learning rate changes from {before:.3g} to {after:.3g} at step {begun.step + 1} (sample "
+            f"{begun.samples}): {why}; to keep the old curve set {by_hand}, or optim.lr_on_resume=keep"
+        )
+    return dataclasses.replace(config, optim=new)
 
 
 def resume_from(config: Config, say: Say) -> Path | None:
@@ -110,8 +184,9 @@ def resume_from(config: Config, say: Say) -> Path | None:
 
 
 def _holds_files(run_dir: Path) -> bool:
-    # rank 0 may already try whether it can write here, while another rank still looks
-    return any(path.name != PROBE for path in run_dir.iterdir())
+    # rank 0 may already try whether it can write here and take the folder, while another rank still looks
+    ours = (PROBE, lock.NAME, lock.BESIDE)
+    return any(not path.name.startswith(ours) for path in run_dir.iterdir())
 
 
 def newest_readable(run_dir: Path, say: Say) -> Path | None:
@@ -156,3 +231,18 @@ def make_run_folder(run_dir: Path) -> None:
         raise ConfigError(
             f"train.run_dir={run_dir} cannot be written ({error.strerror}); name a folder on a disk with room"
         ) from None
+
+
+def take_run_folder(config: Config, resume: Path | None) -> None:
+    """Make train.run_dir and hold it for this run, which goes on from `resume`; ConfigError where another run has it.
+
+    A run that ended just before may have left another checkpoint to go on from: that is told too.
+    """
+    run_dir = Path(config.train.run_dir)
+    make_run_folder(run_dir)
+    lock.hold(run_dir)
+    if resume_from(config, lambda _: None) != resume:
+        lock.release(run_dir)
+        raise ConfigError(
+            f"train.run_dir={run_dir}: another run has saved there while this one started; start it again"
+        )

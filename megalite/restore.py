@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from megalite.build import Engine
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.load import load as load_tensors
-from megalite.checkpoint.manifest import Damaged, one_line
+from megalite.checkpoint.manifest import Damaged
+from megalite.checkpoint.state import State, state_from
 from megalite.config import Config
 from megalite.config.tune import is_adapter
 from megalite.hf.folder import open_folder
@@ -23,26 +22,6 @@ from megalite.model.init import draw
 from megalite.optim.loss_scale import first_scale
 from megalite.parallel.groups import share_text
 from megalite.tune.base import find_base, is_hf, name_of
-
-
-@dataclass
-class State:
-    """What a checkpoint keeps beside tensors.
-
-    `consumed_samples` is the data cursor: samples used, not fetched. `skipped_steps` used theirs without an update;
-    `scale_steps` is the number of steps since the loss scale changed. `base`: fingerprint and place of the weights that
-    LoRA's factors belong to.
-    """
-
-    step: int = 0
-    consumed_samples: int = 0
-    skipped_steps: int = 0
-    loss_scale: float = 1.0
-    scale_steps: int = 0
-    best_loss: float | None = None
-    evals_without_gain: int = 0
-    data: str = ""
-    base: str = ""
 
 
 def first_values(config: Config) -> Callable[[str, tuple[int, ...]], Tensor] | None:
@@ -115,7 +94,7 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
     manifest = folders.read_manifest(folder)
     folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
-    kept = _state_of(manifest, folder) if whole else state
+    kept = state_from(manifest) if whole else state
     verify = engine.config.checkpoint.verify
     load_tensors(folder, manifest, engine.shards, {"weight": engine.stored()}, verify=verify)
     engine.optimizer.adopt()
@@ -127,17 +106,6 @@ def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
     load_tensors(folder, manifest, engine.shards, kinds, engine.grads.spans, verify)
     engine.optimizer.set_step(kept.step - kept.skipped_steps)
     return dataclasses.replace(kept, base=state.base)
-
-
-def _state_of(manifest: dict[str, Any], folder: Path) -> State:
-    """The counters of a manifest; Damaged where one is missing or of another type."""
-    types: dict[str, Any] = {"int": int, "float": (int, float), "float | None": (int, float, type(None)), "str": str}
-    for field in dataclasses.fields(State):
-        value = manifest.get(field.name, field)
-        if not isinstance(value, types[str(field.type)]) or isinstance(value, bool):
-            what = "missing" if value is field else one_line(repr(value))
-            raise Damaged(f"{folder}/manifest.json: {field.name} is {what}; the checkpoint is damaged")
-    return State(**{field.name: manifest[field.name] for field in dataclasses.fields(State)})
 
 
 def load_base(engine: Engine, base: Path) -> None:

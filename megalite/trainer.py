@@ -6,30 +6,32 @@ import dataclasses
 import math
 import shutil
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megalite.batches import TrainingError, load_microbatches
+from megalite.batches import Microbatch, TrainingError, load_microbatches
 from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
+from megalite.checkpoint.state import State
 from megalite.config import Config, to_yaml
-from megalite.config.batch import batch_size
+from megalite.config.batch import batch_size, is_skipped
+from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
+from megalite.divergence import Spikes, advice, locate, spike_warning
 from megalite.hf.keys import keep_hf
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World
 from megalite.plan import run_flops
-from megalite.restore import State, first_state, first_values
+from megalite.restore import first_state, first_values
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
@@ -55,6 +57,7 @@ class Run:
     stop: Stop
     saver: Saver
     saved_step: int = -1
+    spikes: Spikes = field(default_factory=Spikes)
 
 
 def train(config: Config, data: DataSets, world: World, resume: Path | None) -> State:
@@ -62,8 +65,15 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
 
     `resume`: the checkpoint to go on from, the same on every rank. Raises TrainingError where a loss is not finite.
     """
-    run = _start(config, data, world, resume)
+    stop = Stop(Path(config.train.run_dir), config.train.time_limit_s, world.rank == 0)
     try:
+        run = _start(config, data, world, resume, stop)
+    except BaseException:
+        stop.close()
+        raise
+    try:
+        if _sum(run.engine, float(stop.heard()))[0]:
+            return _stopped_before(run)
         if run.state.step == 0 or config.train.eval_only:
             evaluate(run)
         while not config.train.eval_only and run.state.step < config.train.steps:
@@ -87,14 +97,11 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
     return run.state
 
 
-def _start(config: Config, data: DataSets, world: World, resume: Path | None) -> Run:
+def _start(config: Config, data: DataSets, world: World, resume: Path | None, stop: Stop) -> Run:
     run_dir, first = Path(config.train.run_dir), world.rank == 0
-    same = "configurations, or chose different topologies by their memory; set parallel.tp and parallel.pp"
-    _require_same(world, zlib.crc32(to_yaml(config).encode()), same)
     engine = build(config, world, first_values(config))
     progress = Progress(first, config.train.steps, config.log.interval)
     source, state = first_state(engine, data.fingerprint, resume, progress.say)
-    _require_same(world, state.step, "checkpoint steps; train.run_dir has to be on a file system that all nodes see")
     if first:
         begun = resume or (folders.find(config.checkpoint.load) if config.checkpoint.load else None)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -105,8 +112,16 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None) ->
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     meter = flops.Meter(run_flops(config), world.size, world.device, config.train.dtype)
-    stop = Stop(run_dir, config.train.time_limit_s, first)
     return Run(config, engine, data, state, metrics, meter, progress, stop, Saver(run_dir, config, engine.mesh))
+
+
+def _stopped_before(run: Run) -> State:
+    """A stop that was asked for while the run started: no step is taken and nothing has to be saved."""
+    reason = run.stop.reason or "another rank was told to"
+    run.progress.say(f"stopped before step {run.state.step + 1}: {reason}; the same command goes on from here")
+    _ask_requeue(run, reason)
+    run.engine.mesh.world.barrier()
+    return run.state
 
 
 def _fill_run_folder(run_dir: Path, config: Config, data: DataSets, state: State) -> None:
@@ -135,44 +150,68 @@ def train_step(run: Run) -> str:
     rate = learning_rate(c.optim, state.consumed_samples)
     batch = batch_size(c, state.consumed_samples)
     samples = range(state.consumed_samples, state.consumed_samples + batch)
-    microbatches = load_microbatches(run.data.train, samples, c, engine.mesh)
-    loss_sum, tokens = engine.forward_backward(microbatches, state.loss_scale)
+    microbatches: list[Microbatch] = []
+    loss_sum = tokens = squares = 0.0
+    if not is_skipped(c, samples):
+        microbatches = load_microbatches(run.data.train, samples, c, engine.mesh)
+        loss_sum, tokens = engine.forward_backward(microbatches, state.loss_scale)
+        squares = engine.gradient_squares()
     stop = run.stop.asked()
-    sums = _sum(engine, loss_sum, tokens, engine.gradient_squares(), float(stop), *run.saver.progress())
+    sums = _sum(engine, loss_sum, tokens, squares, float(stop), *run.saver.progress())
     loss_sum, tokens, squares, stops, saves_over, saves_failed = sums
     norm, scale = clip_scale(c.optim, squares, tokens, state.loss_scale)
-    loss = loss_sum / max(tokens, 1.0)
+    loss = loss_sum / tokens if tokens else 0.0
     # every rank has the same sum of squares, so all of them skip a step or none
     finite, loss_scale = math.isfinite(norm), state.loss_scale
+    # a batch in which no token is trained teaches nothing, and weight decay alone would shrink the weights
+    learns = finite and tokens > 0
     try:
         if not math.isfinite(loss) or not (finite or c.train.dtype == "fp16"):
             raise TrainingError(
                 f"step {state.step + 1}: loss {loss}, gradient norm {norm}: training has diverged; the weights of the "
                 f"last checkpoint are untouched. Lower optim.lr (now {rate:.2e}) or lengthen optim.warmup_samples"
             )
-        state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
-    except TrainingError:
-        # all ranks end alike, so the save under way can be had
+        if tokens:
+            state.loss_scale, state.scale_steps = next_scale(c, loss_scale, state.scale_steps, finite)
+    except TrainingError as error:
+        # every rank takes this path, so waiting for the pending save is safe
         with _save_may_fail(run):
             _saved(run, run.saver.finish())
-        raise
-    if finite:
+        where = locate(engine, microbatches, run.data.train, math.isfinite(loss))
+        text = f"{error}. First not finite: {where}; {advice(c, samples)}"
+        run.metrics.write("diverged", step=state.step + 1, error=text)
+        raise TrainingError(text) from None
+    if learns:
         engine.update(rate, scale)
-    state.skipped_steps += not finite
+    state.skipped_steps += not learns
     state.step += 1
     state.consumed_samples += batch
-    seconds = time.monotonic() - began
-    speed = batch * c.train.seq_len / seconds
-    row = {"step": state.step, "loss": loss, "lr": rate, "tokens_per_s": speed}
-    row |= {"grad_norm": norm} if finite else {"skipped": 1}
-    row |= {"loss_scale": loss_scale} if c.train.dtype == "fp16" else {}
-    usage = run.meter.read(speed)
-    run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
-    text = f"loss {loss:.4f}  grad norm {norm:.3f}  lr {rate:.2e}  {speed:,.0f} tokens/s  {flops.describe(usage)}"
-    run.progress.step(state.step, text if finite else f"{text}  skipped: gradients overflow at scale {loss_scale:g}")
+    why = "" if finite else f"skipped: gradients overflow at scale {loss_scale:g}"
+    if not tokens:
+        why = "no token of this batch is trained: no update"
+    if not microbatches:
+        why = "passed over: no update"
+        run.progress.say(f"step {state.step}: train.skip_samples passes over samples {samples.start} to {samples[-1]}")
+    figures = ({"loss": loss} if tokens else {}) | {"lr": rate} | ({"skipped": 1} if why else {"grad_norm": norm})
+    figures |= {"loss_scale": loss_scale} if c.train.dtype == "fp16" else {}
+    _report(run, samples, time.monotonic() - began, figures, why)
     with _save_may_fail(run):
         _saved(run, run.saver.settle(saves_over, saves_failed))
-    return (run.stop.reason or "another rank was told to") if stops else ""
+    return (run.stop.reason or "another rank received a stop signal") if stops else ""
+
+
+def _report(run: Run, samples: range, seconds: float, figures: dict[str, float], why: str) -> None:
+    """Write and show the figures of a step; `why` it changed no weight, where it did not."""
+    c, state, loss, norm = run.config, run.state, figures.get("loss"), figures.get("grad_norm", math.inf)
+    speed = len(samples) * c.train.seq_len / seconds
+    usage = run.meter.read(speed)
+    spike = run.spikes.ratio(loss) if loss is not None else 0.0
+    if loss is not None and run.spikes.begins(spike):
+        run.progress.say(spike_warning(c, state.step, samples, loss, spike, norm))
+    row = {"step": state.step, **figures, "tokens_per_s": speed} | ({"loss_spike": spike} if spike else {})
+    run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
+    fields = [f"grad norm {norm:.3f}", f"lr {figures['lr']:.2e}", f"{speed:,.0f} tokens/s", flops.describe(usage)]
+    run.progress.step(state.step, loss, [why, *fields[1:3]] if why else fields)
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -181,15 +220,18 @@ def evaluate(run: Run) -> dict[str, float]:
     losses: dict[str, float] = {}
     for name, windows in run.data.heldout.items():
         count = min(len(windows), t.eval_samples or len(windows))
+        chosen = Spread(windows, count)
         chunk = EVAL_MICROBATCHES * t.micro_batch_size * run.engine.mesh.dp.size
         loss_sum = tokens = 0.0
         for first in range(0, count, chunk):
             samples = range(first, min(first + chunk, count))
-            microbatches = load_microbatches(windows, samples, c, run.engine.mesh)
+            microbatches = load_microbatches(chosen, samples, c, run.engine.mesh)
             sums = run.engine.evaluate(microbatches)
             loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
         loss_sum, tokens = _sum(run.engine, loss_sum, tokens)
-        losses[name] = loss_sum / max(tokens, 1.0)
+        if not tokens:
+            raise TrainingError(f"held-out set {name}: no token of the {count} samples looked at is trained")
+        losses[name] = loss_sum / tokens
         row: dict[str, Any] = {"step": run.state.step, "name": name, "loss": losses[name], "tokens": int(tokens)}
         text = f"held out {name}: {losses[name]:.4f} nats/token"
         per_token = run.data.bytes_per_token[name]
@@ -197,10 +239,12 @@ def evaluate(run: Run) -> dict[str, float]:
             row["bits_per_byte"] = losses[name] / math.log(2) / per_token
             text += f", {row['bits_per_byte']:.4f} bits/byte"
         run.metrics.write("eval", **row)
+        if not math.isfinite(losses[name]):
+            text = f"WARNING: {text.split(': ')[0]}: the loss is {losses[name]}; these weights are of no use for it"
         run.progress.say(f"step {run.state.step:>{len(str(c.train.steps))}}/{c.train.steps}  {text}")
     if losses:
         mean = sum(losses.values()) / len(losses)
-        better = run.state.best_loss is None or mean < run.state.best_loss
+        better = math.isfinite(mean) and (run.state.best_loss is None or mean < run.state.best_loss)
         run.state.evals_without_gain = 0 if better else run.state.evals_without_gain + 1
         run.state.best_loss = mean if better else run.state.best_loss
     return losses
@@ -235,9 +279,8 @@ def _save_may_fail(run: Run, last: bool = False) -> Iterator[None]:
     except SaveFailed as error:
         untouched = "those before it are untouched"
         if last or run.config.checkpoint.on_failure == "stop":
-            raise SaveFailed(
-                f"{error}; {untouched}. Make room, or set checkpoint.on_failure=continue to train on without it"
-            ) from None
+            way = "" if last else ", or set checkpoint.on_failure=continue to train on without it"
+            raise SaveFailed(f"{error}; {untouched}. {error.remedy}{way}") from None
         run.metrics.write("checkpoint_failed", step=run.state.step, error=str(error))
         run.progress.say(f"WARNING: {error}; {untouched}, the next try is at the next interval")
 
@@ -245,15 +288,6 @@ def _save_may_fail(run: Run, last: bool = False) -> Iterator[None]:
 def _sum(engine: Engine, *values: float) -> Sequence[float]:
     """Sum numbers over all ranks: the one small collective of a step, in float64."""
     return engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64, device=engine.mesh.device)).tolist()
-
-
-def _require_same(world: World, number: int, what: str) -> None:
-    """TrainingError where ranks hold different numbers: going on would leave them waiting for each other."""
-    everybody = world.split([list(range(world.size))])
-    ends = torch.tensor([number, -number], dtype=torch.float64, device=world.device)
-    highest, lowest = everybody.all_reduce(ends, "max").tolist()
-    if highest != -lowest:
-        raise TrainingError(f"ranks found different {what}")
 
 
 def _due(run: Run, interval: int) -> bool:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megalite.arguments import Parser
 from megalite.checkpoint.describe import describe, describe_lines, many, size
 from megalite.checkpoint.folder import complete, find, read_manifest
-from megalite.checkpoint.manifest import Damaged
+from megalite.checkpoint.manifest import Damaged, Removed
 
 EXAMPLES = """examples:
   python tools/checkpoint.py info runs/tiny
@@ -102,17 +102,24 @@ def verify(options: argparse.Namespace) -> int:
         began = time.monotonic()
         try:
             manifest = read_manifest(folder)
+            found = verify_blocks(folder, manifest)
         except Damaged as error:
             print(f"damaged  {error}")
             status = 1
             continue
-        found = verify_blocks(folder, manifest)
+        except Removed as error:
+            if folder in options.paths:
+                raise
+            print(f"removed  {error}")
+            continue
         seconds = time.monotonic() - began
         for line in found.damages:
             print(f"damaged  {line}")
         outcome = many(len(found.damages), "damage") if found.damages else "good"
+        weights_only = all(name.startswith("weight.") for name in manifest["tensors"])
         tensors, speed = len(manifest["tensors"]), found.bytes / max(seconds, 1e-9) / 1e9
         amount = f"{many(tensors, 'tensor')} in {many(found.blocks, 'block')}, {size(found.bytes)} read"
+        amount += ", weights without optimizer state," if weights_only else ""
         print(f"{outcome}  {folder}: {amount} in {seconds:.2f} s, {speed:.2f} GB/s", flush=True)
         status = 1 if found.damages else status
     return status
@@ -185,8 +192,8 @@ def add_prune(verbs: Verbs) -> None:
 
 def prune(options: argparse.Namespace) -> int:
     """Remove old checkpoints once every block of the newest is verified; where that is damaged none goes."""
-    from megalite.checkpoint.retain import remove, surplus
-    from megalite.checkpoint.verify import require_good
+    from megalite.checkpoint import lock
+    from megalite.checkpoint.retain import surplus
 
     if options.keep < 1 or options.keep_every < 0:
         raise ValueError(f"--keep {options.keep}: at least 1 stays; --keep-every {options.keep_every} is not negative")
@@ -194,6 +201,20 @@ def prune(options: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"{options.run_dir} is not a run folder with checkpoints; name one, e.g. runs/tiny")
     going = surplus(folders, options.keep, options.keep_every)
+    if options.dry_run:
+        return remove_all(going, folders, dry_run=True)
+    lock.hold(options.run_dir)
+    try:
+        return remove_all(going, folders, dry_run=False)
+    finally:
+        lock.release(options.run_dir)
+
+
+def remove_all(going: Sequence[Path], folders: Sequence[Path], dry_run: bool) -> int:
+    """Remove the checkpoints `going` of `folders`, a run's, and say so; with `dry_run` only say."""
+    from megalite.checkpoint.retain import remove
+    from megalite.checkpoint.verify import require_good
+
     if going:
         require_good(folders[-1], read_manifest(folders[-1]))
         print(f"verified {folders[-1]}")
@@ -201,10 +222,10 @@ def prune(options: argparse.Namespace) -> int:
     for folder in going:
         taken = sum(path.lstat().st_size for path in folder.rglob("*"))
         total += taken
-        if not options.dry_run:
+        if not dry_run:
             remove(folder)
-        print(f"{'would remove' if options.dry_run else 'removed'} {folder}: {size(taken)}", flush=True)
-    verb = "would go" if options.dry_run else "went"
+        print(f"{'would remove' if dry_run else 'removed'} {folder}: {size(taken)}", flush=True)
+    verb = "would go" if dry_run else "went"
     print(f"{len(going)} of {len(folders)} checkpoints {verb}, {size(total)}; {len(folders) - len(going)} stay")
     return 0
 

@@ -7,16 +7,19 @@ python tools/data.py sft chats.jsonl --tokenizer tokenizer.json --output-prefix 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite.arguments import Parser
 from megalite.data.chat import ChatTemplate, find_template, template_names
 from megalite.data.indexed import paths
-from megalite.data.instructions import Example, Options, Report, examples, write_indexed
-from megalite.data.survey import efficiency, histogram, marked, survey, warnings
+from megalite.data.instructions import Options, examples, write_indexed
+from megalite.data.packing import Conversations, SftDataset
+from megalite.data.report import Report
+from megalite.data.survey import histogram, marked, survey
 from megalite.data.tokenizer import load_tokenizer
 
 TRAINED, PLAIN = "\033[32m", "\033[0m"
@@ -39,6 +42,8 @@ def parse() -> argparse.Namespace:
     make.add_argument("--overwrite", action="store_true", help="replace existing output")
     look.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print in full (default: 3)")
     look.add_argument("--seq-len", type=int, default=4096, metavar="N", help="as train.seq_len (default: 4096)")
+    cut = ["truncate_right", "truncate_left", "drop"]
+    look.add_argument("--overlong", choices=cut, default=cut[0], help="as data.overlong (default: %(default)s)")
     return parser.parse_args()
 
 
@@ -52,7 +57,7 @@ def make(args: argparse.Namespace) -> None:
     options = Options(args.train_on, args.control_tokens, args.bad_rows)
     report = write_indexed(args.file, prefix, tokenizer, template, options)
     for line in report.lines(args.control_tokens):
-        print(line, file=sys.stderr)
+        print(f"warning: {line}", file=sys.stderr)
     side = json.loads(paths(prefix)[2].read_text("utf-8"))
     print(f"{prefix}: {side['documents']} conversations, {side['tokens']} tokens, {side['trained_tokens']} trained")
     print(f"train on it with data.sft={prefix}")
@@ -63,28 +68,24 @@ def inspect(args: argparse.Namespace) -> None:
         raise ValueError(f"--seq-len {args.seq_len} must be at least 1, and --rows {args.rows} not negative")
     tokenizer = load_tokenizer(args.tokenizer)
     template = ChatTemplate(*find_template(args.template, tokenizer), tokenizer)
-    options, report = Options(args.train_on, args.control_tokens, bad_rows="skip"), Report()
+    options = Options(args.train_on, args.control_tokens, bad_rows="skip")
     colours = (TRAINED, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
-
-    def shown() -> Iterator[Example]:
-        for number, example in enumerate(examples(args.file, tokenizer, template, options, report)):
-            if number < args.rows:
-                so = "so".join(colours)
-                print(f"--- {example.where}, {len(example.encoding.ids)} tokens, what is trained: {so}")
-                print(marked(example, *colours).rstrip("\n"))
-            yield example
-
-    counts = survey(shown(), tokenizer, template, args.seq_len)
-    if not counts.lengths:
-        raise ValueError(f"{args.file}: no conversation in it; {report.bad[0] if report.bad else 'write one a line'}")
-    told = ", ".join(f"{count} {name}" for name, count in report.formats.items())
-    rows, filled = efficiency(counts.lengths, args.seq_len)
-    total = sum(counts.lengths)
-    print(f"\n{told} rows by template {template.name}: {total} tokens, {counts.trained / total:.1%} trained")
-    print(f"packed into {rows} rows of {args.seq_len}: {filled:.1%} full")
-    print("rows by tokens:", *histogram(counts.lengths), sep="\n")
-    for line in warnings(counts, report, tokenizer, args.seq_len, args.control_tokens):
-        print(f"warning: {line}")
+    for example in islice(examples(args.file, tokenizer, template, options, Report()), args.rows):
+        so = "so".join(colours)
+        print(f"--- {example.where}, {len(example.encoding.ids)} tokens, what is trained: {so}")
+        print(marked(example, *colours).rstrip("\n"))
+    with TemporaryDirectory(prefix="megalite-") as folder:
+        prefix = Path(folder) / "chats"
+        write_indexed(args.file, prefix, tokenizer, template, options)
+        data = Conversations(prefix)
+        found = survey(data, args.file, args.seq_len, args.overlong)
+        print(f"\n{found.summary()}")
+        if found.tokens:
+            rows = SftDataset(data, found.chosen, args.seq_len, overlong=args.overlong)
+            print(f"packed into {len(rows)} rows of {args.seq_len}: {rows.filled:.1%} full")
+        print("rows by tokens:", *histogram(data.lengths.tolist()), sep="\n")
+        for line in found.notes():
+            print(f"warning: {line}")
 
 
 if __name__ == "__main__":

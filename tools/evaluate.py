@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite import entry
+from megalite import together
 from megalite.arguments import Parser
 from megalite.config import check
 from megalite.data.dataset import check_vocabulary, heldout_windows
@@ -79,18 +79,18 @@ def main() -> int:
     options = parse()
     results: dict[str, Any] = {"verb": options.verb, "model": options.model, "data": options.data}
     try:
-        layout = {"tp": options.tp, "pp": options.pp, "world_size": entry.WORLD_SIZE}
+        layout = {"tp": options.tp, "pp": options.pp, "world_size": together.WORLD_SIZE}
         source = open_source(options.model, **layout, device=options.device, dtype=options.dtype)
         if getattr(options, "batch_size", 1) < 1:
             raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
-        if options.json and entry.RANK == 0:
+        if options.json and together.RANK == 0:
             Path(options.json).touch()  # rather now than after hours
         with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
             prepared = {"loss": loss, "answers": answers, "choices": choices}[options.verb](options, source, scratch)
-            status = entry.in_world(prepared[0].config, lambda world: results.update(measure(world, *prepared)))
+            status = together.in_world(prepared[0].config, lambda world: results.update(measure(world, *prepared)))
     except (ValueError, OSError) as error:
-        return entry.fail(error)
-    if status == 0 and entry.RANK == 0:
+        return together.fail(error)
+    if status == 0 and together.RANK == 0:
         if options.json:
             Path(options.json).write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         for name, value in results.items():
@@ -113,7 +113,7 @@ def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Sou
     if text:
         eod = source.tokenizer.eos_id is not None
         report = preprocess(
-            [options.data], f"{scratch}/rank-{entry.RANK}", source.tokenizer, append_eod=eod, log_interval=0
+            [options.data], f"{scratch}/rank-{together.RANK}", source.tokenizer, append_eod=eod, log_interval=0
         )
         prefix = str(report.written[0].prefix)
     elif Path(prefix).is_file():
@@ -127,7 +127,7 @@ def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Sou
         raise ValueError(f"--seq-len {seq_len} is more than the {source.limit} positions of the model; use fewer")
     train = dataclasses.replace(source.config.train, seq_len=seq_len, micro_batch_size=options.batch_size)
     config = dataclasses.replace(source.config, train=dataclasses.replace(train, global_batch_size=options.batch_size))
-    check(config, entry.WORLD_SIZE)
+    check(config, together.WORLD_SIZE)
     windows = heldout_windows(indexed, seq_len)
     text_bytes = indexed.sidecar.get("text_bytes")
 
@@ -206,4 +206,4 @@ def choices(options: argparse.Namespace, source: Source, scratch: str) -> tuple[
 
 
 if __name__ == "__main__":
-    entry.leave(main())
+    together.leave(main())

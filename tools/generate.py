@@ -11,7 +11,6 @@ token and prompt, divided by tp x pp.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite import entry
+from megalite import together
 from megalite.arguments import Parser
+from megalite.data.rows import decode, filled_lines, kind, parse_json, text_fault
 from megalite.generate.chat import Chat
 from megalite.generate.source import Source, open_source
 from megalite.generate.text import Reply, Settings, in_order
@@ -75,7 +75,7 @@ def main() -> int:
             options.model,
             tp=options.tp,
             pp=options.pp,
-            world_size=entry.WORLD_SIZE,
+            world_size=together.WORLD_SIZE,
             device=options.device,
             dtype=options.dtype,
             # the ranks that wait for a line to be typed must not run into a time limit
@@ -90,7 +90,7 @@ def main() -> int:
         else:
             replies = [reply(source, None, prompt, settings) for prompt in prompts]
     except (ValueError, OSError) as error:
-        return entry.fail(error)
+        return together.fail(error)
 
     def run(world: "World") -> None:
         from megalite.generate.decode import load_stage
@@ -101,7 +101,7 @@ def main() -> int:
         else:
             interact(stage, source, chat, settings)
 
-    return entry.in_world(source.config, run)
+    return together.in_world(source.config, run)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -109,23 +109,32 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"--prompts {path}: no such file; write one prompt a line into it, or ask with --prompt TEXT")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for where, raw in filled_lines(path):
         try:
-            prompt = json.loads(line)["prompt"] if path.suffix == ".jsonl" else line
-        except (ValueError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str):
-            raise ValueError(f'{path}:{number}: expected a JSON object with a text "prompt"')
-        found.append(prompt)
+            found.append(_prompt(raw, is_json=kind(path) in (".jsonl", ".json")))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     if not found:
         raise ValueError(f"{path}: holds no prompt; write one a line")
     return found
 
 
+def _prompt(raw: bytes, is_json: bool) -> str:
+    prompt = decode(raw.rstrip(b"\r\n"))
+    if is_json:
+        row = parse_json(raw)
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError('expected a JSON object with a text "prompt"')
+        prompt = row["prompt"]
+    if fault := text_fault(prompt):
+        raise ValueError(f"the prompt {fault}")
+    return prompt
+
+
 def reply(source: Source, chat: Chat | None, prompt: str, settings: Settings) -> Reply:
     """What is to follow `prompt`: its continuation, or the answer of the chat."""
+    if fault := text_fault(prompt):
+        raise ValueError(f"the prompt {fault}")
     ids = [*source.start, *source.tokenizer.encode(prompt)] if chat is None else chat.ask(prompt)
     return Reply(source.tokenizer, ids, settings, source.stops, source.limit)
 
@@ -171,7 +180,7 @@ def lines() -> Iterator[str | None]:
     """What is typed, line by line, then None; on other ranks than the first None without end."""
     while True:
         line = None
-        if entry.RANK == 0:
+        if together.RANK == 0:
             try:
                 line = input("> " if sys.stdin.isatty() else "")
             except EOFError:
@@ -180,13 +189,13 @@ def lines() -> Iterator[str | None]:
 
 
 def write(text: str) -> None:
-    if entry.RANK == 0:
+    if together.RANK == 0:
         print(text, end="", flush=True)
 
 
 def note(stage: "Stage", replies: Sequence[Reply]) -> None:
     """Tell of replies that the context ended, and of those longer than what the model was trained on."""
-    if entry.RANK != 0:
+    if together.RANK != 0:
         return
     trained = stage.config.train.seq_len
     if any(each.ended == "context end" for each in replies):
@@ -196,4 +205,4 @@ def note(stage: "Stage", replies: Sequence[Reply]) -> None:
 
 
 if __name__ == "__main__":
-    entry.leave(main())
+    together.leave(main())

@@ -65,10 +65,12 @@ class File {
 
   int fd() const { return fd_; }
 
+  std::invalid_argument refused(const std::string& found) const { return std::invalid_argument(path_ + ": " + found); }
+
   std::invalid_argument damaged(const std::string& found) const {
-    return std::invalid_argument(path_ + ": " + found +
-                                 "; the file is damaged or of another kind, write the .bin/.idx pair again with "
-                                 "tools/preprocess_data.py");
+    return refused(found +
+                   "; the file is damaged or of another kind, write the .bin/.idx pair again with "
+                   "tools/preprocess_data.py");
   }
 
  private:
@@ -165,6 +167,12 @@ class Reader {
     static constexpr TokenType kTypes[] = {{nullptr, 0}, {"uint8", 1}, {"int8", 1},  {"int16", 2}, {"int32", 4},
                                            {"int64", 8}, {nullptr, 0}, {nullptr, 0}, {"uint16", 2}};
     const int code = load<uint8_t>(head + 17);
+    if (code == 6 || code == 7) {
+      throw idx_.refused(std::string("holds ") + (code == 6 ? "float64" : "float32") + " numbers (dtype code " +
+                         text(code) +
+                         "), and token ids are integers; name a prefix of tokens, as tools/preprocess_data.py writes "
+                         "it");
+    }
     if (code >= 9 || kTypes[code].name == nullptr) {
       throw idx_.damaged("has dtype code " + text(code) + ", expected an integer type: 1, 2, 3, 4, 5 or 8");
     }
@@ -176,8 +184,13 @@ class Reader {
       throw idx_.damaged("is " + text(idx_size_) + " bytes, too short for " + counts);
     }
     const uint64_t end = kHeader + 12 * sequences + 8 * boundaries;
-    // Multimodal files carry one mode byte per sequence, announced only by the file size.
-    if (size != end && size != end + sequences) {
+    // announced by the size of the file alone
+    if (sequences > 0 && size == end + sequences) {
+      throw idx_.refused("is a multimodal index, with a mode for each of its " + std::to_string(sequences) +
+                         " sequences, which megalite does not train; write the text alone with "
+                         "tools/preprocess_data.py");
+    }
+    if (size != end) {
       throw idx_.damaged("is " + text(idx_size_) + " bytes, expected " + std::to_string(end) + " for " + counts);
     }
     num_sequences = sequences, num_boundaries = boundaries;

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.faults import Faults
-from megalite.checkpoint.manifest import DTYPES, block_key, damaged, find_block, open_file
+from megalite.checkpoint.manifest import DTYPES, METADATA, block_key, damaged, find_block, open_file
 from megalite.parallel.cuts import Block, split
 
 BLOCK_BYTES = 64 * 2**20
@@ -114,7 +114,7 @@ def _by_file(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
 def _header(parts: Sequence[Part]) -> bytes:
     """A safetensors header: its length, then JSON padded so that the data begins at a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": METADATA}
     begin = 0
     for part in parts:
         end = begin + part.bytes

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from megalite.checkpoint.contents import config_of
 from megalite.checkpoint.describe import state_of
 from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
-from megalite.config import from_mapping, to_yaml
+from megalite.config import to_yaml
 
 # what a run folder has beside its checkpoints that generating and exporting read
 BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "hf")
@@ -28,8 +29,7 @@ def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_on
     """
     if target.exists():
         raise ValueError(f"{target} exists; name a new folder")
-    texts = {section: {k: _text(v) for k, v in keys.items()} for section, keys in manifest["config"].items()}
-    config = from_mapping(texts, f"{source}/manifest.json")
+    config = config_of(manifest)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(target)))
     tensors = {
         name: (getattr(torch, entry["dtype"]), tuple(entry["shape"]))
@@ -49,14 +49,3 @@ def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_on
             elif kept.is_file():
                 shutil.copyfile(kept, building / name)
     return step_folder(target, manifest["step"])
-
-
-def _text(value: Any) -> Any:
-    """A value of a manifest's config as YAML would have given it: every scalar is text."""
-    if isinstance(value, list):
-        return [_text(item) for item in value]
-    if isinstance(value, dict):
-        return value
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return str(value)

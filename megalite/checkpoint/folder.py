@@ -15,7 +15,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.manifest import FORMAT, MANIFEST_BYTES, Damaged, check_manifest, one_line, open_plain, reason
+from megalite.checkpoint.contents import OtherVersion, check_contents
+from megalite.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST_BYTES,
+    Damaged,
+    Removed,
+    check_manifest,
+    one_line,
+    open_plain,
+    reason,
+)
 
 STEP = re.compile(r"step-(\d{8,})")
 BUILDING = ".building-"
@@ -83,7 +93,10 @@ def find(path: str | Path) -> Path:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, checked. Damaged names the file; ValueError where it is of another format."""
+    """The manifest of a checkpoint, checked. Damaged names the file; ValueError where it is of another format.
+
+    Removed where the whole checkpoint is no longer there.
+    """
     path = folder / "manifest.json"
     try:
         with open_plain(path) as file:
@@ -100,7 +113,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             check_manifest(manifest)
             if STEP.fullmatch(folder.name) and manifest["step"] != step_of(folder):
                 raise ValueError(f"it is of step {manifest['step']}, its folder of step {step_of(folder)}")
+            check_contents(manifest)
+    except OtherVersion as error:
+        raise ValueError(f"{path}: {error}; use the version that wrote it") from None
     except (OSError, ValueError, RecursionError) as error:
+        if not os.path.lexists(folder):
+            raise Removed(folder) from None
         raise Damaged(f"{path}: not a manifest ({reason(error)}); the checkpoint is damaged") from None
     if other != FORMAT:
         raise ValueError(f"{path} is of format {other}, this megalite reads format {FORMAT}; use the one that wrote it")

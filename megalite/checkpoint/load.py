@@ -59,6 +59,9 @@ def _find(folder: Path, manifest: dict[str, Any], kind: str, full: str, shape: t
     entry = manifest["tensors"].get(full)
     if entry is None:
         why = "another model" if kind == "weight" else "another optimizer; take its weights alone by "
+        if kind == "momentum" and f"exp_avg.{full.removeprefix('momentum.')}" in manifest["tensors"]:
+            # before, Muon did not update the matrices of feed-forwards without a gate
+            why = "a run that updated this matrix by AdamW; take its weights alone by "
         how = "" if kind == "weight" else f"checkpoint.load={folder} checkpoint.load_optim=false in a new run_dir"
         raise ValueError(f"{folder} has no tensor {full}; it is a checkpoint of {why}{how}")
     if tuple(entry["shape"]) != shape:

@@ -23,12 +23,24 @@ NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 # a safetensors header, of which the library allows this much
 HEADER_BYTES = 100 * 10**6
 MANIFEST_BYTES = 2**30
+# of every file, as the safetensors library writes it
+METADATA = {"format": "pt"}
 # torch's names, safetensors' names and bytes
 DTYPES = {"float64": ("F64", 8), "float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 
 
 class Damaged(ValueError):
     """A checkpoint, or a part of it, is not what was written; the message names the file and, if known, the tensor."""
+
+
+class Removed(ValueError):
+    """A checkpoint that was there is gone: its run, or someone, has removed it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"{folder} was removed while it was being read: its run keeps the newest checkpoints only; read a newer "
+            f"one, or keep more with checkpoint.keep"
+        )
 
 
 def digest(manifest: dict[str, Any]) -> str:
@@ -45,8 +57,7 @@ def block_key(full: str, start: Sequence[int], size: Sequence[int]) -> str:
 def check_manifest(manifest: dict[str, Any]) -> None:
     """ValueError unless the manifest is whole: its digest, its file names, and each tensor covered exactly once."""
     _require(manifest.get("digest") == digest(manifest), "it was changed after it was written: its digest is another")
-    for key in ("step", "consumed_samples"):
-        _require(_is_size(manifest.get(key)), f"{key} is {manifest.get(key)!r}, not a count")
+    _require(_is_size(manifest.get("step")), f"step is {manifest.get('step')!r}, not a count")
     config = manifest.get("config")
     _require(isinstance(config, dict) and isinstance(config.get("model"), dict), "config or its model is missing")
     files, tensors = manifest.get("files"), manifest.get("tensors")
@@ -123,7 +134,7 @@ def open_file(path: Path, expected: int) -> tuple[BufferedReader, dict[str, Any]
         (length,) = struct.unpack("<Q", file.read(8))
         _require(length <= min(HEADER_BYTES, size - 8), f"the file's header claims {length} bytes")
         header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
+        _require(header.pop("__metadata__", None) == METADATA, "the file's header is not as it was written")
         for key, entry in header.items():
             begin, end = entry["data_offsets"]
             inside = _is_size(begin) and _is_size(end) and begin <= end <= size - 8 - length
@@ -165,7 +176,9 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
                 raise damaged(folder / name, full, error) from None
 
 
-def damaged(path: Path, full: str, error: Exception) -> Damaged:
+def damaged(path: Path, full: str, error: Exception) -> Damaged | Removed:
+    if not os.path.lexists(path.parent):
+        return Removed(path.parent)
     return Damaged(f"{path}: tensor {full} cannot be read ({reason(error)}); the checkpoint is damaged")
 
 

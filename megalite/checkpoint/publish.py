@@ -25,6 +25,7 @@ from megalite.checkpoint.folder import BUILDING, complete, read_manifest, step_o
 from megalite.checkpoint.manifest import FORMAT, check_files, digest
 from megalite.checkpoint.retain import remove, surplus
 from megalite.config import Config
+from megalite.disk import write_whole_text
 
 
 def write_rank(building: Path, rank: int, parts: list[Part], tensors: Iterable[Tensor], faults: Faults) -> None:
@@ -34,12 +35,26 @@ def write_rank(building: Path, rank: int, parts: list[Part], tensors: Iterable[T
     faults.at("save.after_folder")
     written = write_parts(building, f"rank-{rank:05d}", parts, tensors, faults)
     faults.at("save.before_part")
-    _write_text(building / f"rank-{rank:05d}.json", json.dumps(written))
+    # the last thing that a rank does, and all at once: who sees this file sees all that the rank has written
+    write_whole_text(_part(building, rank), json.dumps(written))
     faults.at("save.after_part")
 
 
+def _part(building: Path, rank: int) -> Path:
+    return building / f"rank-{rank:05d}.json"
+
+
+def missing_parts(building: Path, ranks: int) -> list[int]:
+    """The ranks of `ranks` that have not yet written all of theirs, as far as this process sees the folder."""
+    there = set(os.listdir(building))
+    return [rank for rank in range(ranks) if _part(building, rank).name not in there]
+
+
 def publish(building: Path, final: Path, config: Config, state: dict[str, Any], faults: Faults) -> None:
-    """Make the manifest out of what the ranks have written, and give the folder its name."""
+    """Make the manifest out of what the ranks have written, and give the folder its name.
+
+    Damaged unless the configuration finds in it all that it needs: `final` is then not touched.
+    """
     files: dict[str, int] = {}
     tensors: dict[str, Any] = {}
     for path in sorted(building.glob("rank-*.json")):
@@ -68,7 +83,7 @@ def publish(building: Path, final: Path, config: Config, state: dict[str, Any], 
         os.fsync(file.fileno())
     sync(building)
     faults.at("save.after_manifest")
-    # what another process changed or lost since is found before the folder has its name
+    # what is missing, and what another process has changed since, is found before the folder has its name
     check_files(building, read_manifest(building))
     faults.at("save.before_rename")
     aside = final.with_name(f"replaced-{final.name}")
@@ -84,7 +99,8 @@ def point_at(final: Path, faults: Faults) -> None:
     """Move the pointer `latest`, which is only a hint."""
     faults.at("save.before_pointer")
     pointer = final.parent / f"{BUILDING}latest"
-    _write_text(pointer, final.name + "\n")
+    pointer.write_text(final.name + "\n", encoding="utf-8")
+    sync(pointer)
     faults.at("save.in_pointer")
     pointer.rename(final.parent / "latest")
     sync(final.parent)
@@ -140,8 +156,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    sync(path)

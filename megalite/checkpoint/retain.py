@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,9 +22,10 @@ def surplus(folders: Sequence[Path], keep: int, keep_every: int = 0) -> list[Pat
 def remove(folder: Path, between: Callable[[], None] = lambda: None) -> None:
     """Remove a checkpoint; its name goes first, for what has lost some of its files must not look like one.
 
-    `between` is called when the name is gone and the files are not.
+    `between` is called when the name is gone and the files are not. Nothing to do where someone else has removed it.
     """
     hidden = folder.with_name(f"{BUILDING}pruned-{folder.name}")
-    folder.rename(hidden)
-    between()
-    shutil.rmtree(hidden)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(hidden)
+        between()
+        shutil.rmtree(hidden)

@@ -3,45 +3,63 @@
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalite import disk
 from megalite.checkpoint.blocks import Part, parts_of
 from megalite.checkpoint.faults import Faults
 from megalite.checkpoint.folder import building_folder, step_folder
-from megalite.checkpoint.publish import point_at, prune, publish, write_rank
+from megalite.checkpoint.manifest import Damaged
+from megalite.checkpoint.publish import missing_parts, point_at, prune, publish, write_rank
 from megalite.config import Config
 from megalite.parallel.cuts import Shard, uncut
 from megalite.parallel.groups import share_text
 from megalite.parallel.mesh import Mesh
 
-IDLE, WRITING, PUBLISHING = range(3)
+# how often rank 0 looks for the others' parts, and how long after all are written a file system may take to show them
+LOOK_S, SHOW_S = 0.1, 30.0
 
 
 class SaveFailed(OSError):
-    """A checkpoint could not be written; the message names the rank, the reason and what to do."""
+    """A checkpoint could not be written; the message names the rank and the reason, `remedy` says what to do."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 class Saver:
     """One rank's side of the saves of a run. All ranks call `start`, `settle` and `finish` alike.
 
-    A save has two halves. In the first every rank writes its blocks, in the second rank 0 makes them a checkpoint and
-    lets old ones go. With checkpoint.async_save both run in a thread. The thread talks to no other rank: that a half is
-    over everywhere is told by `progress`, two numbers that the caller sums over the ranks along with those of a step.
+    Every rank writes its blocks and says so by a file, its part; rank 0 makes them a checkpoint when it sees the parts
+    of all, and lets old ones go. With checkpoint.async_save this is done by threads, which talk to no other rank but
+    through the run folder: a checkpoint is published as soon as it is written, however long the step under way takes.
+    That a save is over, or has failed somewhere, is told by `progress`, two numbers that the caller sums over the ranks
+    along with those of a step.
     """
 
     def __init__(self, run_dir: Path, config: Config, mesh: Mesh) -> None:
         self.run_dir, self.config, self.mesh = run_dir, config, mesh
         self._faults = Faults(mesh.world.rank)
-        self._half, self._thread, self._error = IDLE, None, None  # type: tuple[int, threading.Thread | None, Any]
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._under_way = False
+        # of this rank: its part is over, its publishing is over; told to it: all parts are written, do not wait for any
+        self._written, self._published = threading.Event(), threading.Event()
+        self._all_written, self._leave = threading.Event(), threading.Event()
         self._state: dict[str, Any] = {}
         self._final = self._building = run_dir
+        self._outcome = ""
 
     def start(
         self,
@@ -51,7 +69,7 @@ class Saver:
         state: dict[str, Any],
     ) -> None:
         """Begin to save; arguments as of `save`. With async_save this waits for a copy in host memory only."""
-        assert self._half == IDLE
+        assert not self._under_way
         self._state, self._final = state, step_folder(self.run_dir, state["step"])
         self._building = building_folder(self._final)
         owned = list(own_parts(shards, spans, kinds))
@@ -59,90 +77,141 @@ class Saver:
         need = torch.tensor([float(sum(part.bytes for part in parts))], dtype=torch.float64, device=self.mesh.device)
         total = int(self.mesh.world.all_reduce(need))
         views: Iterable[Tensor] = (view for _, view in owned)
-        if self.config.checkpoint.async_save:
-            views = [view.to("cpu", copy=True) for view in views]
-        self._begin(WRITING, lambda: self._write(parts, views, total))
+        self._under_way, self._error, self._outcome = True, None, f"cannot write the checkpoint of step {state['step']}"
+        for event in (self._written, self._published, self._all_written, self._leave):
+            event.clear()
+        if not self.config.checkpoint.async_save:
+            self._write(parts, views, total)
+            return
+        views = [view.to("cpu", copy=True) for view in views]
+
+        def work() -> None:
+            self._write(parts, views, total)
+            if self.mesh.world.rank == 0 and self._error is None:
+                self._publish()
+
+        self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
 
     def progress(self) -> tuple[float, float]:
-        """(1 if this rank's half of a save is over, 1 if it failed): to be summed over all ranks for `settle`."""
-        over = self._half != IDLE and not (self._thread is not None and self._thread.is_alive())
-        return float(over), float(over and self._error is not None)
+        """What to sum over all ranks for `settle`.
+
+        (1 if this rank has written its part, 2 if it has published the checkpoint too, 1 if either has failed).
+        """
+        over = self._written.is_set() + self._published.is_set()
+        return float(over), float(over > 0 and self._error is not None)
 
     def settle(self, over: float, failed: float) -> Path | None:
         """Go on by the sums of `progress`; gives the folder of a save that has now ended.
 
         SaveFailed, the same on every rank, where a rank could not write; the half-written folder is gone then.
         """
-        if self._half == IDLE or over < self.mesh.world.size:
+        if not self._under_way or over < self.mesh.world.size:
             return None
-        self.close()
         if failed:
             self._fail()
-        if self._half == WRITING:
-            self._begin(PUBLISHING, self._publish if self.mesh.world.rank == 0 else lambda: None)
-            return None
-        self._half = IDLE
-        return self._final
+        if over > self.mesh.world.size:
+            self.close()
+            self._idle()
+            return self._final
+        self._all_written.set()
+        if self._thread is None and self.mesh.world.rank == 0:
+            self._publish()
+        return None
 
     def finish(self) -> Path | None:
         """Wait for the save under way, if there is one, and settle it. Collective."""
         final = None
-        while self._half != IDLE:
-            self.close()
+        while self._under_way:
+            self._written.wait()
+            if self._all_written.is_set() and self._thread is not None:
+                self._thread.join()
             sums = torch.tensor(self.progress(), dtype=torch.float64, device=self.mesh.device)
             over, failed = self.mesh.world.all_reduce(sums).tolist()
             final = self.settle(over, failed)
         return final
 
     def close(self) -> None:
-        """Wait for this rank's thread; what it was writing is left as it is."""
+        """Wait for this rank's thread. It ends what it is writing, and publishes what all ranks have written."""
+        self._leave.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _begin(self, half: int, job: Callable[[], None]) -> None:
-        def guarded() -> None:
-            try:
-                job()
-            except BaseException as error:
-                self._error = error
+    def _idle(self) -> None:
+        self._under_way = False
+        self._written.clear()
+        self._published.clear()
 
-        self._half = half
-        if self.config.checkpoint.async_save:
-            self._thread = threading.Thread(target=guarded, name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            guarded()
+    @contextmanager
+    def _guarded(self, over: threading.Event) -> Iterator[None]:
+        """Keep what goes wrong for `settle`, and then say that this much is over."""
+        try:
+            yield
+        except BaseException as error:
+            self._error = error
+        finally:
+            over.set()
 
     def _write(self, parts: list[Part], views: Iterable[Tensor], total: int) -> None:
-        parent = self._building.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
-        if total > free:
-            raise OSError(errno.ENOSPC, f"it takes {total:,} bytes and {free:,} are free", str(parent))
-        write_rank(self._building, self.mesh.world.rank, parts, views, self._faults)
+        with self._guarded(self._written):
+            parent = self._building.parent
+            parent.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(parent).free
+            if total > free:
+                raise OSError(errno.ENOSPC, f"it takes {total:,} bytes and {free:,} are free", str(parent))
+            write_rank(self._building, self.mesh.world.rank, parts, views, self._faults)
 
     def _publish(self) -> None:
         c = self.config.checkpoint
-        publish(self._building, self._final, self.config, self._state, self._faults)
-        point_at(self._final, self._faults)
-        prune(self._final, c.keep, c.keep_every, self._faults)
+        with self._guarded(self._published):
+            if not self._wait_for_parts():
+                return
+            publish(self._building, self._final, self.config, self._state, self._faults)
+            self._outcome = f"has written the checkpoint of step {self._state['step']} and cannot remove an older one"
+            point_at(self._final, self._faults)
+            prune(self._final, c.keep, c.keep_every, self._faults)
+
+    def _wait_for_parts(self) -> bool:
+        """Until every rank's part is there; false where it is told to leave before."""
+        ranks, deadline = self.mesh.world.size, math.inf
+        while missing := missing_parts(self._building, ranks):
+            if self._all_written.is_set() and deadline == math.inf:
+                deadline = time.monotonic() + min(SHOW_S, self.config.parallel.timeout_s / 3)
+            if time.monotonic() > deadline:
+                raise PartsMissing(
+                    f"rank {', '.join(map(str, missing))} of {ranks} has written its part, and rank 0 does not see it "
+                    f"in {self._building.parent}"
+                )
+            if self._leave.wait(LOOK_S):
+                return not missing_parts(self._building, ranks)
+        return True
 
     def _fail(self) -> None:
         """End a save that has failed on some rank: every rank is here, and none is writing."""
-        error, self._error, self._half = self._error, None, IDLE
+        self.close()
+        error, self._error = self._error, None
+        self._idle()
         if self.mesh.world.rank == 0:
             shutil.rmtree(self._building, ignore_errors=True)
+        what = f"rank {self.mesh.world.rank} {self._outcome}: "
         text = ""
         if isinstance(error, OSError):
-            reason = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-            text = f"rank {self.mesh.world.rank} cannot write the checkpoint of step {self._state['step']}: {reason}"
+            text = f"{what}{disk.reason(error)}\n{disk.remedy(error)}"
+        elif isinstance(error, PartsMissing):
+            text = f"{what}{error}\nPut train.run_dir on a file system that all nodes share"
+        elif isinstance(error, Damaged):
+            text = f"{what}{error}\nKeep other processes out of the run folder"
         elif error is not None:
             text = f"{type(error).__name__} {error}"
         text = share_text(self.mesh.world, text, self.mesh.device)
-        if error is not None and not isinstance(error, OSError):
+        if error is not None and not isinstance(error, (OSError, PartsMissing, Damaged)):
             raise error
-        raise SaveFailed(text)
+        raise SaveFailed(*text.split("\n", 1))
+
+
+class PartsMissing(Exception):
+    """Rank 0 does not see what other ranks have written."""
 
 
 def save(

@@ -10,7 +10,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.manifest import Damaged, damaged, find_block, open_file
+from megalite.checkpoint.manifest import Damaged, Removed, damaged, find_block, open_file
 
 # read and hashed at a time: of the size of a core's cache
 CHUNK_BYTES = 2**20
@@ -28,7 +28,8 @@ class Verified:
 def verify(folder: Path, manifest: dict[str, Any], threads: int = 0) -> Verified:
     """Read every block of a checkpoint whose manifest `read_manifest` gave, a file a thread (0: as many as cores).
 
-    That each element is stored exactly once is the manifest's part, `check_manifest`. Files that it does not name are
+    That nothing is missing and each element is stored exactly once is the manifest's part. Removed where the checkpoint
+    is removed meanwhile. Files that it does not name are
     not looked at. Memory: CHUNK_BYTES a thread.
     """
     held: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [] for name in manifest["files"]}
@@ -42,6 +43,8 @@ def verify(folder: Path, manifest: dict[str, Any], threads: int = 0) -> Verified
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # hashing and reading let go of the interpreter
         files = list(pool.map(one, sorted(held)))
     damages = [line for file in files for line in file.damages]
+    if damages and not os.path.lexists(folder):
+        raise Removed(folder)
     return Verified(sum(file.blocks for file in files), sum(file.bytes for file in files), damages)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 
+from megalite.config.load import ConfigError
 from megalite.config.schema import Config
 
 
@@ -21,17 +23,35 @@ def batch_size(config: Config, samples: int) -> int:
     return max(unit, grown // unit * unit)
 
 
-def steps_for(config: Config, samples: float) -> int:
-    """The least number of steps that use at least `samples` samples."""
-    used = steps = 0
+def steps_for(config: Config, samples: float, steps: int = 0, used: int = 0) -> int:
+    """The least number of steps that use at least `samples` samples, where `steps` have used `used` of them."""
     while used < min(samples, config.train.ramp_samples):
         used, steps = used + batch_size(config, used), steps + 1
     return max(1, steps + math.ceil(max(0, samples - used) / config.train.global_batch_size))
 
 
-def total_samples(config: Config) -> int:
-    """Samples of all train.steps steps."""
-    samples = steps = 0
-    while samples < config.train.ramp_samples and steps < config.train.steps:
-        samples, steps = samples + batch_size(config, samples), steps + 1
-    return samples + (config.train.steps - steps) * config.train.global_batch_size
+def total_samples(config: Config, steps: int = 0, used: int = 0) -> int:
+    """Samples of all train.steps steps, where `steps` have used `used` samples already, perhaps by other batches."""
+    while used < config.train.ramp_samples and steps < config.train.steps:
+        used, steps = used + batch_size(config, used), steps + 1
+    return used + max(0, config.train.steps - steps) * config.train.global_batch_size
+
+
+def skipped_ranges(text: str) -> list[range]:
+    """`train.skip_samples`, as 320:352,960:992, as ranges; ConfigError where it cannot be read."""
+    found = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        ends = re.fullmatch(r"(\d{1,18}):(\d{1,18})", part)
+        if ends is None or int(ends[1]) >= int(ends[2]):
+            raise ConfigError(
+                f"train.skip_samples={text}: {part!r} is not FIRST:END with FIRST below END; write e.g. "
+                f"train.skip_samples=320:352 for the samples 320 to 351"
+            )
+        found.append(range(int(ends[1]), int(ends[2])))
+    return found
+
+
+def is_skipped(config: Config, samples: range) -> bool:
+    """Whether a batch of `samples` is passed over, because it holds one of train.skip_samples."""
+    ranges = skipped_ranges(config.train.skip_samples)
+    return any(r.start < samples.stop and samples.start < r.stop for r in ranges)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from megalite.config.batch import total_samples
+from megalite.config.batch import skipped_ranges, total_samples
 from megalite.config.groups import parse_groups
 from megalite.config.load import ConfigError
 from megalite.config.schema import Config, ModelConfig, TuneConfig
-from megalite.config.tune import trained
+from megalite.config.tune import hidden_matrices, trained
+
+# the scaled loss is fp32: a larger scale makes every loss infinite
+LARGEST_LOSS_SCALE = 2.0**127
 
 
 def _require(condition: bool, message: str) -> None:
@@ -151,7 +154,8 @@ def _check_model(config: Config) -> None:
         _require(
             config.train.seq_len <= m.max_positions,
             f"train.seq_len={config.train.seq_len} is more than model.max_positions={m.max_positions} learned "
-            f"positions; use train.seq_len={m.max_positions} or less, or model.position=rope",
+            f"positions; use train.seq_len={m.max_positions} or less"
+            + (", or model.position=rope" if m.from_hf is None else ""),
         )
         _require(
             m.rope_scaling == "none",
@@ -296,9 +300,9 @@ def _check_optim(config: Config) -> None:
     )
     _require(o.loss_scale_window >= 1, f"optim.loss_scale_window={o.loss_scale_window} must be at least 1")
     _require(
-        0 < o.loss_scale_min <= o.loss_scale_initial,
+        0 < o.loss_scale_min <= o.loss_scale_initial <= LARGEST_LOSS_SCALE,
         f"optim.loss_scale_min={o.loss_scale_min} must be greater than 0 and not above optim.loss_scale_initial="
-        f"{o.loss_scale_initial}",
+        f"{o.loss_scale_initial}, and that at most {LARGEST_LOSS_SCALE:.3g}",
     )
     parse_groups(o.groups)
 
@@ -317,8 +321,10 @@ def _check_tune(config: Config) -> None:
         "model.from_hf=DIR",
     )
     _require(
-        config.optim.name != "muon" or t.mode in ("full", "ffn_only"),
-        f"optim.name=muon is for hidden matrices, and tune.mode={t.mode} trains none; use optim.name=adamw",
+        config.optim.name != "muon" or bool(hidden_matrices(config)),
+        f"optim.name=muon is for hidden matrices, and tune.mode={t.mode}"
+        + (f" with tune.freeze={t.freeze}" if t.freeze else "")
+        + " trains none; use optim.name=adamw",
     )
     trained(config)
 
@@ -330,6 +336,7 @@ def _check_data(config: Config) -> None:
         f"data.path={d.path} and data.sft={d.sft} are both set; a run learns from one of them",
     )
     _require(t.epochs is None or t.epochs > 0, f"train.epochs={t.epochs} must be greater than 0")
+    skipped_ranges(t.skip_samples)
     _require(
         config.model.from_hf is None or config.checkpoint.load is None,
         f"model.from_hf={config.model.from_hf} and checkpoint.load={config.checkpoint.load} both name the weights to "

@@ -146,7 +146,12 @@ class OptimConfig:
     )
     wsd_decay_fraction: float = _key(0.1, "wsd: share of decay_samples, at their end, over which lr falls to min_lr")
     warmup_samples: int = _key(0, "samples of linear warm-up from 0 to lr")
-    decay_samples: int | None = _key(None, "samples until min_lr is reached; null: all of train.steps")
+    decay_samples: int | None = _key(None, "samples until min_lr is reached; null: the end of the run")
+    lr_on_resume: str = _key(
+        "new",
+        "which curve a resumed run follows: that of its own keys, or the one saved in the checkpoint",
+        choices=("new", "keep"),
+    )
     beta1: float = _key(0.9, "decay of the first moment")
     beta2: float = _key(0.95, "decay of the second moment")
     eps: float = _key(1e-8, "added to the root of the second moment")
@@ -195,6 +200,9 @@ class TrainConfig:
     global_batch_size: int = _key(32, "samples of one optimizer step, over all replicas")
     ramp_start: int = _key(0, "with ramp_samples: samples of the first optimizer step")
     ramp_samples: int = _key(0, "samples over which the step grows from ramp_start to global_batch_size; 0: no ramp")
+    skip_samples: str = _key(
+        "", "numbers of samples, FIRST:END,FIRST:END, whose batches are passed over: their steps change no weight"
+    )
     seed: int = _key(1234, "of initial weights and sample order")
     dtype: str = _key(
         "fp32",
@@ -207,7 +215,7 @@ class TrainConfig:
     )
     threads: int = _key(0, "CPU threads of one rank; 0: cores / local ranks, or OMP_NUM_THREADS")
     eval_interval: int = _key(0, "steps between held-out evaluations; 0: only before the first and after the last")
-    eval_samples: int = _key(0, "samples of each held-out set; 0: all of it")
+    eval_samples: int = _key(0, "samples of each held-out set, evenly spread over it; 0: all of it")
     eval_only: bool = _key(False, "evaluate the loaded weights and end")
     patience: int = _key(0, "stop after so many evaluations without a better mean held-out loss; 0: never")
     time_limit_s: float = _key(0.0, "save and stop cleanly after so many seconds; 0: none")

@@ -134,6 +134,12 @@ def trained(config: Config) -> dict[str, Shape]:
     return left
 
 
+def hidden_matrices(config: Config) -> list[str]:
+    """Trained matrices of the model's blocks, which Muon updates: no embeddings, no head, no LoRA factors."""
+    model = shapes(config.model)
+    return [name for name in trained(config) if name in model and name.startswith("layers.") and len(model[name]) == 2]
+
+
 def _require_all_used(key: str, patterns: Collection[str], used: Collection[str], names: Collection[str]) -> None:
     for pattern in patterns:
         if pattern not in used:

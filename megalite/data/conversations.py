@@ -4,13 +4,13 @@ Told apart by their keys, row by row: `messages` (OpenAI, TRL), `conversations` 
 `prompt` with `completion`.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megalite.data.messages import RESERVED, Conversation, Message, RowError, conversation, kind_of, parse
+from megalite.data.rows import DEEPEST, NotJSONError, filled_lines, parse_json, text_fault
 
 # ShareGPT's names of them
 SPEAKERS = {
@@ -24,7 +24,6 @@ SPEAKERS = {
     "function": "tool",
     "function_call": "assistant",
 }
-DEEPEST = 64
 
 
 @dataclass(frozen=True)
@@ -46,38 +45,33 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     elif file.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{file}: unknown suffix {file.suffix!r}; instruction data is .jsonl, .json or .parquet")
     elif _is_array(file):
-        found = _json(file.read_bytes())
+        found = _json(file.read_bytes(), deepest=None)  # the rows are looked at one by one
         if isinstance(found, RowError):
             raise ValueError(f"{file}: {found}; it begins with '[', so all of it has to be one JSON array")
         yield from (Row(f"{file}:row {number}", value) for number, value in enumerate(found, start=1))
     else:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield Row(f"{file}:{number}", _json(line))
+        yield from (Row(line.where, _json(line.raw)) for line in filled_lines(file))
 
 
 def _is_array(file: Path) -> bool:
-    with file.open("rb") as stream:
-        for line in stream:
-            if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                # one row a line may itself be an array by mistake: then the line is whole
-                start = line.strip(b"\xef\xbb\xbf \t\r\n")
-                return start.startswith(b"[") and (file.suffix == ".json" or isinstance(_json(line), RowError))
-    return False
-
-
-def _json(text: bytes) -> Any | RowError:
+    """Whether a file is one JSON array; a .jsonl whose first row is an array by mistake is not."""
+    first = next(filled_lines(file), None)
+    if first is None or not first.raw.lstrip().startswith(b"["):
+        return False
     try:
-        return json.loads(text.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return RowError(f"not UTF-8 (byte {error.start}); convert the file to UTF-8")
-    except json.JSONDecodeError as error:
-        return RowError(f"not JSON ({error.msg} at line {error.lineno} column {error.colno})")
-    except RecursionError:
-        return RowError("nested too deeply to be a conversation")
+        parse_json(first.raw)
+    except NotJSONError:
+        return True
+    except ValueError:
+        pass
+    return file.suffix == ".json"
+
+
+def _json(text: bytes, deepest: int | None = DEEPEST) -> Any | RowError:
+    try:
+        return parse_json(text, deepest)
     except ValueError as error:
-        return RowError(f"not JSON ({error})")
+        return RowError(str(error))
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
@@ -132,14 +126,10 @@ def _check_text(value: Any, name: str, depth: int) -> None:
     if depth > DEEPEST:
         raise RowError(f"{name} is nested more than {DEEPEST} deep")
     if isinstance(value, str):
-        if "\0" in value:
-            raise RowError(f"{name} holds a NUL character; remove it")
+        if fault := text_fault(value):
+            raise RowError(f"{name} {fault}")
         if found := RESERVED.search(value):
             raise RowError(f"{name} holds U+{ord(found[0]):04X}, which Unicode reserves for programs; remove it")
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise RowError(f"{name} holds half a surrogate pair, which no UTF-8 text can") from None
     elif isinstance(value, dict):
         for key, item in value.items():
             _check_text(key, f"a key of {name}", depth + 1)

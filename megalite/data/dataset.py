@@ -1,6 +1,6 @@
 """Fixed-length training and evaluation windows over one indexed token stream."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -41,6 +41,9 @@ class Samples(Protocol):
 
     def layout(self, indices: Sequence[int]) -> Layout:
         """Positions and bounds of `indices` without reading a token."""
+
+    def describe(self, indices: Sequence[int]) -> str:
+        """In which part of the data `indices` are, for a message."""
 
 
 class WindowDataset:
@@ -98,6 +101,15 @@ class WindowDataset:
         """Positions and bounds of `indices` without reading a token."""
         return self._layout([self.window(index) for index in indices])
 
+    def describe(self, indices: Sequence[int]) -> str:
+        """The documents from which the tokens of `indices` come, counted from 0."""
+        found: set[int] = set()
+        for window in map(self.window, indices):
+            ends = (window * self.seq_len, min((window + 1) * self.seq_len, self.indexed.num_tokens - 1))
+            first, last = np.searchsorted(self.indexed.document_starts, ends, side="right") - 1
+            found |= set(range(int(first), int(last) + 1))
+        return numbered("document", found)
+
     def _layout(self, windows: Sequence[int]) -> Layout:
         query = np.arange(self.seq_len)
         if not self.isolate_documents:
@@ -146,6 +158,38 @@ class PretrainDataset(WindowDataset):
 def heldout_windows(indexed: IndexedDataset, seq_len: int, *, isolate_documents: bool = False) -> WindowDataset:
     """All windows of a held-out stream, in order: every token but the very first is predicted once."""
     return WindowDataset(indexed, seq_len, isolate_documents=isolate_documents)
+
+
+def numbered(noun: str, numbers: Collection[int]) -> str:
+    """`document 3`, or `documents 3, 7, 8`, at most eight of them."""
+    first = [str(number) for number in sorted(numbers)[:8]]
+    return f"{noun}{'s' * (len(numbers) != 1)} {', '.join(first)}" + ", ..." * (len(numbers) > len(first))
+
+
+class Spread:
+    """`count` samples of a set, evenly over all of it, so that an ordered set is not judged by its beginning.
+
+    Which ones depends on nothing but the two lengths.
+    """
+
+    def __init__(self, samples: Samples, count: int) -> None:
+        self.samples, self.count = samples, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def _places(self, indices: Sequence[int]) -> list[int]:
+        # the middle of each of `count` equal parts; past the end stays past the end
+        return [(2 * index + 1) * len(self.samples) // (2 * self.count) for index in indices]
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return self.samples.batch(self._places(indices))
+
+    def layout(self, indices: Sequence[int]) -> Layout:
+        return self.samples.layout(self._places(indices))
+
+    def describe(self, indices: Sequence[int]) -> str:
+        return self.samples.describe(self._places(indices))
 
 
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int) -> None:

@@ -6,6 +6,7 @@ A document is one or more sequences. `prefix.json`, written beside them, is ours
 import json
 import os
 import struct
+import weakref
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -15,6 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megalite.data.rows import parse_json
+from megalite.data.temporary import Locks, remove_leftovers
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -60,8 +64,10 @@ class IndexedWriter:
         self.final = paths(prefix)
         self.final[0].parent.mkdir(parents=True, exist_ok=True)
         self.temporary = [path.with_name(f"{path.name}.tmp-{os.getpid()}") for path in self.final]
+        self._locks = Locks()
         try:
-            self.bin = self.temporary[0].open("wb")
+            remove_leftovers(self.final)
+            self.bin = self._locks.open(self.temporary[0])
         except OSError as error:
             raise ValueError(
                 f"{prefix} cannot be written ({error.strerror}); name a prefix in a folder that you may write to"
@@ -99,14 +105,14 @@ class IndexedWriter:
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
         with self.bin:
             _sync(self.bin)
-        with self.temporary[1].open("wb") as idx:
+        with self._locks.open(self.temporary[1]) as idx:
             idx.write(HEADER.pack(MAGIC, VERSION, self.code, len(lengths), len(self.documents)))
             idx.write(lengths.tobytes())
             idx.write((offsets * self.dtype.itemsize).tobytes())
             idx.write(np.asarray(self.documents, dtype="<i8").tobytes())
             _sync(idx)
         if self.sidecar is not None:
-            with self.temporary[2].open("wb") as file:
+            with self._locks.open(self.temporary[2]) as file:
                 file.write(json.dumps(self.sidecar, indent=2, ensure_ascii=False).encode() + b"\n")
                 _sync(file)
 
@@ -121,12 +127,14 @@ class IndexedWriter:
         folder = os.open(self.final[0].parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+        self._locks.close()
 
     def abort(self) -> None:
         """Remove everything written so far."""
         self.bin.close()
         for path in self.temporary:
             path.unlink(missing_ok=True)
+        self._locks.close()
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +154,7 @@ def _sync(file: Any) -> None:
 
 
 class IndexedDataset:
-    """Reads `prefix.{bin,idx}` through memory maps; the .bin file is mapped only when tokens are asked for.
+    """Reads `prefix.{bin,idx}`: the index is mapped, tokens are read when they are asked for.
 
     Attributes: `dtype`; `num_sequences`, `num_documents`, `num_tokens`; `lengths` [num_sequences] in tokens;
     `offsets` [num_sequences] in bytes; `documents` [num_documents + 1], the first sequence of each document.
@@ -171,12 +179,22 @@ class IndexedDataset:
             raise self._error(f"starts with {magic!r}, expected {MAGIC!r}")
         if version != VERSION:
             raise self._error(f"has version {version}, expected {VERSION}")
-        if code not in DTYPES or np.dtype(DTYPES[code]).kind == "f":
+        if code in DTYPES and np.dtype(DTYPES[code]).kind == "f":
+            raise ValueError(
+                f"{self.idx_path}: holds {np.dtype(DTYPES[code]).name} numbers (dtype code {code}), and token ids are "
+                f"integers; name a prefix of tokens, as tools/preprocess_data.py writes it"
+            )
+        if code not in DTYPES:
             raise self._error(f"has dtype code {code}, expected an integer type: 1, 2, 3, 4, 5 or 8")
         documents_at = HEADER.size + 12 * sequences
         end = documents_at + 8 * boundaries
-        # Multimodal files carry one mode byte per sequence, announced only by the file size.
-        if size not in (end, end + sequences):
+        # announced by the size of the file alone
+        if sequences and size == end + sequences:
+            raise ValueError(
+                f"{self.idx_path}: is a multimodal index, with a mode for each of its {sequences} sequences, which "
+                f"megalite does not train; write the text alone with tools/preprocess_data.py"
+            )
+        if size != end:
             raise self._error(
                 f"is {size} bytes, expected {end} for {sequences} sequences and {boundaries} document boundaries"
             )
@@ -186,6 +204,9 @@ class IndexedDataset:
         self.lengths = index[HEADER.size : HEADER.size + 4 * sequences].view("<i4")
         self.offsets = index[HEADER.size + 4 * sequences : documents_at].view("<i8")
         self.documents = index[documents_at:end].view("<i8")
+        # opened now, so that another file of the same name does not take its place later
+        self._file = os.open(self.bin_path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._file)
         self._check_documents()
         self.num_tokens, self._contiguous = self._check_sequences()
 
@@ -230,28 +251,41 @@ class IndexedDataset:
             contiguous &= bool((offsets == expected).all())
             total += int(lengths.sum())
             end = max(end, int(ends.max()))
-        size = self.bin_path.stat().st_size
+        size = os.fstat(self._file).st_size
         if size != end:
             raise self._error(
                 f"is {size} bytes, expected {end} by its index of {total} {self.dtype.name} tokens", self.bin_path
             )
         return total, contiguous
 
-    @cached_property
-    def _data(self) -> NDArray[Any]:
-        if self.bin_path.stat().st_size == 0:
-            return np.empty(0, dtype=self.dtype)
-        return np.memmap(self.bin_path, dtype=np.uint8, mode="r")
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.prefix,)
+
+    def _read(self, start: int, stop: int) -> NDArray[Any]:
+        """Bytes [start, stop) of the .bin file as tokens.
+
+        Read, not mapped: where the file is cut short while it is in use, a mapping ends the process (SIGBUS).
+        """
+        found = np.empty(stop - start, dtype=np.uint8)
+        at = start
+        while at < stop:
+            try:
+                got = os.preadv(self._file, [found.data[at - start :]], at)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.bin_path)) from None
+            if got == 0:
+                raise self._error(f"ends at byte {at}, it was cut short while in use", self.bin_path)
+            at += got
+        return found.view(self.dtype)
 
     def __len__(self) -> int:
         return self.num_sequences
 
     def __getitem__(self, sequence: int) -> NDArray[Any]:
-        """The tokens of one sequence, a read-only view."""
+        """A copy of the tokens of one sequence."""
         index = range(self.num_sequences)[sequence]
         start = int(self.offsets[index])
-        stop = start + int(self.lengths[index]) * self.dtype.itemsize
-        return self._data[start:stop].view(self.dtype)
+        return self._read(start, start + int(self.lengths[index]) * self.dtype.itemsize)
 
     def tokens(self, start: int, stop: int) -> NDArray[Any]:
         """A copy of tokens [start, stop) of the flat stream, in the file's dtype."""
@@ -259,7 +293,7 @@ class IndexedDataset:
         item = self.dtype.itemsize
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) of a stream of {self.num_tokens}")
-        return np.array(self._data[start * item : stop * item]).view(self.dtype)
+        return self._read(start * item, stop * item)
 
     @cached_property
     def document_starts(self) -> NDArray[np.int64]:
@@ -271,9 +305,14 @@ class IndexedDataset:
     @cached_property
     def sidecar(self) -> dict[str, Any]:
         """What `prefix.json` says of these tokens; empty if there is none."""
-        found: dict[str, Any] = {}
-        if self.sidecar_path.is_file():
-            found = json.loads(self.sidecar_path.read_text("utf-8"))
+        if not self.sidecar_path.is_file():
+            return {}
+        try:
+            found = parse_json(self.sidecar_path.read_bytes(), deepest=None)
+        except ValueError as error:
+            raise self._error(f"is {error}", self.sidecar_path) from None
+        if not isinstance(found, dict):
+            raise self._error("is no JSON object", self.sidecar_path)
         return found
 
     def chunks(self) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -6,10 +6,8 @@ import fcntl
 import hashlib
 import json
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +19,11 @@ from megalite.data.conversations import normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.masks import require_trained, token_weights, weighted_spans
 from megalite.data.messages import Conversation, RowError
+from megalite.data.report import Report
 from megalite.data.tokenizer import Encoding, Tokenizer
 
 # Raised whenever the same rows would give other files, so that old caches are not taken for new ones.
-RECIPE = 2
-SHOWN_ROWS = 5
+RECIPE = 3
 # within so many seconds a refusal of the same file is another rank's
 SAME_RUN_S = 10.0
 
@@ -46,28 +44,6 @@ class Example(NamedTuple):
     text: str
     encoding: Encoding
     weights: NDArray[np.float64]
-
-
-@dataclass
-class Report:
-    """What was met on the way."""
-
-    formats: Counter[str] = field(default_factory=Counter)
-    bad: list[str] = field(default_factory=list)
-    controls: int = 0
-    rows_with_controls: int = 0
-    unshown: int = 0
-
-    def lines(self, control_tokens: str) -> Iterator[str]:
-        """One line for the user about each thing that is worth one."""
-        if self.bad:
-            shown = "; ".join(self.bad[:SHOWN_ROWS])
-            yield f"skipped {len(self.bad)} bad rows (data.bad_rows=skip): {shown}"
-        if self.controls:
-            what = "made ordinary text" if control_tokens == "escape" else "left as control tokens"
-            yield f"{self.rows_with_controls} rows hold {self.controls} control strings in their contents: {what}"
-        if self.unshown:
-            yield f"the template does not show the reasoning of {self.unshown} messages, so it is not trained"
 
 
 def examples(
@@ -101,11 +77,15 @@ def _example(
     encoding = tokenizer.encode_chat(rendered.text)
     spans = weighted_spans(conversation, rendered, options.train_on)
     weights = token_weights(rendered.text, encoding, spans)
-    require_trained(weights)
-    report.formats[conversation.format] += 1
+    require_trained(weights.astype(np.float32))  # as training has them: the smallest become 0
+    report.look(where, conversation, rendered.text, encoding, weights, tokenizer)
     report.controls += found
-    report.rows_with_controls += found > 0
-    report.unshown += rendered.unshown
+    if found:
+        report.see("controls", where)
+    if rendered.unshown:
+        report.see("unshown", where)
+    if rendered.changed:
+        report.see("dropped assistant", where)
     return Example(where, conversation, rendered.text, encoding, weights)
 
 
@@ -145,8 +125,7 @@ def write_indexed(
             "template_name": template.name,
             "template": template.source,
             **options._asdict(),
-            "formats": dict(report.formats),
-            "notes": list(report.lines(options.control_tokens)),
+            "report": report.to_sidecar(path),
             "sources": [Path(path).name],
         }
     return report

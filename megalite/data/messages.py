@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from megalite.data.rows import NotJSONError, parse_json
 
 Message = dict[str, Any]
 
@@ -67,9 +68,11 @@ def kind_of(value: Any) -> str:
 def parse(text: str, what: str) -> Any:
     """The value of JSON that stands in a string; RowError names `what` it is."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text.encode())
+    except NotJSONError:
         raise RowError(f"{what} is not JSON: {text[:60]!r}") from None
+    except ValueError as error:
+        raise RowError(f"{what}: {error}") from None
 
 
 def _weight(message: Message, where: str) -> float | None:

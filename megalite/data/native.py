@@ -31,11 +31,7 @@ def preferred() -> bool:
 
 
 class NativeDataset(IndexedDataset):
-    """An IndexedDataset that checks its index and copies tokens in C++.
-
-    Tokens are read with pread and never mapped: a .bin file cut short while in use is a ValueError instead of the end
-    of the process, and `dataset[i]` is a copy instead of a view. Cutting the mapped .idx file short still kills.
-    """
+    """An IndexedDataset that checks its index and copies tokens in C++."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
@@ -66,9 +62,6 @@ class NativeDataset(IndexedDataset):
     def __getitem__(self, sequence: int) -> NDArray[Any]:
         tokens: NDArray[Any] = self._reader[sequence]
         return tokens
-
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return NativeDataset, (self.prefix,)
 
 
 def open_indexed(prefix: str | Path, reader: str = "auto") -> IndexedDataset:

@@ -7,10 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.dataset import Batch, Layout
+from megalite.data.dataset import Batch, Layout, numbered
 from megalite.data.indexed import IndexedDataset
 from megalite.data.instructions import weights_prefix
 from megalite.data.order import EpochOrder
+
+# what the sidecar of instruction data says
+NEEDED = {"tokens", "trained_tokens", "tokenizer_sha256", "weights", "template_name", "template", "report", "sources"}
 
 
 class Piece(NamedTuple):
@@ -47,21 +50,22 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> list[list[int]]:
     return rows
 
 
-def pieces(starts: Sequence[int], lengths: Sequence[int], seq_len: int, overlong: str) -> tuple[list[Piece], int]:
-    """The positions each conversation takes, and how many conversations are longer than a row.
+def kept_part(tokens: int, seq_len: int, overlong: str) -> slice:
+    """Which tokens of a conversation of so many are kept: one of seq_len + 1 fills a row, as n tokens predict n - 1.
 
-    A conversation of n tokens predicts n - 1 of them, so one of seq_len + 1 tokens fills a row. overlong:
-    `truncate_right` keeps the beginning of a longer one, `truncate_left` its end, `drop` nothing.
+    overlong: `truncate_right` keeps the beginning of a longer one, `truncate_left` its end, `drop` nothing.
     """
-    found, longer = [], 0
-    for start, tokens in zip(starts, lengths):
-        over = tokens - 1 - seq_len
-        longer += over > 0
-        if over <= 0:
-            found.append(Piece(start, tokens - 1))
-        elif overlong != "drop":
-            found.append(Piece(start + (over if overlong == "truncate_left" else 0), seq_len))
-    return found, longer
+    over = max(0, tokens - 1 - seq_len)
+    if over and overlong == "drop":
+        return slice(0, 0)
+    return slice(over, tokens) if overlong == "truncate_left" else slice(0, tokens - over)
+
+
+def pieces(starts: Sequence[int], lengths: Sequence[int], seq_len: int, overlong: str) -> tuple[list[Piece], int]:
+    """The positions each conversation takes, and how many conversations are longer than a row."""
+    parts = [(start, kept_part(tokens, seq_len, overlong)) for start, tokens in zip(starts, lengths)]
+    found = [Piece(start + part.start, part.stop - part.start - 1) for start, part in parts if part.stop]
+    return found, sum(tokens - 1 > seq_len for tokens in lengths)
 
 
 class Conversations:
@@ -70,9 +74,10 @@ class Conversations:
     def __init__(self, prefix: str | Path) -> None:
         self.tokens, self.weights = IndexedDataset(prefix), IndexedDataset(weights_prefix(prefix))
         self.sidecar = self.tokens.sidecar
-        if "weights" not in self.sidecar or not np.array_equal(self.tokens.lengths, self.weights.lengths):
+        if not self.sidecar.keys() >= NEEDED or not np.array_equal(self.tokens.lengths, self.weights.lengths):
             raise ValueError(
-                f"{prefix}: is not instruction data with its weights; make it with tools/data.py sft, or set data.path"
+                f"{prefix}: is not instruction data with its weights, or of an older megalite; make it with "
+                f"tools/data.py sft, or set data.path"
             )
         self.table = np.array(self.sidecar["weights"], dtype=np.float32)
         self.starts: NDArray[np.int64] = np.asarray(self.tokens.offsets, dtype=np.int64) // self.tokens.dtype.itemsize
@@ -147,3 +152,8 @@ class SftDataset:
             first[b, starts] = starts
         first = np.maximum.accumulate(first, axis=1)
         return Layout(query - first, np.stack([first, np.broadcast_to(query + 1, first.shape)], axis=-1))
+
+    def describe(self, indices: Sequence[int]) -> str:
+        """The conversations in the rows of `indices`, counted from 0 as they were kept of the file."""
+        starts = [self.pieces[i].start for index in indices for i in self.row(index)]
+        return numbered("conversation", set((np.searchsorted(self.data.starts, starts, side="right") - 1).tolist()))

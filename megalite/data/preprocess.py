@@ -2,12 +2,13 @@
 
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import Pipe, Process
+from multiprocessing import Pipe, Process, parent_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +102,8 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _serve(connection: Connection, tokenizer: Path, *settings: Any) -> None:
-    """A worker process: answers each batch until the other end closes."""
+    """A worker process: answers each batch until the other end closes, or the process that started it is gone."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     encode = Encoder(load_tokenizer(tokenizer), *settings)
     try:
         while True:
@@ -112,6 +114,14 @@ def _serve(connection: Connection, tokenizer: Path, *settings: Any) -> None:
                 connection.send(error)
     except (EOFError, OSError, KeyboardInterrupt):
         pass
+
+
+def _end_with_parent() -> None:
+    # the pipe does not tell: a forked worker holds a copy of the other end
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class Worker:

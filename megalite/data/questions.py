@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megalite.data.corpus import HELDOUT_EVERY, LANGUAGES, build_once
+from megalite.data.rows import filled_lines, parse_json
 
 # the last phrasing of each task is held out
 PHRASINGS = {
@@ -135,7 +136,7 @@ def make_rows(corpus_dir: str | Path, seed: int = 0) -> tuple[list[Row], list[Ro
 def _facts(corpus_dir: Path) -> Iterator[tuple[str, tuple[str, ...], str, str, bool]]:
     """(task, what fills the phrasing, answer, source, whether it is held out)."""
     texts = {
-        language: [json.loads(line) for line in (corpus_dir / name).read_text(encoding="utf-8").splitlines()]
+        language: [parse_json(line.raw) for line in filled_lines(corpus_dir / name)]
         for language, name in LANGUAGES.items()
     }
     for number, chapter in enumerate(texts["en"], start=1):

@@ -19,6 +19,7 @@ from megalite.data.indexed import IndexedDataset
 from megalite.data.instructions import Options, prepare
 from megalite.data.native import open_indexed
 from megalite.data.packing import Conversations, SftDataset
+from megalite.data.survey import Survey, shown_path, survey
 from megalite.data.tokenizer import load_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -32,12 +33,15 @@ class Section(IndexedDataset):
 
     def __init__(self, whole: IndexedDataset, first: int, last: int) -> None:
         starts = np.append(whole.document_starts, whole.num_tokens)
-        self.whole = whole
+        self.whole, self._documents = whole, (first, last)
         self.prefix, self.bin_path, self.dtype = whole.prefix, whole.bin_path, whole.dtype
         self._start = int(starts[first])
         self.num_tokens = int(starts[last]) - self._start
         self.num_documents = last - first
         self._starts: NDArray[np.int64] = starts[first:last] - self._start
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Section, (self.whole, *self._documents)
 
     @property
     def document_starts(self) -> NDArray[np.int64]:  # type: ignore[override]
@@ -126,21 +130,16 @@ def _open_conversations(config: Config, scan: bool) -> DataSets:
     """Instruction data: files are made ready in data.cache_dir, a prefix is taken as it is."""
     d, t = config.data, config.train
     assert d.sft is not None
-    opened = {name: _conversations(path, key, config) for name, key, path in _sources(config)}
-    whole = opened[""]
-    chosen = {name: np.arange(len(data.lengths)) for name, data in opened.items()}
+    surveys: dict[str, Survey] = {}
+    for name, key, path in _sources(config):
+        data = _conversations(path, key, config)
+        surveys[name] = survey(data, shown_path(data, path), t.seq_len, d.overlong)
+        surveys[name].require_some(f"{key}={path}")
+    opened = {name: each.data for name, each in surveys.items()}
+    chosen = {name: each.chosen for name, each in surveys.items()}
     if not d.valid and d.valid_fraction > 0:
-        count = len(whole.lengths)
-        held = max(1, round(count * d.valid_fraction))
-        if held >= count:
-            raise ValueError(
-                f"data.sft={d.sft}: data.valid_fraction={d.valid_fraction} of {count} conversations leaves none to "
-                f"train on; set data.valid_fraction=0, or hold out your own file with data.valid.NAME=FILE"
-            )
-        # a file is often sorted by topic: its end would be one of them
-        shuffled = np.random.Generator(np.random.Philox(key=[t.seed, 0])).permutation(count)
-        opened["valid"] = whole
-        chosen |= {"": np.sort(shuffled[held:]), "valid": np.sort(shuffled[:held])}
+        opened["valid"] = opened[""]
+        chosen |= _hold_out(chosen[""], config)
     if scan:
         for data in {id(x): x for x in opened.values()}.values():
             _check_vocabulary(data.tokens, config)
@@ -156,37 +155,33 @@ def _open_conversations(config: Config, scan: bool) -> DataSets:
         for name, data in opened.items()
     }
     train = sets.pop("")
-    for line in whole.sidecar["notes"]:
-        _log.info("%s", line)
-    side = whole.sidecar
-    told = ", ".join(f"{count} {name}" for name, count in side["formats"].items())
-    _log.info(
-        "%s: %s rows, template %s, %.1f %% of %d tokens trained; %d rows of %d, %.1f %% full",
-        Path(d.sft).name,
-        told,
-        side["template_name"],
-        100 * side["trained_tokens"] / side["tokens"],
-        side["tokens"],
-        len(train),
-        t.seq_len,
-        100 * train.filled,
-    )
-    if train.longer:
-        what = {"drop": "left out", "truncate_right": "cut at their end", "truncate_left": "cut at their beginning"}
-        _log.info(
-            "%d conversations are longer than train.seq_len=%d and %s (data.overlong=%s)",
-            train.longer,
-            t.seq_len,
-            what[d.overlong],
-            d.overlong,
-        )
+    for name, each in surveys.items():
+        rows = sets[name] if name else train
+        filled = f"{len(rows)} rows of {t.seq_len}, {100 * rows.filled:.1f} % full"
+        _log.info("%s: %s; %s", Path(each.path).name, each.summary(), filled)
+        for note in each.notes():
+            _log.info("warning: %s", note)
     return DataSets(
         train,
         sets,
         dict.fromkeys(sets),
         f"{Path(d.sft).name}: {len(train.pieces)} conversations in {len(train)} rows of {t.seq_len}",
-        side["template"],
+        opened[""].sidecar["template"],
     )
+
+
+def _hold_out(numbers: NDArray[np.int64], config: Config) -> dict[str, NDArray[np.int64]]:
+    """The conversations to train on, and of the set `valid`: data.valid_fraction of them, drawn by train.seed."""
+    d, count = config.data, len(numbers)
+    held = max(1, round(count * d.valid_fraction))
+    if held >= count:
+        raise ValueError(
+            f"data.sft={d.sft}: data.valid_fraction={d.valid_fraction} of {count} conversations leaves none to "
+            f"train on; set data.valid_fraction=0, or hold out your own file with data.valid.NAME=FILE"
+        )
+    # a file is often sorted by topic: its end would be one of them
+    shuffled = numbers[np.random.Generator(np.random.Philox(key=[config.train.seed, 0])).permutation(count)]
+    return {"": np.sort(shuffled[held:]), "valid": np.sort(shuffled[:held])}
 
 
 def _sources(config: Config) -> Iterator[tuple[str, str, str]]:

@@ -1,79 +1,103 @@
-"""What a file of conversations looks like to the model, before a run is spent on it."""
+"""What a file of conversations looks like to the model at one train.seq_len, before a run is spent on it."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from megalite.data.chat import ChatTemplate
-from megalite.data.instructions import Example, Report
-from megalite.data.packing import pack, pieces
-from megalite.data.tokenizer import Tokenizer
+from megalite.data.instructions import Example
+from megalite.data.packing import Conversations, kept_part
+from megalite.data.report import from_sidecar, place
 
-# what templates write where they mean a control token
-CONTROL_LIKE = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|\[/?INST\]|</?s>")
+CUT = {"drop": "left out", "truncate_right": "cut at their end", "truncate_left": "cut at their beginning"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Survey:
-    """Counts over all rows; `dropped` by role, messages whose content is not in the rendered text."""
+    """Conversations of the file `path` when those longer than a row are cut or left out.
 
-    lengths: list[int] = field(default_factory=list)
-    trained: int = 0
-    endless: int = 0
-    double_bos: int = 0
-    untrained: int = 0
-    tools: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    unknown: Counter[str] = field(default_factory=Counter)
+    `chosen`: the numbers of all but those of which the cut leaves no trained token, `untrained`. `tokens` and `trained`
+    count what rows will hold of them.
+    """
+
+    data: Conversations
+    path: str
+    seq_len: int
+    overlong: str
+    chosen: NDArray[np.int64]
+    longer: NDArray[np.int64]
+    untrained: NDArray[np.int64]
+    tokens: int
+    trained: int
+
+    def summary(self) -> str:
+        side = self.data.sidecar
+        formats = ", ".join(f"{count} {name}" for name, count in side["report"]["formats"].items())
+        share = 100 * self.trained / max(1, self.tokens)
+        return f"{formats} rows, template {side['template_name']}, {share:.1f} % of {self.tokens} tokens trained"
+
+    def notes(self) -> Iterator[str]:
+        """One line about each thing that is probably not meant."""
+        report = from_sidecar(self.data.sidecar["report"], self.path)
+        yield from report.lines(self.data.sidecar["control_tokens"])
+        where = f"train.seq_len={self.seq_len}"
+        if n := len(self.longer):
+            first = place(report, int(self.longer[0]), self.path)
+            done = f"{CUT[self.overlong]} (data.overlong={self.overlong})"
+            yield f"{_are(n)} longer than {where} and {done} (the first: {first})"
+        if n := len(self.untrained):
+            first = place(report, int(self.untrained[0]), self.path)
+            yield f"{_are(n)} left out, with no trained token within {where} (the first: {first})"
+
+    def require_some(self, key: str) -> None:
+        """ValueError where the file holds nothing that a run can learn from, or a template that cannot work."""
+        report = from_sidecar(self.data.sidecar["report"], self.path)
+        if report.unknown:
+            names = ", ".join(report.unknown)
+            _, first = report.seen[f"unknown {report.unknown[0]}"]
+            raise ValueError(
+                f"{key}: template {self.data.sidecar['template_name']} writes {names} (the first in {first}), and the "
+                f"tokenizer has no such token, so that the model cannot learn where a turn ends; add them with "
+                f"model.add_tokens, or choose a template for this tokenizer with data.template"
+            )
+        if len(self.chosen) == (len(self.longer) if self.overlong == "drop" else 0):
+            (*_, last) = self.notes()
+            remedy = "" if self.overlong == "truncate_left" else ", or keep the end with data.overlong=truncate_left"
+            raise ValueError(f"{key}: no row is left in which a token is trained: {last}; raise train.seq_len{remedy}")
 
 
-def survey(examples: Iterable[Example], tokenizer: Tokenizer, template: ChatTemplate, seq_len: int) -> Survey:
-    """Count what `warnings` and `histogram` tell of."""
-    found, controls = Survey(), set(tokenizer.controls.values())
-    for example in examples:
-        ids, weights = np.array(example.encoding.ids), example.weights
-        found.lengths.append(len(ids))
-        found.trained += int(np.count_nonzero(weights))
-        last = int(np.flatnonzero(weights)[-1])
-        found.endless += int(ids[last]) not in controls
-        bos = ids == tokenizer.bos_id
-        found.double_bos += bool((bos[:-1] & bos[1:]).any())
-        found.untrained += not weights[1 : seq_len + 1].any()
-        names = (str(tool.get("function", tool).get("name")) for tool in example.conversation.tools or [])
-        found.tools += not all(name in example.text for name in names)
-        for message in example.conversation.messages:
-            if message["content"].strip() and message["content"].strip() not in example.text:
-                found.dropped[message["role"]] += 1
-    for written in set(CONTROL_LIKE.findall(template.source)) - tokenizer.controls.keys():
-        found.unknown[written] += 1
-    return found
+def survey(data: Conversations, path: str, seq_len: int, overlong: str) -> Survey:
+    """Look at conversations with rows of `seq_len`; only those that are cut are read."""
+    longer = np.flatnonzero(data.lengths - 1 > seq_len)
+    tokens, trained = int(data.sidecar["tokens"]), int(data.sidecar["trained_tokens"])
+    untrained = []
+    for number in longer.tolist():
+        weights = data.table[data.weights[number]]
+        part = kept_part(len(weights), seq_len, overlong)
+        learned = int(np.count_nonzero(weights[part]))
+        # the first token of what is kept is predicted by nothing
+        if not weights[part][1:].any():
+            learned = 0
+            untrained.append(number)
+        tokens -= len(weights) - (len(weights[part]) if learned else 0)
+        trained -= int(np.count_nonzero(weights)) - learned
+    gone = np.array([] if overlong == "drop" else untrained, dtype=np.int64)
+    chosen = np.setdiff1d(np.arange(len(data.lengths)), gone)
+    return Survey(data, path, seq_len, overlong, chosen, longer, gone, tokens, trained)
 
 
-def warnings(found: Survey, report: Report, tokenizer: Tokenizer, seq_len: int, control_tokens: str) -> Iterator[str]:
-    """One line about each thing that is probably not meant."""
-    yield from report.lines(control_tokens)
-    for role, count in sorted(found.dropped.items()):
-        yield f"the template drops or changes {count} messages of role {role}"
-    if found.tools:
-        yield f"the template does not show the tools of {found.tools} rows; qwen does"
-    if found.unknown:
-        names = ", ".join(sorted(found.unknown))
-        yield f"the template writes {names}: no control token of this tokenizer, so ordinary text to the model"
-    if found.endless:
-        yield f"{found.endless} rows end their last answer without a control token: the model does not learn to stop"
-    if found.double_bos:
-        yield f"{found.double_bos} rows have the beginning-of-sequence token twice in a row"
-    if tokenizer.pad_id is not None and tokenizer.pad_id == tokenizer.eos_id:
-        yield "pad and end-of-sequence are one token: harmless here, where masks go by position and not by token"
-    if longer := sum(length > seq_len + 1 for length in found.lengths):
-        yield f"{longer} rows are longer than train.seq_len={seq_len} and will be cut (data.overlong)"
-    if found.untrained:
-        yield f"{found.untrained} rows have no trained token left when cut at their end"
+def _are(count: int) -> str:
+    return "1 conversation is" if count == 1 else f"{count} conversations are"
+
+
+def shown_path(data: Conversations, path: str) -> str:
+    """The file that conversations were made of, as far as it is known."""
+    return path if Path(path).is_file() else str(data.sidecar["sources"][0])
 
 
 def histogram(lengths: list[int], width: int = 40) -> Iterator[str]:
@@ -84,14 +108,6 @@ def histogram(lengths: list[int], width: int = 40) -> Iterator[str]:
         low, high = (1 << (power - 1)) + 1 if power else 1, 1 << power
         bar = "#" * -(-bins[power] * width // most)
         yield f"{low:>7}-{high:<7} {bins[power]:>7} {bar}"
-
-
-def efficiency(lengths: list[int], seq_len: int) -> tuple[int, float]:
-    """Rows of `seq_len` that the conversations pack into, and the share of their positions that is filled."""
-    parts, _ = pieces([0] * len(lengths), lengths, seq_len, "truncate_right")
-    each = np.array([part.length for part in parts], dtype=np.int64)
-    rows = len(pack(each, seq_len))
-    return rows, float(each.sum() / (rows * seq_len))
 
 
 def marked(example: Example, before: str, after: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import string
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from megalite.data.rows import filled_lines, parse_json, text_fault
 from megalite.data.tokenizer import Tokenizer
 from megalite.generate.source import Source
 
@@ -53,6 +53,7 @@ def read_questions(path: str | Path) -> list[Question]:
         answers: list[Any] = answer if isinstance(answer, list) else [answer]
         if not isinstance(row.get("prompt"), str) or not answers or not all(isinstance(a, str) for a in answers):
             raise ValueError(f'{where}: expected {{"prompt": text, "answer": text or list of texts}}')
+        _require_text(where, row["prompt"], *answers)
         found.append(Question(row["prompt"], tuple(answers)))
     return found
 
@@ -67,28 +68,30 @@ def read_clozes(path: str | Path) -> list[Cloze]:
             raise ValueError(f'{where}: expected {{"prompt": text, "choices": [text, text, ...], "label": number}}')
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(row["choices"]):
             raise ValueError(f"{where}: label {label!r} is not in 0..{len(row['choices']) - 1}, the number of a choice")
+        _require_text(where, row["prompt"], *row["choices"])
         found.append(Cloze(row["prompt"], tuple(row["choices"]), label))
     return found
 
 
 def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 (byte {error.start}); convert the file to UTF-8") from None
     found = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: holds a {type(row).__name__}, expected a JSON object")
-            found.append((f"{path}:{number}", row))
+    for where, raw in filled_lines(path):
+        try:
+            row = parse_json(raw)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: holds a {type(row).__name__}, expected a JSON object")
+        found.append((where, row))
     if not found:
         raise ValueError(f"{path}: holds no row")
     return found
+
+
+def _require_text(where: str, *texts: str) -> None:
+    for text in texts:
+        if fault := text_fault(text):
+            raise ValueError(f"{where}: a text in it {fault}")
 
 
 def choose_shots(rows: Sequence[R], pool: Sequence[R] | None, count: int, seed: int) -> tuple[list[R], list[R]]:

@@ -11,7 +11,7 @@ from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, Tr
 from megalite.config.check import valid_tp
 from megalite.config.tune import is_adapter
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.hf.config import read_json
+from megalite.hf.fields import read_json
 from megalite.hf.folder import HFFolder, find_tokenizer, open_folder
 from megalite.plan import device_memory
 from megalite.tune.base import base_of

@@ -1,21 +1,19 @@
 """Hugging Face's config.json as a `ModelConfig` and back, for Llama, Mistral, Qwen2, Qwen3 and GPT-2. No torch here.
 
 A key that changes the computation is mapped or refused by name. Of a known model_type, transformers computes from the
-keys of its own config class alone; all others it carries along, and so does megalite.
+keys of its own config class and the few of `NEUTRAL`; all others it carries along, and so does megalite.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megalite.config import ModelConfig
+from megalite.hf.fields import LARGEST, Fields
+from megalite.hf.rope import read_rope, write_rope
 
-T = TypeVar("T")
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -26,211 +24,152 @@ ARCHITECTURES = {
 # hidden_act -> the gated feed-forward; activation_function -> the plain one
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh"}
 PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# key -> what it may be beside absent and null, where any other value computes something that is not built
+# key -> what it may be beside absent and null. Other values change what transformers computes or loads, or belong to a
+# model of another kind that was given this model_type
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (),
-    "auto_map": (),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "partial_rotary_factor": (1.0,),
-    "num_experts": (0,),
-    "num_local_experts": (0,),
-    "n_routed_experts": (0,),
-    "attn_logit_softcapping": (),
-    "final_logit_softcapping": (),
-    "clip_qkv": (),
+    **dict.fromkeys(("quantization_config", "auto_map", "per_layer_config", "transformers_weights"), ()),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "scale_attn_by_inverse_layer_idx"), (False,)),
+    **dict.fromkeys(("is_causal", "scale_attn_weights"), (True,)),
+    **dict.fromkeys(("use_bidirectional_attention", "use_qk_norm", "qk_layernorm"), (False,)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (0,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv", "attention_chunk_size"), ()),
+    **dict.fromkeys(("partial_rotary_factor", "rotary_pct", "logit_scale", "logits_scaling"), (1.0,)),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), (1.0,)),
+    **dict.fromkeys(("no_rope_layers", "no_rope_layer_interval", "sliding_window_pattern"), ()),
+    "pruned_heads": ({},),
 }
+# a key of transformers' attribute_map -> the same number's own name
+GPT2_ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+# what transformers takes where num_key_value_heads is absent; of the others the number of heads
+KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+MOST_LAYERS = 10_000
 # settings of training, which a run may choose anew
 TRAINING = frozenset({"init_std", "dropout", "attention_dropout"})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError naming the file where there is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; name a folder that holds a Hugging Face model") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); fetch the file again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds {type(found).__name__}, not an object of keys; fetch the file again")
-    return found
-
-
-class _Keys:
-    """The keys of one config.json, typed as they are read; every ValueError names file, key and value."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-
-    def refuse(self, key: str, value: Any, why: str) -> ValueError:
-        return ValueError(f"{self.where}: {key}={json.dumps(value, default=str)} {why}")
-
-    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
-        """The value of `key`, `default` where it is absent or null; without a default that is an error."""
-        value = self.values.get(key)
-        if value is None:
-            if default is None:
-                raise ValueError(f"{self.where}: {key} is missing; a model of this family has it")
-            return default
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise self.refuse(key, value, f"is not of type {kind.__name__}")
-        return value
-
-    def choice(self, key: str, choices: Mapping[str, str], default: str) -> str:
-        value = self.get(key, str, default)
-        if value not in choices:
-            raise self.refuse(key, value, f"is not built; megalite has {', '.join(choices)}")
-        return choices[value]
-
-
 def read_model(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that a config.json describes, resolved. ValueError for what megalite does not compute."""
-    keys = _Keys(config, where)
-    family = keys.get("model_type", str)
+    fields = Fields(config, where)
+    family = fields.word("model_type")
     if family not in ARCHITECTURES:
-        raise keys.refuse("model_type", family, f"is not built; megalite has {', '.join(ARCHITECTURES)}")
-    for architecture in keys.get("architectures", list, []):
-        if architecture != ARCHITECTURES[family]:
-            raise keys.refuse("architectures", [architecture], f"is not built; of {family} {ARCHITECTURES[family]} is")
-    for key, allowed in NEUTRAL.items():
-        value = config.get(key)
-        if value is not None and value not in allowed:
-            raise keys.refuse(key, value, "is not built; megalite has dense decoders in fp32, bf16 and fp16 only")
-    return _gpt2(keys) if family == "gpt2" else _llama(keys, family)
+        raise fields.refuse("model_type", f"is not supported; megalite has {', '.join(ARCHITECTURES)}")
+    architectures = config.get("architectures") or []
+    if architectures not in ([], [ARCHITECTURES[family]]):
+        raise fields.refuse("architectures", f"is not supported; for {family} only {ARCHITECTURES[family]} is")
+    fields.neutral(NEUTRAL, "is not supported; megalite has plain dense decoders in fp32, bf16 and fp16")
+    return _gpt2(fields) if family == "gpt2" else _llama(fields, family)
 
 
-def _llama(keys: _Keys, family: str) -> ModelConfig:
-    hidden, heads = keys.get("hidden_size", int), keys.get("num_attention_heads", int)
-    layers = keys.get("num_hidden_layers", int)
-    # what transformers takes where an old file says nothing
-    kv_heads = keys.get("num_key_value_heads", int, {"mistral": 8}.get(family, heads))
-    head_dim = keys.get("head_dim", int, 128 if family == "qwen3" else hidden // heads)
-    bias = family in ("llama", "qwen3") and keys.get("attention_bias", bool, False)
-    mlp_bias = family == "llama" and keys.get("mlp_bias", bool, False)
+def _llama(fields: Fields, family: str) -> ModelConfig:
+    hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+    layers = fields.whole("num_hidden_layers", high=MOST_LAYERS)
+    if family == "llama" and hidden % heads:
+        raise fields.refuse("num_attention_heads", f"does not divide hidden_size={hidden}")
+    kv_heads = fields.whole("num_key_value_heads", KV_HEADS.get(family, heads), heads)
+    if heads % kv_heads:
+        raise fields.refuse("num_key_value_heads", f"does not divide num_attention_heads={heads}", kv_heads)
+    if family == "qwen3":
+        head_dim = fields.whole("head_dim", 128)
+    else:
+        head_dim = fields.whole("head_dim", hidden // heads, hidden // heads)
+    if head_dim % 2:
+        raise fields.refuse("head_dim", "is odd, and rotary positions turn pairs of features", head_dim)
+    bias = family in ("llama", "qwen3") and fields.flag("attention_bias", False)
+    mlp_bias = family == "llama" and fields.flag("mlp_bias", False)
     if bias != mlp_bias:
         key, other = ("attention_bias", "mlp_bias") if bias else ("mlp_bias", "attention_bias")
-        raise keys.refuse(key, True, f"without {other} is not built; a model has both or neither")
+        raise fields.refuse(key, f"without {other} is not supported; a model has both or neither")
     return ModelConfig(
-        vocab_size=keys.get("vocab_size", int),
+        vocab_size=fields.whole("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        ffn_hidden_size=keys.get("intermediate_size", int),
-        norm_eps=keys.get("rms_norm_eps", float, 1e-6),
-        tie_embeddings=keys.get("tie_word_embeddings", bool, False),
+        ffn_hidden_size=fields.whole("intermediate_size"),
+        norm_eps=fields.number("rms_norm_eps", 1e-6, low=0),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         linear_bias=bias,
-        init_std=keys.get("initializer_range", float, 0.02),
-        activation=keys.choice("hidden_act", GATED, "silu"),
-        attention_dropout=keys.get("attention_dropout", float, 0.0),
-        sliding_window=_window(keys, family, layers),
-        **_rope(keys),
+        init_std=fields.number("initializer_range", 0.02, low=0),
+        activation=fields.choice("hidden_act", GATED, "silu"),
+        attention_dropout=fields.number("attention_dropout", 0.0, 0.0, low=0, below=1),
+        sliding_window=_window(fields, family, layers),
+        **read_rope(fields),
     )
 
 
-def _window(keys: _Keys, family: str, layers: int) -> int | None:
-    """Keys that a query sees: the same in every layer, or ValueError."""
-    if family == "llama":
-        return None
-    kinds = set(keys.get("layer_types", list, []))
+def _window(fields: Fields, family: str, layers: int) -> int | None:
+    """Keys that a query sees, the same in every layer; None: all."""
+    null = "sliding_window" in fields.values and fields.values["sliding_window"] is None
+    window, first = None, 0
     if family == "mistral":
-        if kinds - {"sliding_attention"}:
-            raise keys.refuse("layer_types", sorted(kinds), "is not built; megalite has one window for all layers")
-        return 4096 if "sliding_window" not in keys.values else keys.get("sliding_window", int, 0) or None
-    window = keys.get("sliding_window", int, 4096) if keys.get("use_sliding_window", bool, False) else None
-    first = keys.get("max_window_layers", int, 28)
-    if not kinds:
-        kinds = {"sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)}
-    if kinds == {"sliding_attention"} and window is not None:
+        window = None if null else fields.whole("sliding_window", 4096)
+    elif family == "llama":
+        _refuse_window(fields, family)
+    elif fields.flag("use_sliding_window", False):
+        window = None if null else fields.whole("sliding_window", 4096)
+        first = fields.whole("max_window_layers", 28, low=-LARGEST)
+    kinds = fields.values.get("layer_types")
+    if kinds is None:
+        kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    elif not isinstance(kinds, list) or len(kinds) != layers:
+        raise fields.refuse("layer_types", f"is not a list of num_hidden_layers={layers} words")
+    if all(kind == "sliding_attention" for kind in kinds) and window:
         return window
-    if kinds != {"full_attention"}:
-        key, value = ("layer_types", sorted(kinds)) if "layer_types" in keys.values else ("max_window_layers", first)
-        rest = f"with {layers} layers and sliding_window={window} is not built; megalite has one window for all layers"
-        raise keys.refuse(key, value, rest)
-    return None
+    # Mistral's attention takes its window whatever layer_types says
+    if all(kind == "full_attention" for kind in kinds) and not (family == "mistral" and window):
+        return None
+    key = "max_window_layers" if fields.values.get("layer_types") is None else "layer_types"
+    rest = f"with {layers} layers and sliding_window={window} is not supported; all layers need one and the same window"
+    raise fields.refuse(key, rest, fields.values.get(key, first))
 
 
-def _rope(keys: _Keys) -> dict[str, Any]:
-    """transformers 5 writes rope_parameters; before, it was rope_theta and, where the context is long, rope_scaling."""
-    name = "rope_scaling" if keys.values.get("rope_scaling") else "rope_parameters"
-    found = keys.values.get(name) or {}
-    if not isinstance(found, Mapping):
-        raise keys.refuse(name, found, "is not an object of keys")
-    rope = _Keys(found, f"{keys.where}: {name}")
-    theta = rope.get("rope_theta", float, keys.get("rope_theta", float, 10000.0))
-    kind = rope.get("rope_type", str, rope.get("type", str, "default"))
-    if any(isinstance(value, Mapping) for value in found.values()):
-        raise keys.refuse(name, found, "differs between layers, which is not built")
-    if rope.get("partial_rotary_factor", float, 1.0) != 1.0:
-        raise rope.refuse("partial_rotary_factor", found["partial_rotary_factor"], "is not built for this family")
-    if kind == "default":
-        return {"rope_theta": theta}
-    if kind not in ("linear", "llama3", "yarn"):
-        raise rope.refuse("rope_type", kind, "is not built; megalite has default, linear, llama3, yarn")
-    fields: dict[str, Any] = {"rope_theta": theta, "rope_scaling": kind, "rope_factor": rope.get("factor", float)}
-    if kind == "linear":
-        return fields
-    length = rope.get("original_max_position_embeddings", int, keys.values.get("max_position_embeddings"))
-    fields["rope_original_max_positions"] = keys.get("original_max_position_embeddings", int, length)
-    if kind == "llama3":
-        fields["rope_low_freq_factor"] = rope.get("low_freq_factor", float)
-        fields["rope_high_freq_factor"] = rope.get("high_freq_factor", float)
-        return fields
-    fields["rope_beta_fast"] = rope.get("beta_fast", float, 0.0) or 32.0
-    fields["rope_beta_slow"] = rope.get("beta_slow", float, 0.0) or 1.0
-    fields["rope_mscale"] = rope.get("mscale", float, 0.0)
-    fields["rope_mscale_all_dim"] = rope.get("mscale_all_dim", float, 0.0)
-    _check_yarn(rope, fields)
-    return fields
+def _refuse_window(fields: Fields, family: str) -> None:
+    """transformers' cache forgets what is beyond a window even where the family's attention has none."""
+    if fields.values.get("sliding_window") is not None:
+        raise fields.refuse("sliding_window", f"is not supported for {family}; use null")
 
 
-def _check_yarn(rope: _Keys, fields: Mapping[str, Any]) -> None:
-    if not rope.get("truncate", bool, True):
-        raise rope.refuse("truncate", False, "is not built; megalite rounds yarn's ramp to whole features")
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(fields["rope_factor"]) + 1.0 if fields["rope_factor"] > 1 else 1.0
-
-    m, all_dim = fields["rope_mscale"], fields["rope_mscale_all_dim"]
-    usual = mscale(m) / mscale(all_dim) if m and all_dim else mscale(1.0)
-    given = rope.get("attention_factor", float, usual)
-    if not math.isclose(given, usual, rel_tol=1e-6):
-        raise rope.refuse("attention_factor", given, f"is not built; from factor and mscale it would be {usual:.6f}")
-
-
-def _gpt2(keys: _Keys) -> ModelConfig:
-    hidden, heads = keys.get("n_embd", int), keys.get("n_head", int)
+def _gpt2(fields: Fields) -> ModelConfig:
+    values = dict(fields.values)
+    for alias, key in GPT2_ALIASES.items():
+        if alias in values and values.setdefault(key, values[alias]) != values[alias]:
+            raise fields.refuse(alias, f"beside {key}={values[key]} is not supported; transformers takes both for one")
+    fields = Fields(values, fields.where)
+    hidden, heads = fields.whole("n_embd"), fields.whole("n_head")
     if hidden % heads:
-        raise keys.refuse("n_head", heads, f"does not divide n_embd={hidden}")
-    dropout, embedding = keys.get("resid_pdrop", float, 0.1), keys.get("embd_pdrop", float, 0.1)
+        raise fields.refuse("n_head", f"does not divide n_embd={hidden}")
+    _refuse_window(fields, "gpt2")
+    dropout, embedding, attention = (
+        fields.number(key, 0.1, low=0, below=1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    )
     if dropout != embedding:
-        raise keys.refuse("embd_pdrop", embedding, f"beside resid_pdrop={dropout} is not built; make them equal")
+        raise fields.refuse("embd_pdrop", f"beside resid_pdrop={dropout} is not supported; make them equal", embedding)
     return ModelConfig(
-        vocab_size=keys.get("vocab_size", int),
+        vocab_size=fields.whole("vocab_size"),
         hidden_size=hidden,
-        num_layers=keys.get("n_layer", int),
+        num_layers=fields.whole("n_layer", high=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=heads,
         head_dim=hidden // heads,
-        ffn_hidden_size=keys.get("n_inner", int, 4 * hidden),
-        norm_eps=keys.get("layer_norm_epsilon", float, 1e-5),
-        tie_embeddings=keys.get("tie_word_embeddings", bool, True),
-        init_std=keys.get("initializer_range", float, 0.02),
+        ffn_hidden_size=fields.whole("n_inner", 4 * hidden, 4 * hidden),
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5, low=0),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
+        init_std=fields.number("initializer_range", 0.02, low=0),
         norm="layernorm",
-        activation=keys.choice("activation_function", PLAIN, "gelu_new"),
+        activation=fields.choice("activation_function", PLAIN, "gelu_new"),
         position="learned",
-        max_positions=keys.get("n_positions", int),
+        max_positions=fields.whole("n_positions"),
         linear_bias=True,
         dropout=dropout,
-        attention_dropout=keys.get("attn_pdrop", float, 0.1),
+        attention_dropout=attention,
     )
 
 
@@ -274,7 +213,7 @@ def write_model(model: ModelConfig, max_positions: int) -> dict[str, Any]:
         "hidden_act": _reverse(GATED, model.activation),
         "max_position_embeddings": max_positions,
         "attention_dropout": model.attention_dropout,
-        **_write_rope(model),
+        **write_rope(model),
     }
     if family == "llama":
         config |= {"attention_bias": model.linear_bias, "mlp_bias": model.linear_bias}
@@ -313,22 +252,6 @@ def _family(m: ModelConfig) -> str:
 
 def _reverse(table: Mapping[str, str], value: str) -> str:
     return next(there for there, here in table.items() if here == value)
-
-
-def _write_rope(model: ModelConfig) -> dict[str, Any]:
-    """The spelling of transformers 4, which 5 reads too."""
-    scaling: dict[str, Any] = {}
-    if model.rope_scaling != "none":
-        scaling = {"rope_type": model.rope_scaling, "factor": model.rope_factor}
-    if model.rope_scaling in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = model.rope_original_max_positions
-    if model.rope_scaling == "llama3":
-        scaling |= {"low_freq_factor": model.rope_low_freq_factor, "high_freq_factor": model.rope_high_freq_factor}
-    if model.rope_scaling == "yarn":
-        scaling |= {"beta_fast": model.rope_beta_fast, "beta_slow": model.rope_beta_slow}
-        if model.rope_mscale and model.rope_mscale_all_dim:
-            scaling |= {"mscale": model.rope_mscale, "mscale_all_dim": model.rope_mscale_all_dim}
-    return {"rope_theta": model.rope_theta, "rope_scaling": scaling or None}
 
 
 def differing(a: ModelConfig, b: ModelConfig) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
+from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.load import read_yaml_file
 from megalite.config.tune import is_adapter
@@ -28,11 +29,8 @@ from megalite.tune.merge import open_merged, read_base
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# the counters of a run that has not begun (restore.State)
-FRESH = {
-    **dict.fromkeys(("step", "consumed_samples", "skipped_steps", "scale_steps", "evals_without_gain"), 0),
-    **{"loss_scale": 1.0, "best_loss": None, "data": "", "base": ""},
-}
+# the counters of a run that has not begun
+FRESH = dataclasses.asdict(State())
 
 
 def from_hf_folder(source: Path, target: Path, dtype: str | None = None) -> Path:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megalite.checkpoint.publish import new_folder
 from megalite.config import ModelConfig
-from megalite.hf.config import differing, read_json, read_model, write_model
+from megalite.hf.config import differing, read_model, write_model
+from megalite.hf.fields import read_json
 from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
 from megalite.hf.load import DTYPES
 from megalite.hf.tokenizer import write_tokenizer

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config import ModelConfig
-from megalite.hf.config import read_json, read_model
+from megalite.hf.config import read_model
+from megalite.hf.fields import Fields, plain, read_json, shown
 from megalite.model.names import Shape, hf_shapes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -63,10 +64,15 @@ def open_config(path: str | Path) -> tuple[ModelConfig, int]:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; name one that holds config.json and model.safetensors")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder}: an adapter of peft and no model; import it with convert --from peft {folder} --base MODEL "
+            f"(tools/checkpoint.py)"
+        )
     config = read_json(_inside(folder, "config.json"))
     model = read_model(config, str(folder / "config.json"))
-    context = config.get("max_position_embeddings", model.max_positions)
-    return model, context if isinstance(context, int) and context > 0 else 2048
+    context = Fields(config, str(folder / "config.json")).whole("max_position_embeddings", 2048)
+    return model, model.max_positions or context
 
 
 def open_folder(path: str | Path) -> HFFolder:
@@ -79,10 +85,12 @@ def open_folder(path: str | Path) -> HFFolder:
         )
     model, context = open_config(path)
     found: dict[str, Stored] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         for key, stored in read_header(file).items():
             if key in found:
-                raise ValueError(f"{file}: tensor {key} stands in {found[key].file.name} too; fetch the folder again")
+                raise ValueError(
+                    f"{file}: tensor {key} stands in {found[key].file.name} too; download the folder again"
+                )
             found[key] = stored
     expected = hf_shapes(model)
     # a file of the bare model leaves out the name of the part that a head stands on
@@ -97,8 +105,13 @@ def open_folder(path: str | Path) -> HFFolder:
 
 def _compare(folder: Path, tensors: Mapping[str, Stored], expected: Mapping[str, Shape]) -> None:
     missing = [name for name in expected if name not in tensors]
+    if missing == ["lm_head.weight"]:
+        raise ValueError(
+            f"{folder}: there is no lm_head.weight, and config.json does not set tie_word_embeddings; if this model's "
+            f'head is its embedding, write "tie_word_embeddings": true there'
+        )
     if missing:
-        raise ValueError(f"{folder}: {_few(missing)} of config.json's model missing; fetch the folder again")
+        raise ValueError(f"{folder}: {_few(missing)} of config.json's model missing; download the folder again")
     extra = [stored.key for name, stored in tensors.items() if name not in expected]
     if extra:
         raise ValueError(f"{folder}: {_few(extra)} not of config.json's model; is that the right config.json?")
@@ -111,84 +124,113 @@ def _compare(folder: Path, tensors: Mapping[str, Stored], expected: Mapping[str,
 
 
 def _few(names: list[str]) -> str:
+    names = [plain(name) for name in names]
     more = f" and {len(names) - 3} more are" if len(names) > 3 else " is" if len(names) == 1 else " are"
     return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files; names of an index are plain names of files beside it."""
-    index = folder / INDEX
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files; names of an index are plain names of files beside it.
+
+    As in transformers, a whole model.safetensors comes before an index: save_pretrained over a folder of shards leaves
+    the old index beside it.
+    """
+    index, single = folder / INDEX, folder / SINGLE
+    if single.is_file():
+        return [single]
+    if single.is_symlink():
+        _inside(folder, SINGLE)
     if index.is_file():
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-            raise ValueError(f"{index}: has no weight_map of tensor to file; fetch the file again")
+            raise ValueError(f"{index}: has no weight_map of tensor to file; download the file again")
         files = [_inside(folder, name) for name in sorted(set(named.values()))]
         headers = {file.name: read_header(file) for file in files}
         lost = [key for key, name in named.items() if key not in headers[name]]
         if lost:
-            raise ValueError(f"{index}: {_few(lost)} not in the file it names; fetch the folder again")
+            raise ValueError(f"{index}: {_few(lost)} not in the file it names; download the folder again")
         return files
-    if (folder / SINGLE).is_file():
-        return [_inside(folder, SINGLE)]
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         raise ValueError(
             f"{folder / pickles[0]}: a pickle, which can run code as it is opened; if you trust it, write safetensors: "
             f"AutoModelForCausalLM.from_pretrained('{folder}').save_pretrained('NEW_FOLDER')"
         )
-    raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}; fetch the weights")
+    raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}; download the weights")
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of a folder; ValueError where it is none, or leads elsewhere.
+    """The file `name` of a folder, or what a link of that name leads to; ValueError where there is none.
 
-    The one link that is followed is that of Hugging Face's own cache, snapshots/REVISION/NAME -> blobs/HASH.
+    The name comes from an index, which must not lead elsewhere. A link was made by whoever arranged the folder: caches
+    and shared model folders are made of links.
     """
+    if name != Path(name).name or name in ("", ".", "..") or len(name.encode(errors="replace")) > 255:
+        raise ValueError(f"{folder}: {shown(name)} is not the plain name of a file in the folder; download it again")
     file = folder / name
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise ValueError(f"{folder}: {name!r} is not the plain name of a file in the folder; fetch the folder again")
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; fetch it again")
-    home = folder.resolve()
-    if file.resolve().parent not in (home, *(up / "blobs" for up in home.parents[1:3])):
-        raise ValueError(f"{file}: a link that leads out of the folder, to {file.resolve()}; copy the file itself")
+        gone = f"a link to {file.readlink()}, which is no file" if file.is_symlink() else "no such file"
+        raise ValueError(f"{file}: {gone}; download it again")
     return file
 
 
 def read_header(file: Path) -> dict[str, Stored]:
     """Where each tensor of a safetensors file lies. ValueError where the file is cut short, damaged or quantised."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, LARGEST_HEADER):
-            raise ValueError(f"{file}: not a safetensors file, or cut short ({size} bytes); fetch it again")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            return _entries(file, header, 8 + length, size)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ValueError) and str(error).startswith(str(file)):
-                raise
-            raise ValueError(f"{file}: damaged ({type(error).__name__} {error}); fetch it again") from None
+    try:
+        with open(file, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            length = int.from_bytes(stream.read(8), "little")
+            text = stream.read(length) if size >= 8 and length <= min(size - 8, LARGEST_HEADER) else None
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
+    if text is None:
+        raise ValueError(f"{file}: not a safetensors file, or cut short ({size} bytes); download it again")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{file}: damaged (its header is not JSON: {why}); download it again") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: damaged (its header is no object of tensors); download it again")
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        if not _is_entry(entry):
+            raise ValueError(
+                f"{file}: tensor {plain(key)} is described as {shown(entry)}, without a usable dtype, shape and "
+                f"data_offsets; download the file again"
+            )
+    return _entries(file, header, 8 + length, size)
 
 
-def _entries(file: Path, header: dict[str, Any], base: int, size: int) -> dict[str, Stored]:
-    found, end = {}, base
+def _is_entry(entry: Any) -> bool:
+    """Whether it is a tensor's line in a safetensors header."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(n) is int and 0 <= n < 2**63 for n in [*shape, *offsets]) and offsets[0] <= offsets[1]
+
+
+def _entries(file: Path, header: Mapping[str, Any], base: int, size: int) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    end = base
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if BUFFERS.fullmatch(key):
-            end = base + stop
-            continue
-        if dtype not in ITEM_BYTES:
+        buffer = BUFFERS.fullmatch(key) is not None
+        if dtype not in ITEM_BYTES and not buffer:
             raise ValueError(
-                f"{file}: tensor {key} is {dtype}; megalite reads {', '.join(ITEM_BYTES)}, not quantised weights"
+                f"{file}: tensor {plain(key)} is {plain(dtype)}; megalite reads {', '.join(ITEM_BYTES)}, not quantised "
+                f"weights"
             )
-        found[key] = Stored(file, key, dtype, shape, base + start)
-        if base + start != end or stop - start != found[key].size:
-            raise ValueError(f"{file}: tensor {key} does not lie where its header says; fetch it again")
+        stored = Stored(file, key, dtype, shape, base + start)
+        if base + start != end or not (buffer or stop - start == stored.size):
+            raise ValueError(f"{file}: tensor {plain(key)} does not lie where its header says; download it again")
+        if not buffer:
+            found[key] = stored
         end = base + stop
     if end != size:
-        raise ValueError(f"{file}: has {size} bytes, its header tells of {end}; it is cut short, fetch it again")
+        raise ValueError(f"{file}: has {size} bytes, and its header says {end}; it is cut short, download it again")
     return found
 
 
@@ -222,7 +264,6 @@ def carry(source: Path, target: Path) -> list[str]:
     """Copy everything of a model folder but its weights; gives the names, sorted."""
     files = sorted({file for pattern in CARRIED for file in source.glob(pattern) if file.is_file()})
     for file in files:
-        _inside(file.parent, file.name)
         copy = target / file.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.folder import find
 from megalite.config import Config, ConfigError, Request
 from megalite.hf.config import TRAINING, write_model
+from megalite.hf.fields import read_json
 from megalite.hf.folder import carry, find_tokenizer, open_config, open_folder, require_new
+from megalite.hf.rope import rope_context
 from megalite.hf.tokenizer import write_tokenizer
 
 
@@ -49,6 +53,28 @@ def check_hf(config: Config, resume: Path | None) -> None:
     if _beside(config, None) is None and config.data.tokenizer is not None:
         with tempfile.TemporaryDirectory() as trial:
             write_tokenizer(Path(config.data.tokenizer), Path(trial))
+
+
+def context_warning(config: Config) -> str:
+    """What to tell where train.seq_len goes beyond the positions that the model's folder was made for, else ''."""
+    load, seq_len = config.checkpoint.load, config.train.seq_len
+    try:
+        folder = _beside(config, find(load) if load is not None else None)
+        found = read_json(folder / "config.json") if folder is not None and (folder / "config.json").is_file() else {}
+    except ValueError:
+        return ""  # told where the weights are read
+    context = rope_context(config.model, found.get("max_position_embeddings"))
+    if config.model.position != "rope" or context is None or seq_len <= context:
+        return ""
+    key = "rope_parameters" if found.get("rope_parameters") else "rope_scaling"
+    yarn = {"rope_type": "yarn", "factor": float(-(-seq_len // context)), "original_max_position_embeddings": context}
+    whole = json.dumps((found.get(key) or {}) | yarn)
+    how = "raise the factor" if config.model.rope_scaling != "none" else f'set "{key}": {whole}'
+    return (
+        f"WARNING: train.seq_len={seq_len} is more than the {context} positions that {folder}/config.json is made for "
+        f"(max_position_embeddings, rope_scaling); the model has not learned those beyond. Use train.seq_len={context}"
+        f", or stretch RoPE: {how} in config.json"
+    )
 
 
 def keep_hf(config: Config, source: Path | None, run_dir: Path) -> None:

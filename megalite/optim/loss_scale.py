@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from megalite.batches import TrainingError
 from megalite.config import Config
+from megalite.config.check import LARGEST_LOSS_SCALE
 
 
 def first_scale(config: Config) -> float:
@@ -25,7 +26,7 @@ def next_scale(config: Config, scale: float, steps: int, finite: bool) -> tuple[
     if config.train.dtype != "fp16":
         return scale, 0
     if finite:
-        return (2 * scale, 0) if steps + 1 >= c.loss_scale_window else (scale, steps + 1)
+        return (min(2 * scale, LARGEST_LOSS_SCALE), 0) if steps + 1 >= c.loss_scale_window else (scale, steps + 1)
     if scale / 2 < c.loss_scale_min:
         raise TrainingError(
             f"gradients overflow fp16 even at a loss scale of {scale:g}, optim.loss_scale_min={c.loss_scale_min:g}: "

@@ -1,13 +1,14 @@
 """Muon (Jordan et al. 2024): momentum, orthogonalised, for the matrices of hidden layers; AdamW for everything else.
 
-What is orthogonalised is the whole matrix, however it is cut over tp or shared over replicas, and each of those that
-megalite keeps as one: query, key and value apart, gate and up apart, in Hugging Face's layout.
+What is orthogonalised is the whole matrix [out, in], however it is cut over tp or shared over replicas, and each of
+those that megalite keeps as one: query, key and value apart, gate and up apart. This holds for every family; how the
+files of GPT-2 store a matrix (joined and transposed) makes no difference.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -20,7 +21,6 @@ from megalite.optim.adamw import AdamW
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import Group
 
-HIDDEN = re.compile(r"layers\.\d+\.(attn\.(qkv|out)|mlp\.(gate_up|down))\.weight")
 # of the quintic iteration, chosen by Jordan for the steepest slope at zero: it goes to about 1, not to 1
 A, B, C = 3.4445, -4.7750, 2.0315
 STEPS, EPS = 5, 1e-7
@@ -48,7 +48,7 @@ def lr_ratio(rule: str, rows: int, columns: int) -> float:
 
 
 class Muon(AdamW):
-    """As AdamW, and for hidden matrices `momentum` in place of the moments.
+    """As AdamW, and for `hidden` matrices (config.tune.hidden_matrices) `momentum` in place of the moments.
 
     `shards`: of every parameter of this stage; `held(name)`: the elements of the flattened local parameter that
     `parameters[name]` holds, if any. `sharded`: replicas hold different ones. The ranks of `tp` x `dp` take turns at
@@ -62,6 +62,7 @@ class Muon(AdamW):
         main_grad: Mapping[str, Tensor],
         matrices: Collection[str],
         *,
+        hidden: Collection[str],
         model: ModelConfig,
         shards: Mapping[str, Shard],
         held: Callable[[str], range],
@@ -69,9 +70,11 @@ class Muon(AdamW):
         tp: Group,
         dp: Group,
     ) -> None:
-        self.hidden = [name for name in shards if HIDDEN.fullmatch(name)]
+        self.hidden = [name for name in shards if name in hidden]
         super().__init__(c, parameters, main_grad, matrices, others=self.hidden)
-        self.c, self.model, self.shards, self.held = c, model, shards, held
+        # Llama's layout has the matrices of every family apart and as [out, in]
+        self.layout = dataclasses.replace(model, position="rope")
+        self.c, self.shards, self.held = c, shards, held
         self.sharded, self.tp, self.dp = sharded, tp, dp
         some = next(iter(main_grad.values()), torch.empty(0))
         self.wide, self.device = some.dtype, some.device
@@ -83,8 +86,8 @@ class Muon(AdamW):
         for turn, name in enumerate(self.hidden):
             direction = self._direction(name)
             if self._whose(turn) == (self.tp.rank, self.dp.rank):
-                parts = {there: orthogonalise(x) for there, x in to_hf(name, direction, self.model).items()}
-                found[name] = from_hf(parts.__getitem__, name, self.model).contiguous()
+                parts = {there: orthogonalise(x) for there, x in to_hf(name, direction, self.layout).items()}
+                found[name] = from_hf(parts.__getitem__, name, self.layout).contiguous()
         for turn, name in enumerate(self.hidden):
             self._update(name, self._from_its_rank(turn, name, found.pop(name, None)), lr)
         super().step(lr)
@@ -122,9 +125,9 @@ class Muon(AdamW):
         if name not in self.masters:
             return
         master, held = self.masters[name], self.held(name)
-        rule, parts = self.c.muon_lr_rule, to_hf(name, whole, self.model)
+        rule, parts = self.c.muon_lr_rule, to_hf(name, whole, self.layout)
         scaled = {there: x.to(master.dtype) * lr_ratio(rule, *x.shape) for there, x in parts.items()}
-        local = self.shards[name].cut(from_hf(scaled.__getitem__, name, self.model)).view(-1)
+        local = self.shards[name].cut(from_hf(scaled.__getitem__, name, self.layout)).view(-1)
         lr_scale, decay = group_settings(self.c, name, matrix=True)
         master.mul_(1 - lr * lr_scale * decay)
         master.add_(local[held.start : held.stop].view_as(master), alpha=-lr * lr_scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import torch.distributed as dist
 
 from megalite.config import Config
 from megalite.parallel.groups import DistWorld, SoloWorld, World
+from megalite.parallel.meet import join
+from megalite.parallel.peers import Peers
 from megalite.place import Place, place
 
 
@@ -43,15 +46,12 @@ def set_threads(threads: int, local_ranks: int) -> int:
     return threads
 
 
-class Echo(RuntimeError):
-    """Another rank failed before this one, and says why."""
-
-
 @contextmanager
-def start_world(config: Config) -> Iterator[World]:
+def start_world(config: Config, peers: Peers | None = None, agent_store: dist.Store | None = None) -> Iterator[World]:
     """The world of this run: gloo on CPU, NCCL on CUDA, no process group at all for one rank.
 
-    When ranks fail the first one's exception is its own, the others' is an Echo.
+    `peers`, `agent_store`: what `join` gave, where the ranks have met already. Where the block fails the caller tells
+    the peers, or they see this process end.
     """
     here = place()
     warnings.filterwarnings("ignore", message=".*barrier.*device_id.*")
@@ -65,48 +65,28 @@ def start_world(config: Config) -> Iterator[World]:
     if here.world_size == 1:
         yield SoloWorld(device)
         return
+    if peers is None:
+        peers, agent_store = join(here, config.parallel.timeout_s, time.monotonic())
     timeout = timedelta(seconds=config.parallel.timeout_s)
-    store = _store(here, timeout)
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=store,
+        store=agent_store or _own_store(here, peers, timeout),
         rank=here.rank,
         world_size=here.world_size,
         timeout=timeout,
         device_id=device if cuda else None,
     )
-    try:
-        yield DistWorld(device, config.parallel.timeout_s)
-    except Exception as error:
-        if not _first_to_fail(store):
-            raise Echo from error
-        raise
-    finally:
-        dist.destroy_process_group()
+    yield DistWorld(device, config.parallel.timeout_s)
+    # not after an error: the others would lose their connections before they know of it
+    dist.destroy_process_group()
+    peers.leave()
 
 
-def _first_to_fail(store: dist.Store) -> bool:
-    # asked before the connections close, by which the others learn of it
-    try:
-        return store.add("failures", 1) == 1
-    except RuntimeError:
-        return True  # whoever served the store is gone, and cannot say anything
-
-
-def _store(here: Place, timeout: timedelta) -> dist.Store:
-    """Where ranks find each other: at torchrun's agent, or at rank 0 where no agent serves.
-
-    After a restart the agent's store still holds the dead ranks' addresses: each attempt gets a name space of its own.
-    A store of rank 0 is always new, and must not be divided: agents of several nodes may count restarts differently.
-    """
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if served else "0"
-    tcp = dist.TCPStore(
-        here.master,
-        here.port,
-        here.world_size,
-        is_master=not served and here.rank == 0,
-        timeout=timeout,
-        multi_tenant=True,
-    )
-    return dist.PrefixStore(f"megalite/attempt_{attempt}", tcp)
+def _own_store(here: Place, peers: Peers, timeout: timedelta) -> dist.Store:
+    """A store served by rank 0, where no agent serves one."""
+    size = here.world_size
+    if here.rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, timeout=timeout, wait_for_workers=False)
+        peers.share(store.port)
+        return store
+    return dist.TCPStore(peers.address, peers.share(None), size, timeout=timeout, wait_for_workers=False)

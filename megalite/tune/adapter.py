@@ -9,7 +9,6 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,12 +19,13 @@ from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
-from megalite.config import Config, TrainConfig, TuneConfig, resolve, to_yaml
+from megalite.config import Config, TrainConfig, resolve, to_yaml
 from megalite.config.tune import adapted, adapter_shapes, projections, shapes
-from megalite.hf.config import read_json
 from megalite.hf.convert import FRESH, keep_beside, write_run
-from megalite.hf.folder import open_folder, require_new
+from megalite.hf.fields import plain
+from megalite.hf.folder import open_folder, read_header, require_new
 from megalite.model.names import names_there
+from megalite.tune.adapter_config import FILE, read_settings, require_targets, tune_config
 from megalite.tune.base import is_hf, name_of
 from megalite.tune.merge import config_of, find_adapter, open_merged
 
@@ -59,7 +59,7 @@ def export_peft(adapter: Path, target: Path, base_name: str | None = None) -> Pa
     for ours, theirs in _peft_names(config).items():
         factor = read_tensor(folder, manifest, f"weight.{ours}")
         tensors[theirs] = factor[_fused_rows(config)] if ours.endswith(".lora_qkv.b") else factor
-    modules = sorted({name.removeprefix(PREFIX).rsplit(".", 2)[0] for name in tensors})
+    modules = sorted({_module_of(name) for name in tensors})
     ends = {".".join(name.split(".")[-2:]) for name in modules}
     everywhere = len(modules) == len(ends) * config.model.num_layers
     settings = {
@@ -76,7 +76,7 @@ def export_peft(adapter: Path, target: Path, base_name: str | None = None) -> Pa
     }
     with new_folder(target) as building:
         save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
-        (building / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (building / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return target
 
 
@@ -89,21 +89,18 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
     """
     require_new(target, "target")
     base = base if is_hf(base) else find(base)
-    settings = read_json(source / "adapter_config.json")
-    _require_plain(settings, source)
-    tune = TuneConfig(
-        mode="lora",
-        lora_rank=settings["r"],
-        lora_alpha=float(settings["lora_alpha"]),
-        lora_dropout=float(settings.get("lora_dropout", 0.0)),
-    )
+    settings = read_settings(source)
+    tune = tune_config(settings)
     config = dataclasses.replace(_config_beside(base, target), tune=tune)
     factors = _read_factors(source / "adapter_model.safetensors")
+    every = _peft_names(config)
     tune = dataclasses.replace(tune, lora_targets=_targets(config, set(factors), source))
     config = dataclasses.replace(config, tune=tune)
     known, expected = _peft_names(config), adapter_shapes(config)
-    if lost := sorted(set(factors) ^ set(known.values())):
-        raise ValueError(f"{source}: tensor {lost[0]} has no place beside {base}, or is missing")
+    for name in sorted(set(factors) ^ set(known.values())):
+        why = f"has no place beside {base}" if name in factors else "is missing, though another layer has it"
+        raise ValueError(f"{source}: tensor {plain(name)} {why}; every layer needs factors beside the same linears")
+    require_targets(settings, map(_module_of, factors), map(_module_of, every.values()))
     for ours, theirs in known.items():
         if tuple(factors[theirs].shape) != expected[ours]:
             raise ValueError(
@@ -145,6 +142,9 @@ def _config_beside(base: Path, run_dir: Path) -> Config:
 
 
 def _read_factors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; save the adapter again as safetensors")
+    read_header(file)
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -162,6 +162,11 @@ def _peft_names(config: Config) -> dict[str, str]:
             found[f"{linear}.lora_{p.name}.a"] = f"{theirs}.lora_A.weight"
             found[f"{linear}.lora_{p.name}.b"] = f"{theirs}.lora_B.weight"
     return found
+
+
+def _module_of(factor: str) -> str:
+    """The module of the base that a factor of peft's stands beside."""
+    return factor.removeprefix(PREFIX).rsplit(".", 2)[0]
 
 
 def _fused_rows(config: Config) -> Tensor:
@@ -187,15 +192,3 @@ def _targets(config: Config, names: set[str], source: Path) -> str:
     if not patterns:
         raise ValueError(f"{source} has no factor for any linear of this model's blocks")
     return " ".join(patterns)
-
-
-def _require_plain(settings: dict[str, Any], source: Path) -> None:
-    plain: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none",)}
-    for key in ("use_rslora", "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
-        plain[key] = (None, False, {}, [])
-    for key, values in plain.items():
-        if settings.get(key, values[0]) not in values:
-            raise ValueError(f"{source}/adapter_config.json: {key}={settings[key]} is not built; use {values[0]}")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(settings.get(key), int | float):
-            raise ValueError(f"{source}/adapter_config.json: {key}={settings.get(key)} is no number; save it again")

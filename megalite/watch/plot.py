@@ -21,7 +21,7 @@ def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Pa
     except ImportError:
         return None
     metrics = read_metrics(run_dir)
-    rows = metrics.get("train", [])
+    rows = [row for row in metrics.get("train", []) if "loss" in row]  # a batch without a trained token has none
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     steps = [row["step"] for row in rows]
     losses = [row["loss"] for row in rows]

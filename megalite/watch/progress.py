@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
@@ -19,6 +20,19 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02}h"
 
 
+def fit(head: str, fields: Sequence[str], tail: str, width: int) -> str:
+    """Head, as many of the fields as there is room for, and tail, in `width` columns."""
+    for count in range(len(fields), -1, -1):
+        line = "  ".join(filter(None, (head, *fields[:count], tail)))
+        if len(line) <= width:
+            return line
+    return head[:width]
+
+
+def _loss(loss: float | None) -> list[str]:
+    return [] if loss is None else [f"loss {loss:.4f}"]
+
+
 class Progress:
     """Speaks for one rank of the run; the others are silent."""
 
@@ -28,6 +42,7 @@ class Progress:
         self._drawn = False
         self._start = time.monotonic()
         self._first: int | None = None
+        self._losses: list[float] = []
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -37,20 +52,27 @@ class Progress:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
 
-    def step(self, step: int, text: str) -> None:
-        """Report that `step` steps are done: every interval as a line that stays, in between on the live line."""
+    def step(self, step: int, loss: float | None, fields: Sequence[str]) -> None:
+        """Report that `step` steps are done: every interval as a line that stays, in between on the live line.
+
+        A line that stays has the mean loss of the steps since the one before it, the live line this step's loss; None:
+        the step has none.
+        """
         if not self.speaks:
             return
         if self._first is None:
             self._first, self._start = step, time.monotonic()
+        self._losses += [] if loss is None else [loss]
         each = (time.monotonic() - self._start) / max(1, step - self._first)
-        eta = f"  eta {duration(each * (self.steps - step))}" if step > self._first else ""
-        line = f"step {step:>{len(str(self.steps))}}/{self.steps}  {text}{eta}"
+        eta = f"eta {duration(each * (self.steps - step))}" if step > self._first else ""
+        head = f"step {step:>{len(str(self.steps))}}/{self.steps}"
         if step % self.interval == 0 or step == self.steps:
-            self.say(line)
+            loss = sum(self._losses) / len(self._losses) if self._losses else None
+            self._losses.clear()
+            self.say("  ".join(filter(None, (head, *_loss(loss), *fields, eta))))
         elif self._live:
-            width = shutil.get_terminal_size().columns
-            sys.stdout.write("\r\x1b[K" + line[: width - 1])
+            width = shutil.get_terminal_size().columns - 1
+            sys.stdout.write("\r\x1b[K" + fit(head, [*_loss(loss), *fields], eta, width))
             sys.stdout.flush()
             self._drawn = True
 

@@ -58,10 +58,19 @@ class Ranks:
     """`size` processes, each in the environment torchrun would give it, calling `function(*args)` -> exit status.
 
     Leaving the `with` block kills those that are left. `served`: the store is there already, as torchrun's agent has
-    it; else rank 0 has to serve it, as under srun.
+    it; else rank 0 has to serve it, as under srun. `nodes`: among how many the ranks believe they are divided; `more`:
+    variables of the environment.
     """
 
-    def __init__(self, size: int, function: Callable[..., int], *args: object, served: bool = True) -> None:
+    def __init__(
+        self,
+        size: int,
+        function: Callable[..., int],
+        *args: object,
+        served: bool = True,
+        nodes: int = 1,
+        more: dict[str, str] | None = None,
+    ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = self._store.port
@@ -73,7 +82,8 @@ class Ranks:
             "TORCHELASTIC_USE_AGENT_STORE": str(served),
             "TORCHELASTIC_RESTART_COUNT": "0",
             "WORLD_SIZE": str(size),
-            "LOCAL_WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size // nodes),
+            **(more or {}),
         }
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
@@ -95,6 +105,14 @@ class Ranks:
                 process.kill()
                 process.join()
         self._folder.cleanup()
+
+    def running(self) -> list[int]:
+        """The ranks that have not ended."""
+        return [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+
+    def ended(self) -> Ended:
+        """What has become of them so far; the exit status of one that runs is None."""
+        return self._ended()
 
     def send(self, number: signal.Signals, rank: int) -> None:
         os.kill(self.processes[rank].pid, number)
@@ -140,7 +158,8 @@ def _main(folder: str, rank: int, environment: dict[str, str], function: Callabl
     sys.stdout.reconfigure(line_buffering=True)
     faulthandler.enable(all_threads=False)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    local_rank = rank % int(environment["LOCAL_WORLD_SIZE"])
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(local_rank))
     sys.exit(function(*args))
 
 
@@ -156,6 +175,12 @@ def pretrain(argv: Sequence[str]) -> int:
     from megalite import entry  # reads the rank from the environment
 
     return entry.pretrain(argv, default_preset="tiny", corpus=REPOSITORY / "examples" / "corpus")
+
+
+def pretrain_at(folders: Sequence[Path], argv: Sequence[str]) -> int:
+    """`pretrain`, in which each node has a working directory of its own."""
+    os.chdir(folders[int(os.environ["RANK"]) // int(os.environ["LOCAL_WORLD_SIZE"])])
+    return pretrain(argv)
 
 
 def finetune(argv: Sequence[str]) -> int:

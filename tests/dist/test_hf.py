@@ -9,8 +9,8 @@ from ranks import pretrain, refused, run_ranks, whole_tensors
 from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.folder import complete
-from megalite.hf.config import read_json
 from megalite.hf.convert import from_hf_folder
+from megalite.hf.fields import read_json
 from megalite.hf.folder import open_folder
 from megalite.hf.load import read_whole
 from megalite.hf.verify import verify

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = {
     6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
-    5: ("trainer", "restore", "generate", "evaluate"),
+    5: ("trainer", "restore", "generate", "evaluate", "divergence", "together"),
     4: ("build",),  # the only place where the tables meet
-    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request"),
+    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "agree"),
     2: ("parallel", "data", "watch", "plan", "activations", "batches"),
-    1: ("config", "ops", "place", "arguments"),
+    1: ("config", "ops", "place", "arguments", "disk"),
     0: ("megalite",),  # the version alone
 }
 
@@ -42,11 +42,13 @@ NEVER = [
             "evaluate.rows",
             "checkpoint.folder",
             "checkpoint.describe",
+            "tune.adapter_config",
             "tune.base",
             "request",
+            "agree",
         )
     ),  # mistakes are told without torch
-    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "folder", "keys")),
+    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "fields", "folder", "keys", "megatron_args", "rope")),
     *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
 ]
 

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import os
+import re
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from megalite import trainer
@@ -30,6 +33,7 @@ from megalite.watch.metrics import read_metrics
 
 VOCAB, SEQ = 120, 8
 HELDOUT = {"a": 100, "b": 41, "c": 2}  # tokens; the last window of b is full, the others' are not
+SHARDS = "rank-00000-000.safetensors"
 Rows = list[dict[str, Any]]
 
 
@@ -163,7 +167,12 @@ def test_a_long_evaluation_goes_in_chunks(
 def test_eval_samples(make: Make, predicted: list[Counter[int]], micro: int) -> None:
     batch = {"train__micro_batch_size": micro, "train__global_batch_size": micro}
     run(make(**batch, train__eval_only=True, train__eval_samples=4))
-    assert predicted == [Counter(range(1, min(tokens, 4 * SEQ + 1))) for tokens in HELDOUT.values()]
+    # of the 13 windows of a and the 5 of b the middle of each quarter; c has one
+    chosen = {"a": [1, 4, 8, 11], "b": [0, 1, 3, 4], "c": [0]}
+    assert predicted == [
+        Counter(i for window in chosen[name] for i in range(window * SEQ + 1, min((window + 1) * SEQ + 1, tokens)))
+        for name, tokens in HELDOUT.items()
+    ]
 
 
 def test_when_it_evaluates(make: Make) -> None:
@@ -285,6 +294,57 @@ def test_a_signal(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_batch_without_a_trained_token_changes_nothing(
+    make: Make, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weight decay alone would shrink the weights, and no loss is 0."""
+    config = make(optim__name=name, train__eval_interval=1, log__interval=1, train__steps=3, log__plot=True)
+    data = open_data(config)
+    batch = data.train.batch
+
+    def blind(indices: Sequence[int]) -> Any:
+        found = batch(indices)
+        if 4 <= indices[0] < 8:  # the second step
+            found.loss_mask[:] = 0
+        return found
+
+    monkeypatch.setattr(data.train, "batch", blind)
+    state = train(config, data, SoloWorld(), None)
+    assert (state.step, state.skipped_steps, state.consumed_samples) == (3, 1, 12)
+    assert heldout(config, 2) == heldout(config, 1) != heldout(config, 3)
+    first, second, third = rows(config, "train")
+    assert ("loss" in first, "loss" in second, "loss" in third) == (True, False, True)
+    assert (second["skipped"], "grad_norm" in second) == (1, False)
+    assert "2/3  no token of this batch is trained: no update" in capsys.readouterr().out
+
+
+def test_the_loss_of_small_weights_is_their_mean(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for weight in (1.0, 1e-4):
+        config = make(
+            train__steps=1, data__valid={}, data__valid_fraction=0.0, train__run_dir=f"{make().train.run_dir}{weight}"
+        )
+        data = open_data(config)
+        monkeypatch.setattr(
+            data.train,
+            "batch",
+            lambda i, b=data.train.batch, w=weight: b(i)._replace(loss_mask=b(i).loss_mask * np.float32(w)),
+        )
+        train(config, data, SoloWorld(), None)
+        found.append(rows(config, "train")[0]["loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_a_held_out_set_without_a_trained_token_has_no_loss(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make()
+    data = open_data(config)
+    batch = data.heldout["b"].batch
+    monkeypatch.setattr(data.heldout["b"], "batch", lambda i: batch(i)._replace(loss_mask=0 * batch(i).loss_mask))
+    with pytest.raises(TrainingError, match=r"^held-out set b: no token of the 5 samples looked at is trained$"):
+        train(config, data, SoloWorld(), None)
+
+
 # when it cannot go on
 
 
@@ -300,12 +360,113 @@ def test_divergence_is_told_in_one_line(make: Make) -> None:
     assert len(rows(config, "train")) == read_manifest(complete(Path(config.train.run_dir))[-1])["step"]
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, sample: int, factor: float) -> None:
+    """Multiply the loss of every batch that holds `sample`."""
+    forward_backward = Engine.forward_backward
+
+    def spoiled(engine: Engine, microbatches: Sequence[Microbatch], *more: float) -> tuple[float, float]:
+        loss, tokens = forward_backward(engine, microbatches, *more)
+        held = any(sample in mb.samples.tolist() for mb in microbatches if mb.samples is not None)
+        if held and not math.isfinite(factor):
+            engine.microbatch_losses[-1].fill_(math.nan)
+        return loss * factor if held else loss, tokens
+
+    monkeypatch.setattr(Engine, "forward_backward", spoiled)
+
+
+def test_a_batch_that_is_not_finite_is_named_and_can_be_passed_over(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(monkeypatch, 9, math.nan)
+    config = make(checkpoint__interval=1, checkpoint__keep=0)
+    run_dir = Path(config.train.run_dir)
+    for resume in (None, run_dir / "checkpoints" / "step-00000002"):
+        # a resumed run meets it again
+        with pytest.raises(TrainingError) as caught:
+            run(config, resume)
+        assert str(caught.value).startswith("step 3: loss nan, gradient norm ")
+        assert re.search(
+            r"First not finite: the loss on rank 0, of samples 10 to 11 \(documents? [\d, ]+\); ", str(caught.value)
+        )
+        assert str(caught.value).endswith(
+            "the batch was samples 8 to 11 of train, and a resumed run meets it again: train.skip_samples=8:12 passes "
+            "over it"
+        )
+        assert [row["step"] for row in rows(config, "diverged")] == [3]
+    capsys.readouterr()
+
+    state = run(make(train__skip_samples="8:12", checkpoint__interval=1, checkpoint__keep=0), latest(run_dir))
+    assert (state.step, state.consumed_samples, state.skipped_steps) == (4, 16, 1)
+    assert "step 3: train.skip_samples passes over samples 8 to 11\n" in capsys.readouterr().out
+    assert [row["step"] for row in rows(config, "train") if "loss" in row] == [1, 2, 4]
+    assert [row["step"] for row in rows(config, "train") if "skipped" in row] == [3]
+    before, after = (load_file(run_dir / "checkpoints" / f"step-0000000{n}" / SHARDS) for n in (2, 3))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_skipped_samples_are_a_rule_of_the_samples_alone(make: Make) -> None:
+    """Any sample of a batch passes over all of it, and what follows is what would have followed."""
+    whole, some = make(train__steps=6), make(train__steps=6, train__skip_samples="11:12,17:100")
+    run(whole)
+    expected = rows(whole, "train")
+    shutil.rmtree(whole.train.run_dir)
+    run(some)
+    found = [row for row in rows(some, "train") if "loss" in row]
+    assert [row["step"] for row in found] == [1, 2, 4]
+    assert [row["lr"] for row in found] == [expected[step - 1]["lr"] for step in (1, 2, 4)]
+    assert [row["samples"] for row in found] == [4, 8, 16]
+    assert [row["loss"] for row in found[:2]] == [row["loss"] for row in expected[:2]]
+
+
+@pytest.mark.parametrize("text", ["8", "8:", "12:8", "8:8", "-1:4", "a:b", "8:12;16:20", "8:12:16", "1e3:2e3"])
+def test_skipped_samples_are_ranges(make: Make, text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^train.skip_samples={text}: .* is not FIRST:END with FIRST below END"):
+        make(train__skip_samples=text)
+
+
+def test_a_spike_of_the_loss_is_told_and_kept(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(monkeypatch, 45, 1000.0)
+    config = make(train__steps=14)
+    run(config)
+    warned = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(warned) == 1
+    assert re.match(
+        r"WARNING: step 12: loss \d+ is [\d,.]+ times the usual of the last steps, gradient norm .*; the batch "
+        r"was samples 44 to 47 of train, .*train.skip_samples=44:48",
+        warned[0],
+    )
+    spikes = {row["step"]: row["loss_spike"] for row in rows(config, "train") if "loss_spike" in row}
+    assert spikes == {12: pytest.approx(1000, rel=0.2)}
+
+
+def test_a_held_out_loss_that_is_not_finite_is_told(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Engine, "evaluate", lambda engine, microbatches: (math.nan, 1.0))
+    state = run(make(train__eval_only=True))
+    assert "WARNING: held out a: the loss is nan" in capsys.readouterr().out
+    assert state.best_loss is None
+
+
 def test_a_token_that_the_model_does_not_have(make: Make) -> None:
     config = make(data__valid={}, data__valid_fraction=0.0)
     model = dataclasses.replace(config.model, vocab_size=50)
     data = open_data(config)
     with pytest.raises(TrainingError, match=r"^sample 0: token \d+ is not below model.vocab_size=50; preprocess .*$"):
         train(dataclasses.replace(config, model=model), data, SoloWorld(), None)
+
+
+@pytest.mark.parametrize("reader", ["numpy", "cpp"])
+def test_data_cut_short_while_training(make: Make, data: Path, tmp_path: Path, reader: str) -> None:
+    prefix = shutil.copyfile(data / "train.bin", tmp_path / "cut.bin").with_suffix("")
+    shutil.copyfile(data / "train.idx", tmp_path / "cut.idx")
+    config = make(data__path=str(prefix), data__valid={}, data__valid_fraction=0.0, data__reader=reader)
+    opened = open_data(config)
+    os.truncate(f"{prefix}.bin", 40)
+    with pytest.raises(ValueError, match=r"cut\.bin: ends at byte \d+, it was cut short while in use"):
+        train(config, opened, SoloWorld(), None)
 
 
 def test_a_changed_configuration_keeps_the_old_one(make: Make) -> None:

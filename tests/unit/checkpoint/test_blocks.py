@@ -23,6 +23,8 @@ from megalite.checkpoint.save import write_whole
 from megalite.config import Config
 from megalite.parallel.cuts import Block, split
 
+pytestmark = pytest.mark.usefixtures("any_tensors")
+
 TENSORS = {
     "weight.embed.weight": torch.arange(600, dtype=torch.float32).view(20, 30),
     "weight.wide": torch.arange(100, dtype=torch.float64).view(2, 50),

@@ -1,6 +1,7 @@
 """tools/checkpoint.py on checkpoints of two ranks and of one process: every verb but convert."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -21,11 +22,15 @@ from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.publish import publish, write_rank
 from megalite.checkpoint.retain import surplus
 from megalite.checkpoint.save import own_parts, write_whole
+from megalite.checkpoint.state import State
 from megalite.checkpoint.verify import verify
-from megalite.config import Config, from_mapping
+from megalite.config import Config, ModelConfig, from_mapping
 from megalite.config.load import read_yaml_file
+from megalite.config.tune import shapes
 from megalite.parallel.cuts import even
 from tools.checkpoint import main
+
+pytestmark = pytest.mark.usefixtures("any_tensors")
 
 ROOT = Path(__file__).parents[3]
 
@@ -93,7 +98,10 @@ def test_info(tmp_path: Path) -> None:
 
 
 def test_info_and_verify_do_not_load_torch(tmp_path: Path) -> None:
-    write(tmp_path, 1)
+    model = ModelConfig(vocab_size=5, hidden_size=4, num_layers=1, num_heads=1, ffn_hidden_size=4)
+    described = {f"weight.{name}": (torch.float32, shape) for name, shape in shapes(model).items()}
+    config, counters = Config(model=model), dataclasses.asdict(State())
+    write_whole(step_folder(tmp_path, 0), config, described, lambda name: torch.ones(described[name][1]), counters)
     for verb in ("info", "verify"):
         code = f"""import sys; sys.argv = ["checkpoint.py", "{verb}", {str(tmp_path)!r}]
 from tools.checkpoint import main; assert main() == 0; assert "torch" not in sys.modules"""

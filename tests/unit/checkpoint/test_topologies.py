@@ -90,7 +90,7 @@ def take_step(engine: Engine, step: int) -> float:
 
 
 def write(engine: Engine, run_dir: Path, step: int) -> Path:
-    values = dataclasses.asdict(restore.State(step=step))
+    values = dataclasses.asdict(restore.State(step=step, consumed_samples=BATCH * MICROBATCHES * step))
     return save(run_dir, engine.config, engine.mesh, engine.shards, engine.spans(), engine.state(), values)
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megalite.data.dataset import PretrainDataset, WindowDataset, check_vocabulary, heldout_windows
+from megalite.data.dataset import PretrainDataset, Spread, WindowDataset, check_vocabulary, heldout_windows
 from megalite.data.indexed import IndexedDataset
 
 
@@ -101,3 +101,19 @@ def test_check_vocabulary_names_the_token(write):
     check_vocabulary(data, 701)
     with pytest.raises(ValueError, match=r"token 612 at position 4 \(document 1\).*vocab_size=600.*largest.* is 700"):
         check_vocabulary(data, 600)
+
+
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (7, 7), (13, 4), (100, 9), (240, 239)])
+def test_a_spread_takes_samples_of_the_whole_set_once(write, length: int, count: int):
+    data = heldout_windows(write(list(range(length * 4 + 1))), seq_len=4)
+    spread = Spread(data, count)
+    assert (len(data), len(spread)) == (length, count)
+    starts = spread.batch(range(count)).tokens[:, 0] // 4
+    assert len(set(starts.tolist())) == count
+    gaps = np.diff([-1, *starts, length])
+    assert gaps.max() <= -(-length // count) + 1
+    assert gaps.min() >= 1
+    one_by_one = [spread.batch([index]).tokens[0, 0] // 4 for index in range(count)]
+    assert one_by_one == starts.tolist()
+    assert not spread.batch([count, count + 1]).loss_mask.any()
+    assert spread.layout([0]).positions.tolist() == [[0, 1, 2, 3]]

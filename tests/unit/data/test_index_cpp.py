@@ -106,7 +106,6 @@ def test_largest_token_beyond_the_first_chunk(tmp_path: Path):
     [
         (9, struct.pack("<Q", 2)),
         (17, b"\x09"),
-        (17, b"\x07"),
         (18, struct.pack("<Q", 4)),
         (34, struct.pack("<i", -3)),
         (54, struct.pack("<q", -6)),
@@ -165,8 +164,23 @@ def test_truncated_or_missing_files(prefix: Path):
         open_indexed(prefix, "cpp")
 
 
-def test_tokens_cut_short_while_open_are_an_error(prefix: Path):
-    data = open_indexed(prefix, "cpp")
+@pytest.mark.parametrize("reader", ["numpy", "cpp"])
+def test_files_of_other_kinds_are_refused_by_name(prefix: Path, reader: str):
+    idx = Path(f"{prefix}.idx")
+    old = idx.read_bytes()
+    for code, name in ((6, "float64"), (7, "float32")):
+        idx.write_bytes(old[:17] + bytes([code]) + old[18:])
+        with pytest.raises(ValueError, match=rf"some\.idx: holds {name} numbers \(dtype code {code}\), and token ids"):
+            open_indexed(prefix, reader)
+    for modes in (bytes(3), bytes([0, 1, 0])):  # of Megatron-LM's multimodal datasets
+        idx.write_bytes(old + modes)
+        with pytest.raises(ValueError, match=r"some\.idx: is a multimodal index, with a mode for each of its 3"):
+            open_indexed(prefix, reader)
+
+
+@pytest.mark.parametrize("reader", ["numpy", "cpp"])
+def test_tokens_cut_short_while_open_are_an_error(prefix: Path, reader: str):
+    data = open_indexed(prefix, reader)
     with Path(f"{prefix}.bin").open("r+b") as file:
         file.truncate(4)
     assert data.tokens(0, 2).tolist() == [5, 6]

@@ -14,6 +14,7 @@ from megalite.config import Config, DataConfig, ModelConfig, TrainConfig
 from megalite.data import instructions
 from megalite.data.chat import BUILT_IN, ChatTemplate
 from megalite.data.corpus import Corpus
+from megalite.data.indexed import IndexedDataset
 from megalite.data.instructions import Options, write_indexed
 from megalite.data.packing import Conversations, Piece, SftDataset, pack, pieces
 from megalite.data.sets import DataSets, open_data
@@ -136,16 +137,17 @@ def test_packing_fills_rows(made: Conversations) -> None:
     assert packed.filled > 0.9 > 0.5 > padded.filled
 
 
-def test_an_epoch_shows_every_row_once_and_the_layout_reads_no_token(made: Conversations) -> None:
+def test_an_epoch_shows_every_row_once_and_the_layout_reads_no_token(
+    made: Conversations, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = everything(made, seed=3)
     epochs = [[tuple(data.row(epoch * len(data) + i)) for i in range(len(data))] for epoch in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(map(tuple, data.rows))
     assert epochs[0] != epochs[1] != epochs[2]
     assert everything(made, seed=3).row(len(data) + 2) == data.row(len(data) + 2)
-    assert "_data" not in Conversations(made.tokens.prefix).tokens.__dict__
     fresh = everything(Conversations(made.tokens.prefix), seed=3)
+    monkeypatch.setattr(IndexedDataset, "_read", lambda *_: pytest.fail("a token was read"))
     fresh.layout(range(40))
-    assert "_data" not in fresh.data.tokens.__dict__  # the .bin is mapped when a token is asked for
 
 
 def test_held_out_rows_end(made: Conversations) -> None:
@@ -167,13 +169,16 @@ def sizes(data: DataSets) -> dict[str, int]:
 def test_open_data(chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "megalite")
     opened = open_data(config(chats, corpus, tmp_path))
-    assert sizes(opened) == {"train": 29, "valid": 1}
+    assert sizes(opened) == {"train": 28, "valid": 1}
     assert "30 messages rows, template plain" in caplog.text
     assert "longer than train.seq_len=32 and cut at their end" in caplog.text
+    assert f"1 conversation is left out, with no trained token within train.seq_len=32 (the first: {chats}:10)" in (
+        caplog.text
+    )
     assert opened.template == (BUILT_IN / "plain.jinja").read_text("utf-8")
-    assert sizes(open_data(config(chats, corpus, tmp_path, valid_fraction=0.3))) == {"train": 21, "valid": 9}
-    assert sizes(open_data(config(chats, corpus, tmp_path, valid_fraction=0.0))) == {"train": 30}
-    assert sizes(open_data(config(chats, corpus, tmp_path, valid={"x": str(chats)}))) == {"train": 30, "x": 30}
+    assert sizes(open_data(config(chats, corpus, tmp_path, valid_fraction=0.3))) == {"train": 20, "valid": 9}
+    assert sizes(open_data(config(chats, corpus, tmp_path, valid_fraction=0.0))) == {"train": 29}
+    assert sizes(open_data(config(chats, corpus, tmp_path, valid={"x": str(chats)}))) == {"train": 29, "x": 29}
     # the second time they are found, not made
     made = sorted(tmp_path.glob("sft-*.bin"))
     written = [path.stat().st_mtime_ns for path in made]
@@ -198,7 +203,7 @@ def test_open_data(chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.L
         ({"sft": "none"}, "data.sft=none: none.idx: no such file"),
         ({"tokenizer": None}, "text needs data.tokenizer"),
         ({"template": "chatlm"}, "no chat template chatlm"),
-        ({"valid_fraction": 0.99}, "of 30 conversations leaves none to train on"),
+        ({"valid_fraction": 0.99}, "of 29 conversations leaves none to train on"),
     ],
 )
 def test_mistakes(chats: Path, corpus: Corpus, tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -223,7 +228,41 @@ def test_a_refusal_is_met_once_by_all_ranks(
     monkeypatch.setattr(instructions, "SAME_RUN_S", 0.0)
     with pytest.raises(ValueError, match=r"bad\.jsonl:31: has none of the keys"):
         open_data(asked)
-    assert sizes(open_data(config(bad, corpus, cache, bad_rows="skip", valid_fraction=0.0))) == {"train": 30}
+    assert sizes(open_data(config(bad, corpus, cache, bad_rows="skip", valid_fraction=0.0))) == {"train": 29}
+
+
+def test_a_set_in_which_nothing_is_trained_is_refused(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """For training and for each held-out set; a question longer than a row leaves no room for its answer."""
+    long = tmp_path / "long.jsonl"
+    messages = [{"role": "user", "content": "?" * 99}, {"role": "assistant", "content": "yes"}]
+    long.write_text((json.dumps({"messages": messages}) + "\n") * 64, "utf-8")
+    rest = (
+        rf"no row is left in which a token is trained: 64 conversations .* \(the first: {long}:1\); raise train.seq_len"
+    )
+    for files, key in (
+        ({"sft": str(long)}, "data.sft"),
+        ({"sft": str(chats), "valid": {"hard": str(long)}}, "data.valid.hard"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{key}={long}: {rest}"):
+            open_data(config(chats, corpus, tmp_path, **files))
+    assert sizes(open_data(config(long, corpus, tmp_path, overlong="truncate_left"))) == {"train": 63, "valid": 1}
+
+
+def test_held_out_files_say_what_was_noticed(
+    chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "megalite")
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "p", "completion": "c"}\n\n{"prompt": 1}\n{"prompt": "</s>", "completion": "c"}\n')
+    options: dict[str, Any] = {"valid": {"other": str(other)}, "bad_rows": "skip"}
+    for name in ("other.jsonl", "renamed.jsonl"):  # the cache is of the content, the names are of today
+        path = other.rename(tmp_path / name)
+        caplog.clear()
+        open_data(config(chats, corpus, tmp_path / "cache", **{**options, "valid": {"other": str(path)}}))
+        assert f"{name}: 2 prompt/completion rows, template plain" in caplog.text
+        assert f"warning: skipped 1 bad row (data.bad_rows=skip): {path}:3: 'prompt' is a number" in caplog.text
+        assert f"inside messages were made ordinary text: 1 row (the first: {path}:4)" in caplog.text
+        other = path
 
 
 def test_pretraining_data_is_no_instruction_data(chats: Path, corpus: Corpus, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +90,43 @@ def test_a_killed_worker_is_noticed(tokenizer: Tokenizer, tmp_path: Path, monkey
         preprocess(["x"], tmp_path / "out", tokenizer, workers=2)
     assert list(tmp_path.iterdir()) == []
     assert multiprocessing.active_children() == []
+
+
+def test_workers_end_with_their_parent_and_its_files_are_swept(tokenizer: Tokenizer, tmp_path: Path):
+    """SIGKILL of the parent: all workers end, and the next start removes what was being written."""
+    source = tmp_path / "in.txt"
+    source.write_text("some words of a text that takes a while\n\n" * 500_000)
+    command = [sys.executable, TOOL, "--input", source, "--output-prefix", tmp_path / "my"]
+    command += ["--tokenizer-model", tokenizer.path, "--workers", "7"]
+    process = subprocess.Popen([*map(str, command)], stderr=subprocess.DEVNULL)
+    pids: list[int] = []
+    try:
+        deadline = time.monotonic() + 60
+        while len(pids) < 7:
+            assert time.monotonic() < deadline, f"{len(pids)} workers"
+            time.sleep(0.05)
+            pids = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 10
+        while left := [pid for pid in pids if running(pid)]:
+            assert time.monotonic() < deadline, f"{left} of {pids} live on"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    (leftover,) = tmp_path.glob("*.tmp-*")
+    assert leftover.name == f"my_text_document.bin.tmp-{process.pid}"
+    source.write_text("a text\n")
+    preprocess([source], tmp_path / "my", tokenizer)
+    assert list(tmp_path.glob("*.tmp-*")) == []
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_existing_output_is_kept_unless_told(source: Path, tokenizer: Tokenizer, tmp_path: Path):

@@ -10,9 +10,9 @@ import pytest
 from assets import asset
 
 from megalite.data.chat import ChatTemplate, find_template
-from megalite.data.instructions import Options, Report, examples
+from megalite.data.instructions import Options, Report, examples, write_indexed
 from megalite.data.packing import Conversations
-from megalite.data.survey import efficiency, histogram, marked, survey, warnings
+from megalite.data.survey import Survey, histogram, marked, survey
 from megalite.data.tokenizer import load_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "data.py"
@@ -23,13 +23,15 @@ def row(question: str, answer: str, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
 
 
-def told(tmp_path: Path, rows: list[Any], which: str, source: str, seq_len: int = 64) -> list[str]:
+def look(
+    tmp_path: Path, rows: list[Any], which: str, source: str, seq_len: int = 64, overlong: str = "truncate_right"
+) -> Survey:
     path = tmp_path / "chats.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in rows), "utf-8")
-    tokenizer, report = load_tokenizer(asset(which)), Report()
+    tokenizer = load_tokenizer(asset(which))
     template = ChatTemplate("mine", source, tokenizer)
-    found = list(examples(path, tokenizer, template, Options(bad_rows="skip"), report))
-    return list(warnings(survey(found, tokenizer, template, seq_len), report, tokenizer, seq_len, "escape"))
+    write_indexed(path, tmp_path / "chats", tokenizer, template, Options(bad_rows="skip"))
+    return survey(Conversations(tmp_path / "chats"), "chats.jsonl", seq_len, overlong)
 
 
 def built_in(name: str, which: str) -> str:
@@ -44,50 +46,124 @@ TAIL = "{% endgeneration %}{% elif m.role == 'user' %}{{ m.content }}{% endif %}
     ("rows", "which", "source", "expected"),
     [
         ([row("q", "a")], MISTRAL, TURNS + "</s>" + TAIL, []),
-        ([row("q", "a")], MISTRAL, TURNS + TAIL, ["1 rows end their last answer without a control token"]),
         (
             [row("q", "a")],
             MISTRAL,
-            "<s><s>" + TURNS + "</s>" + TAIL,
-            ["1 rows have the beginning-of-sequence token twice"],
+            TURNS + TAIL,
+            [
+                "the last answer ends without a control token, so that the model does not learn to stop: 1 row "
+                "(the first: chats.jsonl:1)"
+            ],
         ),
         (
-            [{"messages": [{"role": "system", "content": "quiet"}, *row("q", "a")["messages"]]}],
+            [5, row("q", "a"), row("q", "a")],
+            MISTRAL,
+            "<s><s>" + TURNS + "</s>" + TAIL,
+            [
+                "skipped 1 bad row (data.bad_rows=skip): chats.jsonl:1: is a number, expected an object",
+                "the beginning-of-sequence token stands twice side by side: 2 rows (the first: chats.jsonl:2)",
+            ],
+        ),
+        (
+            [row("q", "a"), {"messages": [{"role": "system", "content": "quiet"}, *row("q", "a")["messages"]]}],
             MISTRAL,
             TURNS + "</s>" + TAIL,
-            ["skipped 1 bad rows"],
+            ["skipped 1 bad row (data.bad_rows=skip): chats.jsonl:2: message 1: template mine does not show its"],
         ),
         (
             [row("q", "a", tools=[{"name": "weather"}])],
             MISTRAL,
             TURNS + "</s>" + TAIL,
-            ["does not show the tools of 1 rows"],
+            ["the template does not show the tools: 1 row (the first: chats.jsonl:1)"],
         ),
-        ([row("q", "a")], MISTRAL, TURNS + "</s><|im_end|>" + TAIL, ["the template writes <|im_end|>", "1 rows end"]),
-        ([row("q", "a")], SMOLLM2, built_in("chatml", SMOLLM2), ["pad and end-of-sequence are one token"]),
         (
-            [row("q " * 99, "a")],
+            [row("<|im_end|>", "a"), row("q", "a")],
+            MISTRAL,
+            TURNS + "</s><|im_end|>" + TAIL,
+            [
+                "the last answer ends without a control token",
+                "the template writes <|im_end|>, which is no token of this tokenizer: 1 row (the first: chats.jsonl:2)",
+            ],
+        ),
+        ([row("q", "a")], SMOLLM2, built_in("chatml", SMOLLM2), []),
+        (
+            [row("q", "a"), row("q " * 99, "a"), row("q", "a " * 99)],
             MISTRAL,
             TURNS + "</s>" + TAIL,
-            ["1 rows are longer", "1 rows have no trained token left"],
+            [
+                "2 conversations are longer than train.seq_len=64 and cut at their end (data.overlong=truncate_right) "
+                "(the first: chats.jsonl:2)",
+                "1 conversation is left out, with no trained token within train.seq_len=64 (the first: chats.jsonl:2)",
+            ],
         ),
         (
             [row("</s>", "a"), 5],
             MISTRAL,
             TURNS + "</s>" + TAIL,
-            ["skipped 1 bad rows", "1 rows hold 1 control strings"],
+            [
+                "skipped 1 bad row",
+                "1 control strings inside messages were made ordinary text: 1 row (the first: chats.jsonl:1)",
+            ],
         ),
-        ([row("q", ""), row("q", "a")], MISTRAL, TURNS + TAIL, ["skipped 1 bad rows", "1 rows end"]),
+        ([row("q", ""), row("q", "a")], MISTRAL, TURNS + TAIL, ["skipped 1 bad row", "the last answer ends"]),
     ],
 )
-def test_warnings(tmp_path: Path, rows: list[Any], which: str, source: str, expected: list[str]) -> None:
-    found = told(tmp_path, rows, which, source)
+def test_notes(tmp_path: Path, rows: list[Any], which: str, source: str, expected: list[str]) -> None:
+    found = list(look(tmp_path, rows, which, source).notes())
     assert len(found) == len(expected), found
     for line, part in zip(found, expected):
-        assert part in line
+        assert line.startswith(part)
 
 
-def test_histogram_and_efficiency() -> None:
+@pytest.mark.parametrize("overlong", ["truncate_right", "truncate_left", "drop"])
+def test_what_is_trained_is_counted_after_the_cut(tmp_path: Path, overlong: str) -> None:
+    rows = [row("q", "a"), row("q " * 99, "a"), row("q", "a " * 99), row("q " * 99, "a", train=1)]
+    found = look(tmp_path, rows, MISTRAL, TURNS + "</s>" + TAIL, 64, overlong)
+    data, keep = found.data, {"truncate_right": slice(0, 65), "truncate_left": slice(-65, None), "drop": slice(0, 0)}
+    parts = [data.table[data.weights[i]][keep[overlong] if data.lengths[i] > 65 else slice(None)] for i in range(4)]
+    learned = [part for part in parts if part[1:].any()]
+    assert found.tokens == sum(map(len, learned))
+    assert found.trained == sum(int((part > 0).sum()) for part in learned)
+    left = {"truncate_right": [0, 2], "truncate_left": [0, 1, 2, 3], "drop": [0, 1, 2, 3]}
+    assert found.chosen.tolist() == left[overlong]
+    assert found.longer.tolist() == [1, 2, 3]
+    assert [str(found.summary().split(" %")[0])] == [
+        f"4 messages rows, template mine, {100 * found.trained / found.tokens:.1f}"
+    ]
+
+
+def test_nothing_left_to_train_is_refused(tmp_path: Path) -> None:
+    rows, source = [row("q " * 99, "a")] * 3, TURNS + "</s>" + TAIL
+    message = (
+        r"^data.sft=x: no row is left in which a token is trained: 3 conversations are left out, with no trained token "
+        r"within train.seq_len=64 \(the first: chats.jsonl:1\); raise train.seq_len, or keep the end with "
+        r"data.overlong=truncate_left$"
+    )
+    with pytest.raises(ValueError, match=message):
+        look(tmp_path, rows, MISTRAL, source).require_some("data.sft=x")
+    with pytest.raises(ValueError, match=r"3 conversations are longer than .* and left out \(data.overlong=drop\)"):
+        look(tmp_path, rows, MISTRAL, source, overlong="drop").require_some("data.sft=x")
+    look(tmp_path, rows, MISTRAL, source, overlong="truncate_left").require_some("data.sft=x")
+    look(tmp_path, [*rows, row("q", "a")], MISTRAL, source).require_some("data.sft=x")
+
+
+def test_a_template_of_other_control_tokens_is_refused(tmp_path: Path) -> None:
+    """chatml on a tokenizer without its tokens: the model would never learn to stop."""
+    with pytest.raises(ValueError, match=r"template mine writes <\|im_end\|>, <\|im_start\|> \(the first in chats"):
+        look(tmp_path, [row("q", "a")], MISTRAL, built_in("chatml", MISTRAL)).require_some("data.sft=x")
+    # [INST] is ordinary text to Llama 2 and Mistral; a row that speaks of another model's tokens is no mistake
+    for which, name in ((MISTRAL, "llama2"), (MISTRAL, "plain"), (SMOLLM2, "chatml")):
+        look(tmp_path, [row("<|eot_id|>?", "<|eot_id|>!")], which, built_in(name, which)).require_some("data.sft=x")
+
+
+def test_a_weight_too_small_to_be_trained(tmp_path: Path) -> None:
+    small = row("q", "a")
+    small["messages"][1]["weight"] = 1e-50
+    found = look(tmp_path, [small, row("q", "a")], MISTRAL, TURNS + "</s>" + TAIL)
+    assert next(iter(found.notes())).startswith("skipped 1 bad row (data.bad_rows=skip): chats.jsonl:1: no token of it")
+
+
+def test_histogram() -> None:
     assert [line.split() for line in histogram([1, 2, 3, 4, 4, 9])] == [
         ["1-1", "1", "#" * 14],
         ["2-2", "1", "#" * 14],
@@ -95,7 +171,6 @@ def test_histogram_and_efficiency() -> None:
         ["5-8", "0"],
         ["9-16", "1", "#" * 14],
     ]
-    assert efficiency([5, 5, 9, 100], 8) == (3, 1.0)
 
 
 def test_marked_text_is_the_text(tmp_path: Path) -> None:
@@ -118,8 +193,8 @@ def test_command_line(tmp_path: Path) -> None:
     result = tool("inspect-sft", *common, "--seq-len", 32)
     assert result.returncode == 0, result
     assert "<|im_start|>assistant\n⟦two<|im_end|>⟧\n" in result.stdout
-    assert "1 messages rows by template chat_template.jinja: 34 tokens, 5.9% trained" in result.stdout
-    assert "warning: skipped 1 bad rows" in result.stdout
+    assert "1 messages rows, template chat_template.jinja, 6.1 % of 33 tokens trained" in result.stdout
+    assert "warning: skipped 1 bad row " in result.stdout
     result = tool("sft", *common, "--output-prefix", prefix)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {chats}:2: has none of the keys")
@@ -127,7 +202,7 @@ def test_command_line(tmp_path: Path) -> None:
     result = tool("sft", *common, "--output-prefix", prefix, "--bad-rows", "skip")
     assert result.returncode == 0, result
     assert f"train on it with data.sft={prefix}" in result.stdout
-    assert "skipped 1 bad rows" in result.stderr
+    assert "warning: skipped 1 bad row " in result.stderr
     made = Conversations(prefix)
     assert made.lengths.tolist() == [34]
     assert [made.table[w] for w in made.weights[0]].count(1) == 2

@@ -76,7 +76,7 @@ def test_the_same_bits_come_back_from_tp_2_pp_2(family: str, folder_of: Make, tm
         engine = build(config, world)
         fill(engine.parameters, engine.shards, open_folder(source))
         engine.optimizer.adopt()
-        values = dataclasses.asdict(State(step=7))
+        values = dataclasses.asdict(State(step=7, consumed_samples=7))
         save(run_dir, config, engine.mesh, engine.shards, engine.spans(), engine.state(), values)
 
     run_threads(4, main)

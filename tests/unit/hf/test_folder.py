@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from folders import Make, change
 from safetensors.torch import load_file, save_file
 
@@ -118,7 +119,7 @@ def test_quantised_weights_and_settings(folder: Path) -> None:
     save_file(whole | {"model.norm.weight": torch.zeros(32, dtype=torch.int8)}, folder / SINGLE)
     refused(folder, "tensor model.norm.weight is I8; megalite reads F64, F32, BF16, F16, not quantised weights")
     change(folder, "config.json", quantization_config={"quant_method": "gptq"})
-    refused(folder, 'quantization_config={"quant_method": "gptq"} is not built')
+    refused(folder, 'quantization_config={"quant_method": "gptq"} is not supported')
 
 
 @pytest.mark.parametrize("name", ["../a.safetensors", "/etc/passwd", "sub/a.safetensors", "..", ""])
@@ -127,14 +128,20 @@ def test_an_index_names_files_of_its_folder(folder: Path, name: str) -> None:
     shutil.copyfile(folder / "a.safetensors", folder.parent / "a.safetensors")
     weight_map["model.norm.weight"] = name
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    refused(folder, f"{name!r} is not the plain name of a file in the folder")
+    refused(folder, f"{json.dumps(name)} is not the plain name of a file in the folder")
 
 
-def test_a_link_out_of_the_folder_is_not_followed(folder: Path) -> None:
-    outside = folder.parent / "outside.safetensors"
-    (folder / SINGLE).rename(outside)
-    (folder / SINGLE).symlink_to(outside)
-    refused(folder, "a link that leads out of the folder")
+def test_files_linked_from_another_folder(folder: Path, tmp_path: Path) -> None:
+    """As `hf download --local-dir` once linked into its cache, and as people share weights."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in folder.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert open_folder(linked).tensors.keys() == open_folder(folder).tensors.keys()
+    assert "tokenizer.json" in carry(linked, tmp_path / "kept")
+    assert not any(file.is_symlink() for file in (tmp_path / "kept").iterdir())
+    (folder / SINGLE).rename(folder / "gone")
+    refused(linked, f"{SINGLE}: a link to {folder / SINGLE}, which is no file")
 
 
 def test_the_layout_of_hugging_faces_cache_is_opened(folder: Path, tmp_path: Path) -> None:
@@ -147,6 +154,81 @@ def test_the_layout_of_hugging_faces_cache_is_opened(folder: Path, tmp_path: Pat
     assert len(open_folder(snapshot).tensors) == 39
     assert "chat_template.jinja" in carry(snapshot, tmp_path / "kept")
     assert not any(file.is_symlink() for file in (tmp_path / "kept").iterdir())
+
+
+def test_a_whole_file_comes_before_a_stale_index(folder: Path) -> None:
+    """save_pretrained over a folder of shards leaves the index, and sometimes the shards, of the model before."""
+    whole = tensors(folder)
+    split(folder)
+    save_file({key: value + 1 for key, value in whole.items()}, folder / SINGLE, {"format": "pt"})
+    assert {stored.file.name for stored in open_folder(folder).tensors.values()} == {SINGLE}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
+    assert torch.equal(theirs, whole["lm_head.weight"] + 1)
+    for shard in ("a.safetensors", "b.safetensors"):
+        (folder / shard).unlink()
+    assert {stored.file.name for stored in open_folder(folder).tensors.values()} == {SINGLE}
+
+
+def test_a_head_that_is_missing_names_the_key(folder: Path) -> None:
+    save_file({key: value for key, value in tensors(folder).items() if key != "lm_head.weight"}, folder / SINGLE)
+    change(folder, "config.json", tie_word_embeddings=...)
+    refused(folder, 'write "tie_word_embeddings": true there')
+    change(folder, "config.json", tie_word_embeddings=True)
+    assert open_folder(folder).model.tie_embeddings
+
+
+HEADER = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        "[]",
+        "null",
+        '{"x"',
+        *(json.dumps({"x": entry}) for entry in (None, [], 3, {}, HEADER | {"dtype": ["F32"]}, HEADER | {"dtype": 4})),
+        *(json.dumps({"x": HEADER | {"shape": shape}}) for shape in (None, 2, [-1, -2], [2.0], [True, 2], ["2"])),
+        *(
+            json.dumps({"x": HEADER | {"data_offsets": offsets}})
+            for offsets in (None, 8, [0], [0, 8, 8], [8, 0], [-8, 0], [0.0, 8.0], [False, 8], ["0", "8"], [0, 10**40])
+        ),
+        json.dumps({"x": HEADER, "y": HEADER}),  # overlapping
+        json.dumps({"x": HEADER | {"data_offsets": [4, 12]}}),  # a gap
+        json.dumps({"model.layers.0.self_attn.rotary_emb.inv_freq": HEADER | {"data_offsets": [8, 16]}}),
+        json.dumps({"x\ny": HEADER | {"dtype": "F8_E4M3"}}),
+    ],
+)  # fmt: skip
+def test_headers_that_are_damaged(folder: Path, header: str) -> None:
+    text = header.encode()
+    (folder / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    refused(folder, f"{SINGLE}: ")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[" * 100_000, f"{INDEX}: not usable JSON (nested too deeply)"),
+        ('{"weight_map": {"x": null}}', f"{INDEX}: has no weight_map"),
+        ('{"weight_map": ["x"]}', f"{INDEX}: has no weight_map"),
+        ('{"weight_map": {"x": "a\\u0000b"}}', "download it again"),
+        ('{"weight_map": {"x": "\\ud800"}}', "download it again"),
+        (json.dumps({"weight_map": {"x": "a" * 300}}), "is not the plain name of a file"),
+    ],
+)
+def test_an_index_that_is_damaged(folder: Path, index: str, message: str) -> None:
+    split(folder)
+    (folder / INDEX).write_text(index)
+    refused(folder, message)
+
+
+def test_a_file_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    refused(folder, f"{SINGLE}: cannot be read (Permission denied); check its permissions")
 
 
 def test_a_missing_shard_and_a_wrong_index(folder: Path) -> None:
@@ -174,6 +256,8 @@ def test_no_weights_no_config_no_folder(folder: Path) -> None:
     (folder / "config.json").unlink()
     refused(folder, "config.json: no such file")
     refused(folder / "x", "no such folder")
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "an adapter of peft and no model; import it with convert --from peft")
 
 
 def test_what_goes_along(folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megalite.watch.progress import Progress, duration
+from megalite.watch.progress import Progress, duration, fit
 
 ERASE = "\r\x1b[K"
 
@@ -60,14 +60,15 @@ def test_duration(seconds: float, text: str) -> None:
 def test_a_log_gets_a_line_every_interval_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(True, 12, 5)
     for step in range(1, 13):
-        progress.step(step, f"loss {step}")
+        progress.step(step, float(step), ["lr 1"])
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "\r" not in out
     assert [line.split("  eta")[0] for line in out.splitlines()] == [
-        "step  5/12  loss 5",
-        "step 10/12  loss 10",
-        "step 12/12  loss 12",
+        # the mean of the steps since the line before
+        "step  5/12  loss 3.0000  lr 1",
+        "step 10/12  loss 8.0000  lr 1",
+        "step 12/12  loss 11.5000  lr 1",
     ]
 
 
@@ -75,39 +76,51 @@ def test_time_left(clock: list[float], capsys: pytest.CaptureFixture[str]) -> No
     progress = Progress(True, 100, 1)
     clock[0] += 60  # what came before the first step is not the steps' doing
     for step in (41, 42, 43):  # resumed
-        progress.step(step, "")
+        progress.step(step, 3.0, [])
         clock[0] += 2
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["step", "41/100"],
-        ["step", "42/100", "eta", "1m56s"],
-        ["step", "43/100", "eta", "1m54s"],
+        ["step", "41/100", "loss", "3.0000"],
+        ["step", "42/100", "loss", "3.0000", "eta", "1m56s"],
+        ["step", "43/100", "loss", "3.0000", "eta", "1m54s"],
     ]
 
 
 def test_a_terminal_has_a_live_line_between(terminal: Callable[[], Terminal]) -> None:
     screen = terminal()
     progress = Progress(True, 20, 10)
-    progress.step(1, "loss 3")
-    assert screen.getvalue() == f"{ERASE}step  1/20  loss 3"
-    progress.step(2, "x" * 100)
+    progress.step(1, 3.0, [])
+    assert screen.getvalue() == f"{ERASE}step  1/20  loss 3.0000"
+    progress.step(2, 2.0, ["x" * 100])
     live = screen.getvalue().split(ERASE)[-1]
-    assert len(live) == 39  # a full row would make the terminal scroll
-    assert live.startswith("step  2/20  xxx")
+    assert live == "step  2/20  loss 2.0000  eta 0s"  # this step's loss, and what does not fit is left out
+
+
+def test_the_live_line_fits_with_its_eta() -> None:
+    fields = ["loss 10.1234", "grad norm 123.456", "lr 3.00e-04", "1,234,567 tokens/s", "mfu 41.3%"]
+    for width in range(1, 140):
+        line = fit("step 123456/500000", fields, "eta 12d03h", width)
+        assert len(line) <= width
+        assert line.endswith("eta 12d03h") == (width >= 30)
+    assert fit("step 123456/500000", fields, "eta 12d03h", 79) == (
+        "step 123456/500000  loss 10.1234  grad norm 123.456  lr 3.00e-04  eta 12d03h"
+    )
 
 
 def test_what_stays_replaces_the_live_line(terminal: Callable[[], Terminal]) -> None:
     screen = terminal()
     progress = Progress(True, 20, 10)
-    progress.step(9, "loss 3")
+    progress.step(9, 3.0, [])
     progress.say("saved")
     progress.say("twice")
-    progress.step(10, "loss 2")
-    assert screen.getvalue().split("  eta")[0] == f"{ERASE}step  9/20  loss 3{ERASE}saved\ntwice\nstep 10/20  loss 2"
+    progress.step(10, 2.0, [])
+    assert screen.getvalue().split("  eta")[0] == (
+        f"{ERASE}step  9/20  loss 3.0000{ERASE}saved\ntwice\nstep 10/20  loss 2.5000"
+    )
 
 
 def test_one_rank_speaks(terminal: Callable[[], Terminal]) -> None:
     screen = terminal()
     progress = Progress(False, 20, 1)
-    progress.step(1, "loss 3")
+    progress.step(1, 3.0, [])
     progress.say("saved")
     assert screen.getvalue() == ""

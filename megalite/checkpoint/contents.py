@@ -1,0 +1,116 @@
+"""Which tensors a checkpoint must hold, by the configuration that it was written with. No torch here.
+
+Its own list of tensors cannot tell that one is missing: the configuration can. Reading, verifying and publishing a
+checkpoint hold it to the same rule, `check_contents`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megalite.checkpoint.manifest import one_line
+from megalite.checkpoint.state import state_from
+from megalite.config import Config, from_mapping
+from megalite.config.schema import SECTIONS
+from megalite.config.tune import Shape, adapter_shapes, shapes, trained
+
+# of weights, and of what is kept in full precision beside them
+_DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
+_WIDE = {"fp32": "float32", "fp64": "float64", "bf16": "float32", "fp16": "float32"}
+_MOMENTS, _MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum",)
+
+
+class OtherVersion(ValueError):
+    """A checkpoint whose configuration has a key that this version does not know."""
+
+
+def config_of(manifest: Mapping[str, Any]) -> Config:
+    """The configuration that a checkpoint was written with; ValueError where it cannot be read."""
+    sections = manifest["config"]
+    if not all(isinstance(keys, dict) for keys in sections.values()):
+        raise ValueError("a section of config is not an object")
+    known = {f"{section}.{field.name}" for section, cls in SECTIONS.items() for field in dataclasses.fields(cls)}
+    for key in (f"{section}.{key}" for section, keys in sections.items() for key in keys):
+        if key not in known:
+            raise OtherVersion(f"its configuration has {one_line(key)}, which this megalite does not know")
+    try:
+        return from_mapping({name: {k: _text(v) for k, v in keys.items()} for name, keys in sections.items()})
+    except RecursionError:
+        raise ValueError("config is nested too deeply") from None
+
+
+def _text(value: Any) -> Any:
+    """A value of a manifest's config as YAML would have given it: every scalar is text."""
+    if isinstance(value, list):
+        return [_text(item) for item in value]
+    if isinstance(value, dict):
+        return value
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def check_contents(manifest: Mapping[str, Any]) -> None:
+    """ValueError unless configuration, counters and tensors belong together and nothing is missing.
+
+    A checkpoint may hold weights alone, as a converted one does.
+    """
+    config, tensors = config_of(manifest), manifest["tensors"]
+    state_from(manifest)
+    versions = manifest.get("versions", {})
+    if not isinstance(versions, dict) or not all(isinstance(version, str) for version in versions.values()):
+        raise ValueError(f"versions is {one_line(repr(versions))}, not names and versions")
+    _require_sizes(config, len(tensors))
+    kinds = {name.partition(".")[0] for name in tensors}
+    weights_only = kinds == {"weight"}
+    missing: list[str] = []
+    known: set[str] = set()
+    for ways, shape, dtype in expected(config, weights_only):
+        # one way of several: a matrix has moments or a momentum
+        names = next((way for way in ways if all(name in tensors for name in way)), ways[0])
+        known |= set(names)
+        for name in names:
+            if name not in tensors:
+                missing.append(name)
+                continue
+            found = tensors[name]
+            if tuple(found["shape"]) != shape or (dtype and found["dtype"] != dtype):
+                want = f"{list(shape)}" + (f" {dtype}" if dtype else "")
+                raise ValueError(f"tensor {name} is {found['shape']} {found['dtype']}, its configuration needs {want}")
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(known)} tensors that its configuration needs are missing, among them "
+            f"{', '.join(missing[:2])}"
+        )
+    if unknown := sorted(set(tensors) - known):
+        raise ValueError(f"tensor {unknown[0]} does not belong to its configuration")
+
+
+def expected(config: Config, weights_only: bool) -> Iterator[tuple[list[tuple[str, ...]], Shape, str]]:
+    """(ways in which a parameter's tensors may be named, their shape, their dtype or "" for any) of all that is stored.
+
+    Every parameter has a weight; one that is trained also has the optimizer's tensors, and a master where its dtype is
+    narrow.
+    """
+    t, learns = config.train, trained(config)
+    for name, shape in (adapter_shapes(config) if config.tune.mode == "lora" else shapes(config.model)).items():
+        yield [(f"weight.{name}",)], shape, "" if weights_only else _DTYPES[t.dtype]
+        if weights_only or name not in learns:
+            continue
+        if _DTYPES[t.dtype] != _WIDE[t.dtype]:
+            yield [(f"master.{name}",)], shape, _WIDE[t.dtype]
+        # which matrices Muon updates is the optimizer's choice
+        ways = [_MOMENTS, _MOMENTUM] if config.optim.name == "muon" and len(shape) == 2 else [_MOMENTS]
+        yield [tuple(f"{kind}.{name}" for kind in kinds) for kinds in ways], shape, _WIDE[t.dtype]
+
+
+def _require_sizes(config: Config, count: int) -> None:
+    """ValueError where a size of the model is none, or layers are more than there are tensors."""
+    m = config.model
+    for key in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
+        if getattr(m, key) < 1:
+            raise ValueError(f"model.{key} is {getattr(m, key)}, not a size")
+    if m.num_layers > count:
+        raise ValueError(f"model.num_layers is {m.num_layers}, and there are {count} tensors")

@@ -1,0 +1,207 @@
+"""What rank 0 hears of all ranks: their reports, their deaths and their errors; and its verdict, why the run ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import selectors
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# A connection is lost for many reasons at about one time: so long rank 0 waits for a better one.
+SETTLE_S = 1.0
+# Heartbeats tell a slow rank from a stopped one, so a longer parallel.timeout_s need not be waited for.
+SILENCE_S = 600.0
+# The better explanation first: a rank's own error, its death, a signal to it, and that it lost another.
+KINDS = ("error", "gone", "signal", "lost")
+# One that has an error to tell waits so long for the others, most of whom will have met it too.
+ERROR_S = 30.0
+HELLO_S = 5.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the run ends. `rank` is the cause, -1 for ranks that never came; `node` is the first rank of its node."""
+
+    rank: int
+    node: int
+    host: str
+    kind: str
+    text: str
+
+    def line(self) -> str:
+        """For the user; an error of rank 0 is most often one that all ranks share."""
+        where = f"rank {self.rank} on {self.host}: " if self.kind != "gone" and self.rank > 0 else ""
+        return f"error: {where}{self.text}" if self.text else ""
+
+
+DIED = "died without a message: killed, or out of memory (see dmesg there)"
+SILENT = "stopped, or its machine does not answer"
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+class Lines:
+    """Messages cut out of what a socket gives, one JSON object a line."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [json.loads(line) for line in lines if line]
+
+
+def beat_s(silence_s: float) -> float:
+    return min(max(silence_s / 10, 0.1), 5.0)
+
+
+class Member:
+    """A rank as rank 0 sees it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.lines = connection, Lines()
+        self.heard = time.monotonic()
+        self.rank = self.node = -1
+        self.host, self.left = "", False
+
+    def send(self, data: bytes) -> None:
+        # one that is gone is seen by its connection, one that is stopped by its silence
+        with contextlib.suppress(OSError):
+            self.connection.sendall(data)
+
+
+class Hub:
+    """Rank 0's thread that hears all ranks. `deadline`: when (time.monotonic) all of them must have come."""
+
+    def __init__(self, listener: socket.socket, size: int, token: str, timeout_s: float, deadline: float) -> None:
+        self.listener, self.size, self.token, self.timeout_s = listener, size, token, timeout_s
+        self.reports: queue.Queue[list[dict[str, Any]]] = queue.Queue()
+        self._silence = min(timeout_s, SILENCE_S)
+        self._members: dict[int, Member] = {}
+        self._round: dict[int, dict[str, Any]] = {}
+        self._deadline: float | None = deadline
+        self._causes: list[Verdict] = []
+        self._since = self._beaten = time.monotonic()
+        self._over = False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        threading.Thread(target=self._run, name="hub", daemon=True).start()
+
+    def broadcast(self, message: dict[str, Any]) -> None:
+        """To every rank, and to rank 0 last: it may end the process that this thread lives in."""
+        for _, member in sorted(self._members.items(), reverse=True):
+            if not member.left:
+                member.send(encode(message))
+
+    def close(self) -> None:
+        """Rank 0 is at the end of the run: from here on nobody watches the others."""
+        self._over = True
+        self.broadcast({"over": 1})
+
+    def accuse(self, verdict: Verdict, settled: bool = False) -> None:
+        """A cause for the run to end; `settled`: no better one is to be waited for."""
+        if settled:
+            self._since = 0.0
+        elif not self._causes:
+            self._since = time.monotonic()
+        self._causes.append(verdict)
+
+    def _run(self) -> None:
+        while not self._over:
+            for key, _ in self._selector.select(min(beat_s(self._silence), 0.2)):
+                if key.fileobj is self.listener:
+                    self._accept()
+                else:
+                    self._read(key.data)
+            # what has come is read before anybody is called silent: this rank may have been stopped itself
+            self._check(time.monotonic())
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self.listener.accept()
+        except OSError:
+            return
+        connection.settimeout(HELLO_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        member = Member(connection)
+        self._selector.register(connection, selectors.EVENT_READ, member)
+
+    def _read(self, member: Member) -> None:
+        try:
+            data = member.connection.recv(1 << 16)
+            messages = member.lines.feed(data)
+        except (OSError, ValueError):
+            data, messages = b"", []
+        member.heard = time.monotonic()
+        for message in messages:
+            self._obey(member, message)
+        if not data:
+            self._selector.unregister(member.connection)
+            member.connection.close()
+            if member.rank >= 0 and not member.left:
+                self._gone(member, DIED)
+            member.left = True
+
+    def _obey(self, member: Member, message: dict[str, Any]) -> None:
+        if "token" in message:
+            welcome = message["token"] == self.token and message["rank"] not in self._members
+            member.send(encode({"welcome": welcome, "host": socket.gethostname()}))
+            if welcome:
+                member.rank, member.node, member.host = message["rank"], message["node"], message["host"]
+                self._members[member.rank] = member
+        elif member.rank < 0:
+            return
+        elif "report" in message:
+            if not self._round and len(self._members) == self.size:
+                self._deadline = time.monotonic() + self.timeout_s
+            self._round[member.rank] = message["report"]
+            if message["report"]["error"] and self._deadline is not None:
+                self._deadline = min(self._deadline, time.monotonic() + ERROR_S)
+            if len(self._round) == self.size:
+                self.reports.put([self._round[rank] for rank in range(self.size)])
+                self._round, self._deadline = {}, None
+        elif "ended" in message:
+            kind, text = message["ended"]
+            self.accuse(self._verdict(member, kind, text))
+        elif "bye" in message:
+            member.left = True
+
+    def _gone(self, member: Member, how: str, settled: bool = False) -> None:
+        self.accuse(self._verdict(member, "gone", f"rank {member.rank} on {member.host} {how}"), settled)
+
+    @staticmethod
+    def _verdict(member: Member, kind: str, text: str) -> Verdict:
+        return Verdict(member.rank, member.node, member.host, kind, text)
+
+    def _check(self, now: float) -> None:
+        if now - self._beaten > beat_s(self._silence):
+            self._beaten = now
+            self.broadcast({"beat": 1})
+        for member in self._members.values():
+            if not member.left and now - member.heard > self._silence:
+                self._gone(member, f"has been silent for {self._silence:g} s: {SILENT}", settled=True)
+                member.left = True
+        if self._deadline is not None and now > self._deadline and not self._causes:
+            told = [rank for rank, report in sorted(self._round.items()) if report["error"]]
+            if told:
+                report, member = self._round[told[0]], self._members[told[0]]
+                text = "" if report["said"] else report["error"]
+                return self.accuse(self._verdict(member, "error", text), settled=True)
+            missing = [str(rank) for rank in range(self.size) if rank not in self._round]
+            text = (
+                f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(missing[:8])}{' ...' * (len(missing) > 8)} of "
+                f"{self.size} not ready after parallel.timeout_s={self.timeout_s:g} s: see what they or their "
+                f"launcher say; if they still prepare data, prepare it before, or raise parallel.timeout_s"
+            )
+            self.accuse(Verdict(-1, -1, "", "gone", text), settled=True)
+        if self._causes and now - self._since > SETTLE_S:
+            cause = min(self._causes, key=lambda each: (KINDS.index(each.kind), each.rank))
+            self.broadcast({"verdict": asdict(cause)})
+            self._over = True

@@ -1,0 +1,167 @@
+"""How the ranks of one command start, fail and end together: each fault is told once, by a rank that met it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from megalite.agree import Report, report, settle, start_report
+from megalite.config import Config
+from megalite.parallel.meet import NotMet, join
+from megalite.parallel.peers import Peers, end_with
+from megalite.place import place, watch_launcher
+from megalite.watch.stop import SIGNALS
+
+if typing.TYPE_CHECKING:
+    from megalite.parallel.groups import World
+
+BEGAN = time.monotonic()
+HERE = place()
+watch_launcher()
+RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
+
+
+# A rank that has failed alone does not wait longer than this for another to tell.
+FAILED_S = 60.0
+# what an error of a connection between ranks speaks of
+CONNECTION = r"gloo|nccl|connection|timed? ?out|store"
+# this rank's connection to the others once they have met
+_peers: Peers | None = None
+
+
+def fail(error: object, meets: bool = True) -> int:
+    """Tell of what went wrong before the ranks have met: once, by the first of those that have met it.
+
+    `meets`: whether the others, if they are well, go on to meet this one.
+    """
+    text = describe_error(error)
+    if RANK == 0:
+        print_error(text)
+    one_node = LOCAL_RANKS == WORLD_SIZE
+    if WORLD_SIZE == 1 or (RANK == 0 and one_node and "TORCHELASTIC_RUN_ID" in os.environ):
+        return 2  # torchrun ends the other ranks of its node
+    if not meets:
+        time.sleep(1.0)  # the launcher lets the first rank speak
+        return print_error(text) if HERE.local_rank == 0 and RANK > 0 else 2
+    try:
+        peers, _ = join(HERE, FAILED_S, BEGAN)
+    except (ValueError, OSError, ImportError):
+        return print_error(text) if RANK > 0 else 2
+    settle(peers, start_report(HERE, text, said=RANK == 0))
+    peers.wait_for_end()
+
+
+def describe_error(error: object) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def print_error(text: str) -> int:
+    where = f"rank {RANK} on {socket.gethostname()}: " if RANK > 0 else ""
+    sys.stdout.flush()
+    print(f"error: {where}{text}", file=sys.stderr, flush=True)
+    return 2
+
+
+def hear_signals() -> None:
+    """From here to the training loop, which saves, a signal that asks for an end ends this rank, and with it all."""
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        text = f"stopped by {signal.Signals(number).name} outside the training loop: nothing was left to save"
+        if _peers is not None:
+            _peers.failed("signal", text)
+        if _peers is not None or RANK == 0:
+            print(f"{text}; the same command starts again", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    for number in SIGNALS:
+        signal.signal(number, heard)
+
+
+def in_world(config: Config, main: Callable[[World], None], mine: Report | None = None) -> int:
+    """Import torch, start the world, call `main` in it; gives the exit status, every failure told in one line.
+
+    `mine`: what this rank reports to the others; they then also see that all have the same run folder.
+    """
+    global _peers
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    store = None
+    try:
+        if WORLD_SIZE > 1:
+            _peers, store = meet(config)
+            settle(_peers, mine or start_report(HERE), Path(config.train.run_dir) if mine else None)
+        from megalite.parallel.launch import start_world
+
+        with start_world(config, _peers, store) as world:
+            main(world)
+    except Exception as error:
+        return failed_in_world(error)
+    finally:
+        _peers = None
+    return 0
+
+
+def failed_in_world(error: Exception) -> int:
+    """Tell the other ranks, and if this one is the cause the user; gives the exit status."""
+    first = (str(error).splitlines() or [""])[0]
+    kind, text, status = "error", describe_error(error), 2
+    if isinstance(error, ImportError):
+        text = f"{first}; python -m megalite.doctor says what is missing"
+    elif not isinstance(error, (ValueError, OSError)):
+        import torch
+
+        from megalite.batches import TrainingError
+
+        if isinstance(error, torch.OutOfMemoryError):
+            text, status = f"out of memory: {first}", 1
+        elif isinstance(error, RuntimeError) and re.search(CONNECTION, str(error), re.IGNORECASE):
+            kind, text, status = "lost", f"lost the others: {first}", 1
+        elif not isinstance(error, TrainingError):
+            text, status = f"{type(error).__name__}: {first}", 0  # a fault of ours: its traceback is wanted
+    if _peers is not None:
+        _peers.failed(kind, text)
+    if status:
+        print_error(text)
+    else:
+        traceback.print_exception(error)
+    return status or 1
+
+
+def meet(config: Config) -> tuple[Peers, typing.Any]:
+    """This rank's connection to the others, and the store of torchrun's agent if there is one."""
+    try:
+        return join(HERE, config.parallel.timeout_s, BEGAN)
+    except NotMet as error:
+        end_with(error.line, 1)
+
+
+def complete_together(config: Config, resume: Path) -> int:
+    """End a run that has nothing left to do, if every rank sees it so."""
+    peers, _ = meet(config)
+    settle(peers, report(config, resume, HERE))
+    peers.leave()
+    return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`.
+
+    A rank does not wait for the interpreter to be taken down: threads of the communication library may still let go of
+    a tensor, need Python for it, and would abort the process at its very end.
+    """
+    if WORLD_SIZE > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
