@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import logging
 import sys
+import tempfile
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,18 @@ from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
 from megalite.hf.keys import check_hf, context_warning, with_hf
-from megalite.request import apart, one_length, resume_from, take_run_folder, with_curve, with_epochs, with_tokenizer
+from megalite.loaded import settle, with_loaded, with_template
+from megalite.request import (
+    apart,
+    one_length,
+    resume_from,
+    take_run_folder,
+    with_added_tokens,
+    with_curve,
+    with_data_tokenizer,
+    with_epochs,
+    with_tokenizer,
+)
 from megalite.together import (
     HERE,
     LOCAL_RANKS,
@@ -55,13 +67,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
     logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
     try:
-        request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
-        request = one_length(request)
-        if tuning:
-            request = apart(request)
-        request = with_hf(request)
-        if tuning:
-            request = with_tokenizer(request, say)
+        request = understand(argv, default_preset, tuning)
         config, why = configure(request)
         if request.print_config:
             say(to_yaml(config).rstrip())
@@ -77,6 +83,8 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
+            if RANK == 0:
+                look_at_data(config, request)
             return 0
         if RANK == 0:
             lock.require_free(Path(config.train.run_dir))
@@ -91,10 +99,11 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         if tuning and config.data.sft is None:
             raise ConfigError(
                 "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
-                "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b checkpoint.load_optim=false"
+                "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b"
             )
         from megalite.data.sets import open_data
 
+        config = with_data_tokenizer(config, say)
         data = open_data(config, scan=RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
         config = with_curve(config, request, say)
@@ -115,6 +124,19 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
     except (ConfigError, ValueError, OSError) as error:
         return fail(error, meets=not {"--dry-run", "--print-config"} & set(argv))
     return run(config, data, resume, mine)
+
+
+def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Request:
+    """The request of a command line, filled in from the files, folders and runs that it names."""
+    request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
+    tell = (lambda text: None) if request.print_config else say
+    request = one_length(settle(request, tell))
+    if tuning:
+        request = apart(request)
+    request = with_hf(with_loaded(request, tuning, tell))
+    if tuning:
+        request = with_template(with_tokenizer(request, tell), tell)
+    return with_added_tokens(request)
 
 
 def configure(request: Request) -> tuple[Config, str]:
@@ -144,6 +166,19 @@ def describe(config: Config, need: plan.Memory) -> str:
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
         f"{length} in all"
     )
+
+
+def look_at_data(config: Config, request: Request) -> None:
+    """Open and check the data that is named, as a run does; what is made of it is thrown away. ValueError as there."""
+    from megalite.data.sets import open_data
+
+    if config.data.path is None and config.data.sft is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
+        config = with_data_tokenizer(config, say)
+        data = open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=scratch)))
+        say(f"data: {data.fingerprint}; one epoch is {len(data.train)} samples")
+        with_epochs(config, request, len(data.train), WORLD_SIZE, say)
 
 
 def with_corpus(config: Config, corpus: Path, request: Request, tuning: bool = False) -> Config:
@@ -193,13 +228,13 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
         nonlocal done
         from megalite.trainer import train
 
-        try:
-            done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
-        finally:
-            if RANK == 0:
-                lock.release(Path(config.train.run_dir))
+        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
-    status = in_world(config, main, mine)
+    try:
+        status = in_world(config, main, mine)
+    finally:
+        if RANK == 0:
+            lock.release(Path(config.train.run_dir))
     if status == 0 and done and config.train.export_hf is not None:
         try:
             export(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import threading
@@ -9,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,14 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
     )
 
 
+def tell_launcher(line: str, env: Mapping[str, str] = os.environ) -> None:
+    """Leave the line that this rank ends with where torchrun looks for it, so that its report closes with that line."""
+    path = env.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError):  # the line is on the screen all the same
+            Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
+
+
 _launcher = 0
 # whether a training loop runs, which looks for the launcher at each step and saves where it is gone
 training = False
@@ -87,4 +98,24 @@ def launcher_gone() -> bool:
 def _end_without_launcher() -> None:
     while training or not launcher_gone():
         time.sleep(0.5)
-    os._exit(1)
+    end(1)
+
+
+# the thread that writes a checkpoint, and how long an end waits for it
+SAVER, SAVER_S = "checkpoint", 10.0
+# the file of the run folder that says that this process has it
+held: Path | None = None
+ending = False
+
+
+def end(status: int) -> NoReturn:
+    """End this process at once, from any thread, but for a checkpoint that is nearly written; give its folder back."""
+    global ending
+    ending = True
+    for thread in threading.enumerate():
+        if thread.name == SAVER:
+            thread.join(SAVER_S)
+    if held is not None:
+        with contextlib.suppress(OSError):
+            held.unlink()
+    os._exit(status)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megalite.checkpoint import lock
@@ -18,6 +18,9 @@ from megalite.config.batch import steps_for, total_samples
 from megalite.config.load import read_yaml_file
 from megalite.config.schema import OptimConfig
 from megalite.config.tune import check_adapter, is_adapter
+from megalite.data.indexed import paths
+from megalite.data.origin import find_tokenizer_of, made_with, recorded_tokenizer
+from megalite.data.tokenizer import load_tokenizer
 from megalite.hf.folder import find_tokenizer
 from megalite.optim.lr import learning_rate
 
@@ -53,12 +56,23 @@ def apart(request: Request) -> Request:
     return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
 
 
+def begin_with(load: str, run_dir: Path) -> Path:
+    """The checkpoint named by checkpoint.load; where it is gone, that of the run itself, which goes on from its own."""
+    try:
+        return find(load)
+    except ValueError:
+        own = complete(run_dir)
+        if not own:
+            raise
+        return own[-1]
+
+
 def with_tokenizer(request: Request, say: Say) -> Request:
     """With the tokenizer of the run it starts from, and so its chat template, where the request names none."""
     config, load = request.config, request.config.checkpoint.load
     if load is None or config.data.sft is None or config.data.tokenizer is not None:
         return request
-    run_dir = find(load).parents[1]
+    run_dir = begin_with(load, Path(config.train.run_dir)).parents[1]
     tokenizer = find_tokenizer(run_dir)
     if tokenizer is None:
         return request
@@ -69,6 +83,65 @@ def with_tokenizer(request: Request, say: Say) -> Request:
     return dataclasses.replace(request, config=dataclasses.replace(config, data=data))
 
 
+def with_added_tokens(request: Request) -> Request:
+    """With model.add_tokens: a vocabulary that has room for them."""
+    config, add = request.config, request.config.model.add_tokens
+    if not add:
+        return request
+    wrong = [token for token in add if not token.strip() or token != token.strip()]
+    if wrong or len(set(add)) < len(add):
+        what = f"{wrong[0]!r} begins or ends with a space, or is empty" if wrong else "a token stands there twice"
+        raise ConfigError(f"model.add_tokens: {what}; write each token once, e.g. [<|im_start|>, <|im_end|>]")
+    if config.data.tokenizer is None:
+        raise ConfigError("model.add_tokens: to which tokenizer? Set data.tokenizer too")
+    if config.tune.mode == "lora":
+        raise ConfigError(
+            "model.add_tokens: tune.mode=lora does not train the embeddings, so new tokens would never mean anything; "
+            "use tune.mode=full, or a template whose control strings the tokenizer has"
+        )
+    size = max(config.model.vocab_size, load_tokenizer(config.data.tokenizer, add).vocab_size)
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return dataclasses.replace(request, config=dataclasses.replace(config, model=model))
+
+
+def new_rows(config: Config, known: Sequence[str]) -> range:
+    """The ids that model.add_tokens adds to a model that has those of `known` already; empty where it has all."""
+    add, tokenizer = config.model.add_tokens, config.data.tokenizer
+    if tokenizer is None or set(add) <= set(known):
+        return range(0)
+    before = load_tokenizer(tokenizer, [token for token in known if token in add])
+    after = load_tokenizer(tokenizer, add)
+    moved = [token for token, number in before.controls.items() if after.controls.get(token) != number]
+    if moved:
+        raise ConfigError(
+            f"model.add_tokens: {moved[0]} would get another id than in the checkpoint; keep its tokens first: "
+            f"{', '.join(known)}"
+        )
+    return range(before.vocab_size, after.vocab_size)
+
+
+def with_data_tokenizer(config: Config, say: Say) -> Config:
+    """With the tokenizer that the data was made with, where none is named; without it no text comes of the model."""
+    d, prefix = config.data, config.data.sft or config.data.path
+    if prefix is None or not paths(prefix)[1].is_file():
+        return config
+    needed = "generate, evaluate and export need it: set data.tokenizer"
+    if d.tokenizer is not None:
+        if not made_with(prefix, load_tokenizer(d.tokenizer)):
+            say(
+                f"note: {prefix} was made with another file than data.tokenizer={d.tokenizer}: "
+                f"{recorded_tokenizer(prefix)}"
+            )
+    elif found := find_tokenizer_of(prefix, Path(config.train.run_dir)):
+        say(f"data.tokenizer={found}: {prefix} was made with it")
+        return dataclasses.replace(config, data=dataclasses.replace(d, tokenizer=str(found)))
+    elif name := recorded_tokenizer(prefix):
+        say(f"note: the tokenizer that {prefix} was made with is not there or another: {name}; {needed}")
+    else:
+        say(f"note: {prefix} does not say with which tokenizer it was made; {needed}")
+    return config
+
+
 def with_epochs(config: Config, request: Request, samples: int, world_size: int, say: Say) -> Config:
     """train.epochs as train.steps, now that one epoch is known to have so many samples."""
     if config.train.epochs is None:
@@ -77,6 +150,12 @@ def with_epochs(config: Config, request: Request, samples: int, world_size: int,
     step, used = (0, 0) if begun is None else (begun.step, begun.samples)
     steps = steps_for(config, config.train.epochs * samples, step, used)
     say(f"train.epochs={config.train.epochs:g} of {samples} samples: {steps} steps")
+    total, warmup = int(config.train.epochs * samples), config.optim.warmup_samples
+    if warmup > total:
+        say(
+            f"warning: the learning rate does not reach optim.lr={config.optim.lr:g}: optim.warmup_samples={warmup} is "
+            f"more than the {total} samples of the run; set it to {total // 10}"
+        )
     train = dataclasses.replace(config.train, steps=steps, epochs=None)
     optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
     return resolve(dataclasses.replace(config, train=train, optim=optim), world_size)
@@ -166,7 +245,12 @@ def resume_from(config: Config, say: Say) -> Path | None:
         if config.checkpoint.load is not None:
             source = find(config.checkpoint.load)
             manifest = read_manifest(source)
-            check_model(manifest, dataclasses.asdict(config.model), source)
+            check_model(manifest, dataclasses.asdict(config.model), source, grows=bool(config.model.add_tokens))
+            if new_rows(config, manifest["config"]["model"].get("add_tokens", ())) and config.checkpoint.load_optim:
+                raise ConfigError(
+                    f"model.add_tokens: the optimizer state of {source} has no rows for them; set "
+                    f"checkpoint.load_optim=false"
+                )
             check_adapter(manifest, config, source, resume=False)
             goes_on = config.checkpoint.load_optim and (config.tune.mode != "lora" or is_adapter(manifest))
             if manifest["step"] >= config.train.steps and goes_on and not config.train.eval_only:
@@ -176,6 +260,12 @@ def resume_from(config: Config, say: Say) -> Path | None:
                 )
         return None
     check_model(read_manifest(newest), dataclasses.asdict(config.model), newest)
+    kept = read_manifest(newest)["config"]["model"].get("add_tokens", ())
+    if tuple(kept) != config.model.add_tokens:
+        raise ConfigError(
+            f"{newest} was trained with model.add_tokens=[{', '.join(kept)}]; use the same here, or begin another run "
+            f"with checkpoint.load={run_dir}"
+        )
     check_adapter(read_manifest(newest), config, newest, resume=True)
     saved = run_dir / "config.yaml"
     for line in changed_keys(saved, config) if saved.is_file() else []:
@@ -185,8 +275,7 @@ def resume_from(config: Config, say: Say) -> Path | None:
 
 def _holds_files(run_dir: Path) -> bool:
     # rank 0 may already try whether it can write here and take the folder, while another rank still looks
-    ours = (PROBE, lock.NAME, lock.BESIDE)
-    return any(not path.name.startswith(ours) for path in run_dir.iterdir())
+    return any(path.name != lock.NAME and not path.name.startswith((PROBE, lock.BESIDE)) for path in run_dir.iterdir())
 
 
 def newest_readable(run_dir: Path, say: Say) -> Path | None:

@@ -6,22 +6,28 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megalite.build import Engine
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.load import load as load_tensors
+from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.manifest import Damaged
 from megalite.checkpoint.state import State, state_from
 from megalite.config import Config
 from megalite.config.tune import is_adapter
 from megalite.hf.folder import open_folder
-from megalite.hf.load import fill, nothing
+from megalite.hf.load import fill, nothing, read_whole
 from megalite.model.cut_table import ADAPTER
 from megalite.model.init import draw
 from megalite.optim.loss_scale import first_scale
 from megalite.parallel.groups import share_text
+from megalite.request import new_rows
 from megalite.tune.base import find_base, is_hf, name_of
+
+# parameters with a row for each token
+VOCABULARY = ("embed.weight", "loss_head.head.weight")
 
 
 def first_values(config: Config) -> Callable[[str, tuple[int, ...]], Tensor] | None:
@@ -53,20 +59,26 @@ def first_state(
     if source is not None:
         whole = resume is not None or config.checkpoint.load_optim
         older = folders.before(resume) if resume is not None else []
-        source, state = _load_first_good(engine, [source, *older], state, whole, say)
+        new = range(0)
+        if resume is None:
+            new = new_rows(config, folders.read_manifest(source)["config"]["model"].get("add_tokens", ()))
+        source, state = _load_first_good(engine, [source, *older], state, whole, say, new)
         say(f"loaded {source}" + (f", at step {state.step}" if whole else ", weights only"))
         if whole and state.data != data:
             say(f"note: the data was {state.data} and is now {data}; the order of samples changes")
             state.data = data
     elif config.model.from_hf is not None and config.tune.mode != "lora":
-        fill(engine.stored(), engine.shards, open_folder(config.model.from_hf))
+        folder, new = open_folder(config.model.from_hf), new_rows(config, ())
+        parameters = engine.stored()
+        add_rows(engine, parameters, new, lambda name: read_whole(folder, name))
+        fill(parameters, engine.shards, folder)
         engine.optimizer.adopt()
         say(f"loaded {config.model.from_hf}")
     return source, state
 
 
 def _load_first_good(
-    engine: Engine, candidates: Sequence[Path], state: State, whole: bool, say: Callable[[str], None]
+    engine: Engine, candidates: Sequence[Path], state: State, whole: bool, say: Callable[[str], None], new: range
 ) -> tuple[Path, State]:
     """Load the first of `candidates` that no rank finds damaged, so that all load the same; say which were passed over.
 
@@ -76,7 +88,7 @@ def _load_first_good(
     for folder in candidates:
         damage = mistake = ""
         try:
-            loaded = load(engine, folder, state, whole)
+            loaded = load(engine, folder, state, whole, new)
         except Damaged as error:
             damage = str(error)
         except ValueError as error:
@@ -90,13 +102,32 @@ def _load_first_good(
     raise Damaged(found[0] if len(found) == 1 else f"no checkpoint can be loaded: {'; '.join(found)}")
 
 
-def load(engine: Engine, folder: Path, state: State, whole: bool) -> State:
-    """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone."""
+def add_rows(engine: Engine, parameters: dict[str, Tensor], new: range, read: Callable[[str], Tensor]) -> None:
+    """Fill embedding and head where the vocabulary grows, and take them out of `parameters`.
+
+    `read` gives a whole parameter without the `new` rows. Each of them becomes the mean of the rows before them.
+    """
+    for name in [name for name in VOCABULARY if new and name in parameters]:
+        parameter, shard, old = parameters.pop(name), engine.shards[name], read(name)
+        rows = old.new_zeros(shard.whole_shape)
+        rows[: len(old)] = old
+        rows[new.start : new.stop] = old[: new.start].double().mean(0).to(old.dtype)
+        with torch.no_grad():
+            parameter.copy_(shard.cut(rows))
+
+
+def load(engine: Engine, folder: Path, state: State, whole: bool, new: range = range(0)) -> State:
+    """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone.
+
+    `new`: rows of the vocabulary that it does not have.
+    """
     manifest = folders.read_manifest(folder)
-    folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder)
+    folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder, grows=bool(new))
     kept = state_from(manifest) if whole else state
     verify = engine.config.checkpoint.verify
-    load_tensors(folder, manifest, engine.shards, {"weight": engine.stored()}, verify=verify)
+    parameters = engine.stored()
+    add_rows(engine, parameters, new, lambda name: read_tensor(folder, manifest, f"weight.{name}", verify))
+    load_tensors(folder, manifest, engine.shards, {"weight": parameters}, verify=verify)
     engine.optimizer.adopt()
     if not whole:
         return state

@@ -16,10 +16,11 @@ from types import FrameType
 from typing import NoReturn
 
 from megalite.agree import Report, report, settle, start_report
+from megalite.checkpoint import lock
 from megalite.config import Config
 from megalite.parallel.meet import NotMet, join
 from megalite.parallel.peers import Peers, end_with
-from megalite.place import place, watch_launcher
+from megalite.place import end, place, tell_launcher, watch_launcher
 from megalite.watch.stop import SIGNALS
 
 if typing.TYPE_CHECKING:
@@ -70,7 +71,9 @@ def describe_error(error: object) -> str:
 def print_error(text: str) -> int:
     where = f"rank {RANK} on {socket.gethostname()}: " if RANK > 0 else ""
     sys.stdout.flush()
-    print(f"error: {where}{text}", file=sys.stderr, flush=True)
+    line = f"error: {where}{text}"
+    print(line, file=sys.stderr, flush=True)
+    tell_launcher(line)
     return 2
 
 
@@ -83,7 +86,7 @@ def hear_signals() -> None:
             _peers.failed("signal", text)
         if _peers is not None or RANK == 0:
             print(f"{text}; the same command starts again", file=sys.stderr, flush=True)
-        os._exit(128 + number)
+        end(128 + number)
 
     for number in SIGNALS:
         signal.signal(number, heard)
@@ -100,9 +103,13 @@ def in_world(config: Config, main: Callable[[World], None], mine: Report | None 
     try:
         if WORLD_SIZE > 1:
             _peers, store = meet(config)
+            if mine is not None and RANK == 0:
+                _peers.sign = Path(config.train.run_dir) / lock.NAME
             settle(_peers, mine or start_report(HERE), Path(config.train.run_dir) if mine else None)
-        from megalite.parallel.launch import start_world
+        from megalite.parallel.launch import environment, start_world
 
+        if _peers is not None:
+            settle(_peers, start_report(HERE) | {"facts": environment(config)})
         with start_world(config, _peers, store) as world:
             main(world)
     except Exception as error:
@@ -143,7 +150,7 @@ def meet(config: Config) -> tuple[Peers, typing.Any]:
     try:
         return join(HERE, config.parallel.timeout_s, BEGAN)
     except NotMet as error:
-        end_with(error.line, 1)
+        end_with(error.line, 1, error.speaks)
 
 
 def complete_together(config: Config, resume: Path) -> int:
@@ -163,5 +170,5 @@ def leave(status: int) -> NoReturn:
     if WORLD_SIZE > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        end(status)
     sys.exit(status)

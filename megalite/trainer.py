@@ -24,6 +24,8 @@ from megalite.config import Config, to_yaml
 from megalite.config.batch import batch_size, is_skipped
 from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
+from megalite.data.tokenizer import tokenizer_file
+from megalite.data.tokenizer_files import TEMPLATES, copy_files
 from megalite.divergence import Spikes, advice, locate, spike_warning
 from megalite.hf.keys import keep_hf
 from megalite.optim.adamw import clip_scale
@@ -35,7 +37,7 @@ from megalite.restore import first_state, first_values
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
-from megalite.watch.progress import Progress
+from megalite.watch.progress import Bar, Progress
 from megalite.watch.stop import Stop
 from megalite.watch.trace import traced
 
@@ -133,13 +135,11 @@ def _fill_run_folder(run_dir: Path, config: Config, data: DataSets, state: State
     for name in ("STOP", "REQUEUE"):
         (run_dir / name).unlink(missing_ok=True)
     remove_leftovers(run_dir)
-    tokenizer = None if config.data.tokenizer is None else Path(config.data.tokenizer)
+    tokenizer = None if config.data.tokenizer is None else tokenizer_file(config.data.tokenizer)
     if tokenizer is not None and tokenizer.resolve().parent != run_dir.resolve():
-        shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
-        names = tokenizer.with_name("tokenizer_config.json")
-        if tokenizer.suffix == ".json" and names.is_file():
-            shutil.copyfile(names, run_dir / names.name)
+        copy_files(tokenizer, run_dir, config.model.add_tokens)
     if data.template is not None:
+        shutil.rmtree(run_dir / TEMPLATES, ignore_errors=True)  # this one is the run's
         (run_dir / "chat_template.jinja").write_text(data.template, encoding="utf-8")
 
 
@@ -223,11 +223,13 @@ def evaluate(run: Run) -> dict[str, float]:
         chosen = Spread(windows, count)
         chunk = EVAL_MICROBATCHES * t.micro_batch_size * run.engine.mesh.dp.size
         loss_sum = tokens = 0.0
-        for first in range(0, count, chunk):
-            samples = range(first, min(first + chunk, count))
-            microbatches = load_microbatches(chosen, samples, c, run.engine.mesh)
-            sums = run.engine.evaluate(microbatches)
-            loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
+        with Bar(f"held out {name}", count, shows=run.progress.speaks) as bar:
+            for first in range(0, count, chunk):
+                samples = range(first, min(first + chunk, count))
+                microbatches = load_microbatches(chosen, samples, c, run.engine.mesh)
+                sums = run.engine.evaluate(microbatches)
+                loss_sum, tokens = loss_sum + sums[0], tokens + sums[1]
+                bar.advance(len(samples))
         loss_sum, tokens = _sum(run.engine, loss_sum, tokens)
         if not tokens:
             raise TrainingError(f"held-out set {name}: no token of the {count} samples looked at is trained")
@@ -269,6 +271,7 @@ def save(run: Run, last: bool = True) -> None:
 def _saved(run: Run, folder: Path | None) -> None:
     if folder is not None:
         run.metrics.write("checkpoint", step=folders.step_of(folder), folder=str(folder))
+        run.progress.say(f"checkpoint {folder}")
 
 
 @contextmanager
@@ -319,11 +322,7 @@ def _finish(run: Run) -> None:
     c = run.config
     run_dir = Path(c.train.run_dir)
     run.metrics.write("end", at_step=run.state.step)
-    if run.engine.mesh.world.rank == 0:
-        done = run.state.step >= c.train.steps and not c.train.eval_only
-        if done:
-            run.progress.say(f"checkpoint {folders.latest(run_dir)}")
-        if c.log.plot and not c.train.eval_only:
-            picture = plot_losses(run_dir)
-            run.progress.say(f"plot {picture}" if picture else "no plot: pip install 'megalite[plot]'")
+    if run.engine.mesh.world.rank == 0 and c.log.plot and not c.train.eval_only:
+        picture = plot_losses(run_dir)
+        run.progress.say(f"plot {picture}" if picture else "no plot: pip install 'megalite[plot]'")
     run.engine.mesh.world.barrier()

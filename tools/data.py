@@ -1,5 +1,6 @@
-"""Instruction data made ready or looked at.
+"""Instruction data made ready or looked at, and tokenizers trained.
 
+python tools/data.py tokenizer corpus.jsonl --vocab-size 32000 --chat --output my-tokenizer
 python tools/data.py inspect-sft chats.jsonl --tokenizer tokenizer.json
 python tools/data.py sft chats.jsonl --tokenizer tokenizer.json --output-prefix data/chats
 """
@@ -17,6 +18,7 @@ from megalite.arguments import Parser
 from megalite.data.chat import ChatTemplate, find_template, template_names
 from megalite.data.indexed import paths
 from megalite.data.instructions import Options, examples, write_indexed
+from megalite.data.new_tokenizer import new_tokenizer
 from megalite.data.packing import Conversations, SftDataset
 from megalite.data.report import Report
 from megalite.data.survey import histogram, marked, survey
@@ -30,6 +32,18 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     make = commands.add_parser("sft", help="render, tokenise and mask a file once, for data.sft=PREFIX")
     look = commands.add_parser("inspect-sft", help="show what is trained, lengths, packing, and what looks wrong")
+    train = commands.add_parser("tokenizer", help="train a tokenizer on text files, for data.tokenizer=FOLDER")
+    train.add_argument("files", nargs="+", metavar="FILE", help="*.jsonl with the key text, or *.txt; or either in .gz")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all, control tokens too")
+    train.add_argument(
+        "--type",
+        choices=["sentencepiece", "bpe"],
+        default="sentencepiece",
+        help="sentencepiece: byte-pair .model; bpe: byte-level tokenizer.json (default: %(default)s)",
+    )
+    train.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="default: text")
+    train.add_argument("--chat", action="store_true", help="with the tokens of the chatml template, and the template")
+    train.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the tokenizer")
     for command in (make, look):
         add = command.add_argument
         add("file", help=".jsonl, .json or .parquet with messages, ShareGPT, Alpaca or prompt/completion rows")
@@ -45,6 +59,12 @@ def parse() -> argparse.Namespace:
     cut = ["truncate_right", "truncate_left", "drop"]
     look.add_argument("--overlong", choices=cut, default=cut[0], help="as data.overlong (default: %(default)s)")
     return parser.parse_args()
+
+
+def train(args: argparse.Namespace) -> None:
+    made = new_tokenizer(args.files, Path(args.output), args.vocab_size, args.type, args.chat, args.json_keys)
+    print(f"{args.output}: {made.vocab_size} tokens, control tokens {', '.join(made.controls)}")
+    print(f"use it with --tokenizer-model {args.output}, data.tokenizer={args.output}")
 
 
 def make(args: argparse.Namespace) -> None:
@@ -91,7 +111,7 @@ def inspect(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         arguments = parse()
-        make(arguments) if arguments.command == "sft" else inspect(arguments)
+        {"tokenizer": train, "sft": make, "inspect-sft": inspect}[arguments.command](arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -43,7 +43,12 @@ def parse() -> argparse.Namespace:
         metavar="PATH",
         help="sentencepiece .model, Hugging Face tokenizer.json, or a folder with one of them",
     )
-    add("--tokenizer-type", choices=list(TOKENIZER_TYPES), help="optional: refuse a tokenizer of another kind")
+    add(
+        "--tokenizer-type",
+        choices=list(TOKENIZER_TYPES),
+        help="optional: refuse a tokenizer of another kind; Llama2Tokenizer means --prepend-bos too",
+    )
+    add("--prepend-bos", action="store_true", help="begin each document with the beginning-of-sequence token, as <s>")
     add("--append-eod", action="store_true", help="end each document with the end-of-sequence token")
     add("--workers", type=int, default=1, metavar="N", help="processes; the output is the same for every N")
     add("--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines, 0: none")
@@ -66,6 +71,7 @@ def main() -> None:
         keys=args.json_keys,
         document_per=args.document_per,
         append_eod=args.append_eod,
+        prepend_bos=args.prepend_bos or args.tokenizer_type == "Llama2Tokenizer",
         workers=args.workers,
         skip_bad_rows=args.skip_bad_rows,
         overwrite=args.overwrite,

@@ -18,7 +18,10 @@ from megalite.checkpoint.save import write_whole
 from megalite.config import to_yaml
 
 # what a run folder has beside its checkpoints that generating and exporting read
-BESIDE = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "hf")
+BESIDE = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "additional_chat_templates", "hf"),
+)
 
 
 def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_only: bool = False) -> Path:

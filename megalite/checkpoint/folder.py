@@ -125,10 +125,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_model(manifest: dict[str, Any], model: dict[str, Any], folder: Path) -> None:
-    """ValueError if the checkpoint is of another model than `model`, the resolved model section as a dict."""
+def check_model(manifest: dict[str, Any], model: dict[str, Any], folder: Path, grows: bool = False) -> None:
+    """ValueError if the checkpoint is of another model than `model`, the resolved model section as a dict.
+
+    `grows`: its vocabulary may be smaller, for model.add_tokens adds to it.
+    """
     saved = manifest["config"]["model"]
-    ignored = {"init_std", "dropout", "attention_dropout", "from_hf"}
+    ignored = {"init_std", "dropout", "attention_dropout", "from_hf", "add_tokens"}
+    if grows and saved["vocab_size"] < model["vocab_size"]:
+        ignored.add("vocab_size")
     for key, value in model.items():
         if key not in ignored and saved.get(key, value) != value:
             raise ValueError(

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalite import place
 from megalite.config import ConfigError
 from megalite.watch.progress import duration
 
@@ -52,12 +53,14 @@ def hold(run_dir: Path) -> None:
     ConfigError where a run has it, or may have it.
     """
     path, content = run_dir / NAME, json.dumps(dataclasses.asdict(_me()), indent=1)
-    while not _create(path, content):
+    taken = False
+    while not taken and not _create(path, content):
         with _alone(path) as unchanged:
             if unchanged:
                 require_free(run_dir)
                 _write_beside(path, content).replace(path)  # of a run that is dead
-                return
+                taken = True
+    place.held = path
 
 
 def release(run_dir: Path) -> None:
@@ -67,6 +70,7 @@ def release(run_dir: Path) -> None:
         owner = _read(path)
         if owner is not None and (owner.machine, owner.pid, owner.started) == (me.machine, me.pid, me.started):
             path.unlink()
+    place.held = None
 
 
 def require_free(run_dir: Path) -> None:

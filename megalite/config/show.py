@@ -18,7 +18,7 @@ def type_name(hint: Any) -> str:
         return " or null".join(type_name(a) for a in typing.get_args(hint) if a is not types.NoneType) + " or null"
     origin = typing.get_origin(hint)
     if origin is tuple:
-        return "list of int"
+        return f"list of {type_name(typing.get_args(hint)[0])}"
     if origin is not None:
         return "NAME: PREFIX pairs"
     return {"int": "int", "float": "float", "bool": "bool", "str": "text"}[hint.__name__]
@@ -43,7 +43,7 @@ def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return "[" + ", ".join(str(v) for v in value) + "]"
+        return "[" + ", ".join(_quoted(v) if isinstance(v, str) else str(v) for v in value) + "]"
     return str(value)
 
 

@@ -10,11 +10,12 @@ import datetime
 import difflib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megalite.data.controls import control_pattern as control_pattern
 from megalite.data.jinja import CLOSE, OPEN, LimitError, Template
 from megalite.data.messages import Conversation, Message, RowError
 from megalite.data.shown import check_calls, check_contents, hidden_reasoning
@@ -55,21 +56,25 @@ def find_template(name: str | None, tokenizer: Tokenizer) -> tuple[str, str]:
                 + (f"; did you mean {near[0]}?" if near else "")
             )
         return Path(name).name, Path(name).read_text("utf-8")
-    own = tokenizer.path.with_name("chat_template.jinja")
-    if own.is_file():
-        return own.name, own.read_text("utf-8")
-    config = tokenizer.path.with_name("tokenizer_config.json")
-    if config.is_file():
-        found = json.loads(config.read_text("utf-8")).get("chat_template")
-        if isinstance(found, list):  # several, by name
-            found = next((each.get("template") for each in found if each.get("name") == "default"), None)
-        if isinstance(found, str):
-            return f"chat_template of {config.name}", found
+    if tokenizer.templates:
+        own = tokenizer.template_file
+        return own if own.endswith(".jinja") else f"chat_template of {own}", _by_tools(tokenizer.templates)
     raise ValueError(
         f"{tokenizer.path} has no chat template beside it (chat_template.jinja, or chat_template in "
         f"tokenizer_config.json); with --template or data.template name a .jinja file or one of "
         f"{', '.join(template_names())}"
     )
+
+
+def _by_tools(named: Mapping[str, str]) -> str:
+    """Named templates as one: where there are tools that of the name tool_use, as transformers chooses."""
+    # jinja drops a last newline, the newline behind a block and spaces before one; an expression is no block
+    none = f"{{{{ raise_exception('there are chat templates {', '.join(named)}, none called default') }}}}"
+    usual = named.get("default", none)
+    if "tool_use" not in named:
+        return usual
+    parts = ["{% if tools is not none %}", named["tool_use"], "{% else %}", usual, "{% endif %}"]
+    return "{{ '' }}".join(part.removesuffix("\n") for part in parts)
 
 
 class ChatTemplate:
@@ -78,11 +83,11 @@ class ChatTemplate:
     def __init__(self, name: str, source: str, tokenizer: Tokenizer) -> None:
         self.name, self.source = name, source
         self._template = Template(name, source)
-        self.tokens = {
-            f"{kind}_token": tokenizer.control_string(number) or ""
-            for kind, number in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id), ("pad", tokenizer.pad_id))
-        }
-        self._controls = control_pattern(tokenizer)
+        # a built-in template takes a token that the tokenizer has not for nothing; another fails, as in transformers
+        missing = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "") if name in template_names() else {}
+        self.tokens = missing | tokenizer.named
+        longest_first = sorted(tokenizer.controls, key=len, reverse=True)
+        self._controls = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
         """The text after which the assistant speaks."""
@@ -204,27 +209,3 @@ def _call_form(call: Message, as_text: bool) -> Message:
         return {**call, "function": _call_form(call["function"], as_text)}
     found = call["arguments"]
     return {**call, "arguments": json.dumps(found, ensure_ascii=False) if as_text else _Arguments(found)}
-
-
-def escape_controls(value: Any, controls: re.Pattern[str] | None) -> tuple[Any, int]:
-    """`value`, text or nested lists and mappings of it, with the control strings in it broken up; and how many.
-
-    A zero-width space behind the first character makes a control string ordinary text, for readers still the same.
-    """
-    if controls is None:
-        return value, 0
-    if isinstance(value, str):
-        return controls.subn(lambda found: found[0][0] + "\u200b" + found[0][1:], value)
-    if isinstance(value, (list, tuple)):
-        done = [escape_controls(item, controls) for item in value]
-        return [item for item, _ in done], sum(count for _, count in done)
-    if isinstance(value, dict):
-        found = {key: escape_controls(item, controls) for key, item in value.items()}
-        return {key: item for key, (item, _) in found.items()}, sum(count for _, count in found.values())
-    return value, 0
-
-
-def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Finds the control strings of a tokenizer in text."""
-    longest_first = sorted(tokenizer.controls, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

@@ -5,7 +5,7 @@ import io
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -104,11 +104,14 @@ def _lines(rows: Iterable[bytes]) -> Iterable[str]:
         yield from filter(None, json.loads(row)["text"].split("\n"))
 
 
-def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(
+    lines: Iterable[str], vocab_size: int, coverage: float = 0.9945, controls: Sequence[str] = ()
+) -> bytes:
     """A byte-pair sentencepiece model, as the bytes of its file, that gives every text back unchanged.
 
     Newline is a piece of its own. Characters rarer than the coverage lets in, most Chinese ones, become
-    three bytes each: with a few hundred pieces there is no room for thousands of characters.
+    three bytes each: with a few hundred pieces there is no room for thousands of characters. `controls`: further
+    control tokens.
     """
     import sentencepiece
 
@@ -120,11 +123,12 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int) -> bytes:
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            character_coverage=0.9945,
+            character_coverage=coverage,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             user_defined_symbols=["\n"],
+            control_symbols=list(controls),
             max_sentence_length=1 << 20,
             num_threads=1,
             minloglevel=2,

@@ -8,19 +8,23 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.chat import ChatTemplate, control_pattern, escape_controls
+from megalite.data.chat import ChatTemplate, control_pattern
+from megalite.data.controls import Controls, keep_text, unmark
 from megalite.data.conversations import normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.masks import require_trained, token_weights, weighted_spans
 from megalite.data.messages import Conversation, RowError
+from megalite.data.origin import describe_tokenizer
 from megalite.data.report import Report
 from megalite.data.tokenizer import Encoding, Tokenizer
+from megalite.watch.progress import Bar
 
 # Raised whenever the same rows would give other files, so that old caches are not taken for new ones.
 RECIPE = 3
@@ -67,26 +71,33 @@ def _example(
     template: ChatTemplate,
     options: Options,
     report: Report,
-    controls: Any,
+    controls: Controls | None,
 ) -> Example:
-    conversation = normalise(value)
-    (messages, tools), found = escape_controls((conversation.messages, conversation.tools), controls)
-    if options.control_tokens == "escape":
-        conversation = Conversation(conversation.format, messages, conversation.weights, tools)
-    rendered = template.render(conversation)
-    encoding = tokenizer.encode_chat(rendered.text)
-    spans = weighted_spans(conversation, rendered, options.train_on)
-    weights = token_weights(rendered.text, encoding, spans)
+    given = normalise(value)
+    conversation, found, changed = given, 0, 0
+    if controls is not None and options.control_tokens == "escape":
+        conversation, found, changed = keep_text(given, lambda c: template.render(c).text, tokenizer, controls)
+    elif controls is not None:
+        found = controls.escape(given, "", "", 0)[1]
+    marked = template.render(conversation)
+    there = unmark(marked.text)
+    spans = [span._replace(start=there.at(span.start), stop=there.at(span.stop)) for span in marked.spans]
+    rendered = replace(marked, text=there.text, spans=spans)
+    encoding = tokenizer.encode_chat(rendered.text, there.ranges)
+    weights = token_weights(rendered.text, encoding, weighted_spans(conversation, rendered, options.train_on))
     require_trained(weights.astype(np.float32))  # as training has them: the smallest become 0
-    report.look(where, conversation, rendered.text, encoding, weights, tokenizer)
+    kept = conversation if changed else given
+    report.look(where, kept, rendered.text, encoding, weights, tokenizer)
     report.controls += found
-    if found:
-        report.see("controls", where)
-    if rendered.unshown:
-        report.see("unshown", where)
-    if rendered.changed:
-        report.see("dropped assistant", where)
-    return Example(where, conversation, rendered.text, encoding, weights)
+    told = {
+        "controls": found,
+        "changed": changed,
+        "unshown": rendered.unshown,
+        "dropped assistant": len(rendered.changed),
+    }
+    for what in (what for what, count in told.items() if count):
+        report.see(what, where)
+    return Example(where, kept, rendered.text, encoding, weights)
 
 
 def weights_prefix(prefix: str | Path) -> Path:
@@ -103,7 +114,7 @@ def write_indexed(
         # the tokens are closed last: where their index is, all is
         tokens = stack.enter_context(IndexedWriter(prefix, tokenizer.vocab_size))
         weights = stack.enter_context(IndexedWriter(weights_prefix(prefix), dtype="uint8"))
-        trained = 0
+        bar, trained = stack.enter_context(Bar(f"reading {Path(path).name}", None)), 0
         for example in examples(path, tokenizer, template, options, report):
             for weight in np.unique(example.weights).tolist():
                 if len(table) == 256 and weight not in table:
@@ -112,6 +123,7 @@ def write_indexed(
             tokens.add_document(example.encoding.ids)
             weights.add_document(np.array([table[w] for w in example.weights.tolist()], dtype=np.uint8))
             trained += int(np.count_nonzero(example.weights))
+            bar.advance(1, f"{bar.done + 1} conversations")
         if not report.formats:
             first = f", the first: {report.bad[0]}" if report.bad else ""
             raise ValueError(f"{path}: no conversation in it{first}")
@@ -119,8 +131,7 @@ def write_indexed(
             "documents": sum(report.formats.values()),
             "tokens": tokens.num_tokens,
             "trained_tokens": trained,
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": tokenizer.fingerprint,
+            **describe_tokenizer(tokenizer, prefix.parent),
             "weights": list(table),
             "template_name": template.name,
             "template": template.source,

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 # around what the assistant says, by the generation tag
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
 # work of one rendering: a round of a loop is one step, a call CALL of them; real templates take some hundreds a message
-STEPS, CALL = 2_000_000, 8
+STEPS, CALL = 2_000_000, 20
 # characters of one text, and elements of one list
 LARGEST = 1 << 24
 # methods, filters and functions that take the size of what they give

@@ -68,7 +68,8 @@ def token_weights(text: str, encoding: Encoding, spans: Sequence[Weighted]) -> N
         while inner < stop and text[inner].isspace():
             inner += 1
         begins = inner if inner < stop else start
-        if first <= begins < stop <= last:
+        # a token without characters, as a space that a tokenizer puts in, counts within a span and not at its border
+        if first <= begins < stop <= last or first < start == stop < last:
             weights[i] = weight
     return weights
 

@@ -1,7 +1,6 @@
 """Text files to indexed token files, streaming and in parallel; the output does not depend on the workers."""
 
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -18,7 +17,9 @@ from numpy.typing import NDArray
 
 from megalite.data.documents import Row, read_rows, texts
 from megalite.data.indexed import IndexedWriter, paths, token_dtype
+from megalite.data.origin import describe_tokenizer
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.watch.progress import Bar
 
 BATCH_BYTES = 1 << 18
 
@@ -58,9 +59,17 @@ Answer = tuple[list[Encoded], list[str]]
 class Encoder:
     """Encodes batches of rows; one lives in each worker process."""
 
-    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], eod_id: int | None, skip_bad_rows: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        keys: Sequence[str],
+        bos_id: int | None,
+        eod_id: int | None,
+        skip_bad_rows: bool,
+    ) -> None:
         self.tokenizer = tokenizer
         self.keys = keys
+        self.begin = [] if bos_id is None else [bos_id]
         self.end = [] if eod_id is None else [eod_id]
         self.skip_bad_rows = skip_bad_rows
 
@@ -79,7 +88,7 @@ class Encoder:
 
     def _encode(self, column: list[str]) -> Encoded:
         full = [text for text in column if text]
-        documents = [ids + self.end for ids in self.tokenizer.encode_batch(full)]
+        documents = [self.begin + ids + self.end for ids in self.tokenizer.encode_batch(full)]
         return Encoded(
             np.array([token for ids in documents for token in ids], token_dtype(self.tokenizer.vocab_size)),
             [len(ids) for ids in documents],
@@ -190,6 +199,7 @@ def preprocess(
     keys: Sequence[str] = ("text",),
     document_per: str = "paragraph",
     append_eod: bool = False,
+    prepend_bos: bool = False,
     workers: int = 1,
     skip_bad_rows: bool = False,
     overwrite: bool = False,
@@ -202,6 +212,8 @@ def preprocess(
     """
     if append_eod and tokenizer.eos_id is None:
         raise ValueError(f"{tokenizer.path}: has no end-of-sequence token to append; leave out --append-eod")
+    if prepend_bos and tokenizer.bos_id is None:
+        raise ValueError(f"{tokenizer.path}: has no beginning-of-sequence token; leave out --prepend-bos")
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
     if len(set(keys)) < len(keys):
@@ -210,12 +222,13 @@ def preprocess(
     existing = [path for each in written for path in paths(each.prefix) if path.exists()]
     if existing and not overwrite:
         raise ValueError(f"{existing[0]} exists; pass --overwrite to replace it or choose another --output-prefix")
-    eod_id = tokenizer.eos_id if append_eod else None
+    bos_id, eod_id = tokenizer.bos_id if prepend_bos else None, tokenizer.eos_id if append_eod else None
     report = Report(written, 0, [])
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(each.prefix, tokenizer.vocab_size)) for each in written]
-        batches = _batches(read_rows(files, document_per))
-        settings = (keys, eod_id, skip_bad_rows)
+        bar = stack.enter_context(Bar("preprocessing", _size(files), shows=log_interval > 0))
+        batches = _batches(_counted(read_rows(files, document_per), bar))
+        settings = (keys, bos_id, eod_id, skip_bad_rows)
         if workers == 1:
             answers: Iterator[Answer] = map(Encoder(tokenizer, *settings), batches)
         else:
@@ -224,7 +237,7 @@ def preprocess(
                 started.append(Worker(tokenizer.path, *settings))
                 stack.callback(started[-1].close)
             answers = _parallel(batches, started)
-        _write(answers, writers, report, log_interval)
+        _write(answers, writers, report, log_interval, bar)
         if not any(each.documents for each in written):
             raise ValueError(f"{', '.join(map(str, files))}: no document with any text; check the input")
         for writer, each in zip(writers, written):
@@ -232,11 +245,10 @@ def preprocess(
                 "documents": each.documents,
                 "tokens": each.tokens,
                 "text_bytes": each.text_bytes,
-                "vocab_size": tokenizer.vocab_size,
+                **({"prepend_bos": True} if prepend_bos else {}),
                 "append_eod": append_eod,
                 "eod_id": eod_id,
-                "tokenizer": _relative(tokenizer.path, each.prefix.parent),
-                "tokenizer_sha256": tokenizer.fingerprint,
+                **describe_tokenizer(tokenizer, each.prefix.parent),
                 "sources": [Path(file).name for file in files],
             }
     return report
@@ -247,6 +259,7 @@ def _write(
     writers: Sequence[IndexedWriter],
     report: Report,
     log_interval: int,
+    bar: Bar,
 ) -> None:
     started, logged = time.monotonic(), 0
     for columns, bad in answers:
@@ -259,13 +272,24 @@ def _write(
             each.text_bytes += column.text_bytes
             report.empty += column.empty
         first = report.written[0]
-        if log_interval and first.documents // log_interval > logged:
+        speed = first.text_bytes / (time.monotonic() - started) / 1e6
+        fields = (f"{first.documents} documents", f"{first.tokens} tokens", f"{speed:.1f} MB/s")
+        if bar.live:
+            bar.advance(0, *fields)
+        elif log_interval and first.documents // log_interval > logged:
             logged = first.documents // log_interval
-            speed = first.text_bytes / (time.monotonic() - started) / 1e6
-            print(f"{first.documents} documents, {first.tokens} tokens, {speed:.1f} MB/s", file=sys.stderr)
+            bar.tell(*fields)
 
 
-def _relative(path: Path, folder: Path) -> str:
-    """Relative to the sidecar where the file lies beside or below it, so that the folder may move."""
-    full, base = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
-    return str(full.relative_to(base) if full.is_relative_to(base) else full)
+def _size(files: Sequence[str | Path]) -> int | None:
+    """Bytes of text in the files; None where some are compressed, or cannot be looked at."""
+    try:
+        return None if any(str(file).endswith(".gz") for file in files) else sum(os.path.getsize(f) for f in files)
+    except OSError:
+        return None
+
+
+def _counted(rows: Iterable[Row], bar: Bar) -> Iterator[Row]:
+    for row in rows:
+        bar.done += len(row.raw)
+        yield row

@@ -21,6 +21,7 @@ SHOWN_ROWS = 5
 # what templates write where they mean a control token; [INST] is ordinary text to the models that began with it
 CONTROL_LIKE = re.compile(r"<\|[^|<>\s]+\|>|<｜[^｜<>\s]+｜>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
 TOLD = {
+    "changed": "the template looks into messages, so that control strings in them got a zero-width space",
     "controls": "{which} control strings inside messages were {done}",
     "double_bos": "the beginning-of-sequence token stands twice side by side",
     "dropped": "the template drops or changes messages of role {which}",

@@ -15,12 +15,12 @@ from typing import NamedTuple
 
 from megalite.data.messages import REASONING, Message, RowError, has_reasoning
 
-START, STOP = "\ufdd2", "\ufdd3"
+START, STOP = "\ufdd4", "\ufdd5"
 # what a mark stands in: CALL + i is the name of the i-th tool call of a message
 CONTENT, THOUGHT, ARGUMENTS, CALL = range(4)
 # two characters behind START or STOP say the number of a message and what of it
 _FIRST = 0xF0000
-_MARK = re.compile("[\ufdd2\ufdd3][\U000f0000-\U000ffffd]{2}")
+_MARK = re.compile("[\ufdd4\ufdd5][\U000f0000-\U000ffffd]{2}")
 BOTH = (True, True)
 
 Render = Callable[[Sequence[Message], bool], str]

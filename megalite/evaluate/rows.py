@@ -7,7 +7,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -73,8 +73,8 @@ def read_clozes(path: str | Path) -> list[Cloze]:
     return found
 
 
-def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    found = []
+def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    where = ""
     for where, raw in filled_lines(path):
         try:
             row = parse_json(raw)
@@ -82,10 +82,9 @@ def _json_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
             raise ValueError(f"{where}: {error}") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: holds a {type(row).__name__}, expected a JSON object")
-        found.append((where, row))
-    if not found:
+        yield where, row
+    if not where:
         raise ValueError(f"{path}: holds no row")
-    return found
 
 
 def _require_text(where: str, *texts: str) -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megalite.data.chat import ChatTemplate, find_template
-from megalite.data.messages import Message
+from megalite.data.chat import ChatTemplate, control_pattern, find_template
+from megalite.data.controls import keep_text, unmark
+from megalite.data.messages import Conversation, Message
 from megalite.data.tokenizer import Tokenizer
 
 
 class Chat:
     """A conversation with one model. `template`: as data.template, None: the tokenizer's own.
 
-    `stops`: the control token that the template writes behind what the assistant says. ValueError where there is no
-    template.
+    `stops`: the control token that the template writes behind what the assistant says. Control strings in messages
+    are text, as in training. ValueError where there is no template.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, system: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(*find_template(template, tokenizer), tokenizer)
+        self._controls = control_pattern(tokenizer)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.stops = self._turn_end()
 
@@ -28,7 +30,14 @@ class Chat:
         return self.prompt(self.messages)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        return self.tokenizer.encode_chat(self.template.prompt(messages)).ids
+        conversation = Conversation("messages", list(messages), [None] * len(messages))
+        if self._controls is not None:
+            conversation, _, _ = keep_text(conversation, self._render, self.tokenizer, self._controls)
+        there = unmark(self._render(conversation))
+        return self.tokenizer.encode_chat(there.text, there.ranges).ids
+
+    def _render(self, conversation: Conversation) -> str:
+        return self.template.prompt(conversation.messages, conversation.tools)
 
     def answered(self, content: str) -> None:
         """Keep what the assistant has said."""

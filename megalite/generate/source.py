@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.config.check import valid_tp
 from megalite.config.tune import is_adapter
+from megalite.data.origin import tokenizer_of_run
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.hf.fields import read_json
 from megalite.hf.folder import HFFolder, find_tokenizer, open_folder
@@ -78,6 +80,7 @@ def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
     saved = manifest["config"]
     run_dir = folder.parent.parent
     file = next((f for name in TOKENIZERS if (f := run_dir / name).is_file()), None)
+    file = file or tokenizer_of_run(saved.get("data", {}), run_dir)
     if file is None:
         raise ValueError(f"{run_dir} has no {' or '.join(TOKENIZERS)}; copy the one its data was made with")
     tokenizer = load_tokenizer(file)
@@ -88,8 +91,16 @@ def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
         raise ValueError(f"{folder}: written by another version of megalite ({error}); use that one") from None
     # documents are joined by the end-of-document token, so a text begins after one
     end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    start = end if tokenizer.bos_id is None or not _begins(saved) else (*end, tokenizer.bos_id)
     limit = model.max_positions if model.position == "learned" else None
-    return Source(folder, Config(model=model, train=kept), tokenizer, end, frozenset(end), limit)
+    return Source(folder, Config(model=model, train=kept), tokenizer, start, frozenset(end), limit)
+
+
+def _begins(saved: dict[str, Any]) -> bool:
+    """Whether documents of the training data begin with a token of their own, as far as the data is still there."""
+    prefix = saved.get("data", {}).get("path")
+    side = Path(f"{prefix}.json")
+    return prefix is not None and side.is_file() and bool(read_json(side).get("prepend_bos"))
 
 
 def _of_folder(path: Path, dtype: str | None) -> Source:

@@ -256,7 +256,7 @@ def _reverse(table: Mapping[str, str], value: str) -> str:
 
 def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
     """The keys in which two models compute differently."""
-    ignored = TRAINING | {"from_hf"}
+    ignored = TRAINING | {"from_hf", "add_tokens"}
     return [
         f.name
         for f in dataclasses.fields(ModelConfig)

@@ -5,6 +5,7 @@ The folder gets its name when all of it is on disk. No more than one parameter i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from megalite.checkpoint.publish import new_folder
 from megalite.config import ModelConfig
+from megalite.data.tokenizer_files import TEMPLATE, TEMPLATES
 from megalite.hf.config import differing, read_model, write_model
 from megalite.hf.fields import read_json
 from megalite.hf.folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
@@ -50,10 +52,10 @@ def export(
     with new_folder(target) as building:
         if carried is not None:
             carry(carried, building)
-        elif tokenizer is not None:
-            config |= write_tokenizer(tokenizer, building)
+        if tokenizer is not None and (carried is None or model.add_tokens):
+            config |= write_tokenizer(tokenizer, building, model_type=config["model_type"])
         if template is not None:
-            shutil.copyfile(template, building / "chat_template.jinja")
+            _put_template(template, building)
         spelled = "dtype" if "dtype" in config else "torch_dtype"
         config[spelled] = str(next(iter(dtypes.values()))).removeprefix("torch.")
         _write_json(building / "config.json", config)
@@ -67,13 +69,25 @@ def _config_json(model: ModelConfig, context: int, carried: Path | None) -> dict
         return write_model(model, context)
     path = carried / "config.json"
     config = read_json(path)
-    if wrong := differing(model, there := read_model(config, str(path))):
+    there = read_model(config, str(path))
+    if model.add_tokens:
+        config["vocab_size"] = model.vocab_size
+        there = dataclasses.replace(there, vocab_size=model.vocab_size)
+    if wrong := differing(model, there):
         key = wrong[0]
         raise ValueError(
             f"{path}: model.{key} is {getattr(there, key)} there and {getattr(model, key)} in the checkpoint; move the "
             f"file away and config.json is made anew"
         )
     return config
+
+
+def _put_template(template: Path, folder: Path) -> None:
+    """A run's chat template in the place of all those that lie there, if it is another."""
+    there = folder / TEMPLATE
+    if not (there.is_file() and there.read_bytes() == template.read_bytes()):
+        shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+        shutil.copyfile(template, there)
 
 
 def _write_weights(

@@ -107,8 +107,8 @@ def _compare(folder: Path, tensors: Mapping[str, Stored], expected: Mapping[str,
     missing = [name for name in expected if name not in tensors]
     if missing == ["lm_head.weight"]:
         raise ValueError(
-            f"{folder}: there is no lm_head.weight, and config.json does not set tie_word_embeddings; if this model's "
-            f'head is its embedding, write "tie_word_embeddings": true there'
+            f"{folder}: there is no lm_head.weight, and tie_word_embeddings is not true in config.json; if the head of "
+            f'this model is its embedding, write "tie_word_embeddings": true there'
         )
     if missing:
         raise ValueError(f"{folder}: {_few(missing)} of config.json's model missing; download the folder again")

@@ -49,10 +49,11 @@ def check_hf(config: Config, resume: Path | None) -> None:
     require_new(target, "train.export_hf")
     if target.absolute() == Path(config.train.run_dir).absolute():
         raise ConfigError(f"train.export_hf={target} is train.run_dir; name another folder, e.g. {target / 'export'}")
-    write_model(config.model, config.train.seq_len)
-    if _beside(config, None) is None and config.data.tokenizer is not None:
+    kind = write_model(config.model, config.train.seq_len)["model_type"]
+    add = config.model.add_tokens
+    if config.data.tokenizer is not None and (_beside(config, None) is None or add):
         with tempfile.TemporaryDirectory() as trial:
-            write_tokenizer(Path(config.data.tokenizer), Path(trial))
+            write_tokenizer(Path(config.data.tokenizer), Path(trial), add, kind)
 
 
 def context_warning(config: Config) -> str:

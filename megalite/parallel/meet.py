@@ -37,7 +37,7 @@ class NotMet(ValueError):
 
     def __init__(self, here: Place, text: str) -> None:
         super().__init__(text)
-        self.line = f"error: rank {here.rank} on {socket.gethostname()}: {text}" if speaks(here) else ""
+        self.line, self.speaks = f"error: rank {here.rank} on {socket.gethostname()}: {text}", speaks(here)
 
 
 def speaks(here: Place) -> bool:

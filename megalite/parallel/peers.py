@@ -8,17 +8,17 @@ waits. Rank 0's own silence is counted by each rank.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megalite.parallel.hub import DIED, SETTLE_S, SILENCE_S, SILENT, Hub, Lines, Verdict, beat_s, encode
-from megalite.place import Place
+from megalite.place import Place, end, tell_launcher
 
 
 class Peers:
@@ -26,6 +26,8 @@ class Peers:
 
     def __init__(self, here: Place, connection: socket.socket, host: str, timeout_s: float, hub: Hub | None) -> None:
         self.here, self.hub, self.timeout_s = here, hub, timeout_s
+        # a file that says that this process lives: removed where it ends by the verdict
+        self.sign: Path | None = None
         self.host0, self.address = host, connection.getpeername()[0]
         self._silence = min(timeout_s, SILENCE_S)
         # a signal may have the main thread send within a send
@@ -78,7 +80,7 @@ class Peers:
     def wait_for_end(self) -> NoReturn:
         """Wait for the verdict, which ends this process."""
         time.sleep(self.timeout_s + self._silence)
-        os._exit(1)
+        end(1)
 
     def _send(self, message: dict[str, Any]) -> None:
         # where rank 0 is gone the listening thread finds out and says so
@@ -121,24 +123,27 @@ class Peers:
     def _end(self, verdict: Verdict) -> None:
         """End this process, unless its main thread has failed and is the one to speak."""
         rank, local_rank = self.here.rank, self.here.local_rank
+        if self.sign is not None:
+            self.sign.unlink(missing_ok=True)
         mine = verdict.rank == rank
         if self._failing and (mine or (verdict.kind == "gone" and verdict.rank == 0)):
             self._speaks.set()
         elif mine:
             end_with(verdict.line(), 2)
         elif verdict.kind == "gone" and verdict.rank == 0:
-            end_with(verdict.line() if rank == 1 or local_rank == 0 else "", 1)
+            end_with(verdict.line(), 1, rank == 1 or local_rank == 0)
         else:
             # said by the rank itself if it can, and where its node has a log of its own once more here
             speaks = rank == 0 and (verdict.kind == "gone" or verdict.node != 0)
-            end_with(verdict.line() if speaks else "", 1)
+            end_with(verdict.line(), 1, speaks)
 
 
-def end_with(line: str, status: int) -> NoReturn:
-    """End this process from any thread; one that has nothing to say waits until the one that has is heard."""
-    if line:
+def end_with(line: str, status: int, speaks: bool = True) -> NoReturn:
+    """End this process from any thread; one that does not speak waits until the one that does is heard."""
+    tell_launcher(line)
+    if speaks:
         sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
     else:
         time.sleep(0.5)
-    os._exit(status)
+    end(status)

@@ -25,7 +25,7 @@ PHASES = {
     "data": ("megalite.data.sets", "open_data", 1),
     "meeting": ("megalite.together", "join", 1),
     "reports": ("megalite.together", "settle", 1),
-    "run folder": ("megalite.agree", "_sees", 1),
+    "run folder": ("megalite.agree", "_problem", 1),
     "process group": ("torch.distributed", "init_process_group", 1),
     "groups": ("megalite.parallel.groups", "DistWorld.split", 2),
     "model": ("megalite.trainer", "build", 1),
@@ -95,7 +95,7 @@ def test_whatever_becomes_of_a_rank(settings, straight: dict[str, Path], tmp_pat
         layout = chance.choice(LAYOUTS[ranks])
         # every phase and every signal in turn
         phase = list(PHASES)[number * 7 % len(PHASES)]
-        kind = [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM][number % 3]
+        kind = [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM][(number + number // len(PHASES)) % 3]
         rank, served = chance.randrange(ranks), chance.random() < 0.5
         rank = max(rank, 1) if phase == "run folder" else rank
         what = f"{number}: {kind.name} to rank {rank} of {ranks} ({layout}, {'agent' if served else 'srun'}) at {phase}"

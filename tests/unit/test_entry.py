@@ -238,7 +238,9 @@ def test_a_run_lends_its_tokenizer_and_template(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_plan_of_lora_beside_a_hugging_face_folder(tmp_path: Path) -> None:
-    """What `--dry-run` shows: the preset's tuning, the folder's model and tokenizer; nothing is written."""
+    """What `--dry-run` shows: the preset's tuning, the folder's model and tokenizer, the data; nothing is written."""
+    row = {"prompt": "p", "completion": "c"}
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(9)))
     model = asset("smollm2")
     words = ["--preset", "sft-7b-lora", f"model.from_hf={model}", "data.sft=chats.jsonl", "train.device=cpu"]
     ended = subprocess.run(
@@ -250,7 +252,9 @@ def test_the_plan_of_lora_beside_a_hugging_face_folder(tmp_path: Path) -> None:
         assert f"\n  {line}\n" in ended.stdout
     assert f"\n  tokenizer: {model / 'tokenizer.json'}\n" in ended.stdout
     assert "\nplan:\n" in ended.stdout
-    assert os.listdir(tmp_path) == []
+    assert "\ndata: chats.jsonl: 8 conversations in 1 rows of 4096; one epoch is 1 samples\n" in ended.stdout
+    assert "train.epochs=3 of 1 samples: 1 steps" in ended.stdout
+    assert os.listdir(tmp_path) == ["chats.jsonl"]
 
 
 def test_the_probe_of_another_rank_is_no_file_of_the_folder(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from megalite.config import (
     resolve,
     to_yaml,
 )
-from megalite.hf.convert import from_hf_folder, to_hf_folder
+from megalite.hf.convert import FRESH, from_hf_folder, to_hf_folder
 from megalite.hf.folder import open_config
 from megalite.model.hf import from_hf
 from megalite.model.init import draw
@@ -123,7 +123,7 @@ def ours(
             engine.update(LR, clip_scale(config.optim, squares, tokens)[1])
             found.append(loss / tokens)
         if save_to is not None:
-            state = {"step": STEPS, "consumed_samples": STEPS * BATCH}
+            state = FRESH | {"step": STEPS, "consumed_samples": STEPS * BATCH}
             state |= {"base": name_of(base or Path(config.model.from_hf))}
             save(save_to, config, engine.mesh, engine.shards, engine.spans(), engine.state(), state)
         return found

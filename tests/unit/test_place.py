@@ -1,11 +1,13 @@
 """Each launcher's environment, and what place() makes of it."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from megalite import place as module
-from megalite.place import Place, place
+from megalite.place import Place, place, tell_launcher
 
 # as srun sets them for the last of eight processes on two nodes
 SRUN = {
@@ -80,3 +82,11 @@ def test_a_rank_ends_with_its_launcher_unless_it_trains() -> None:
 def test_a_process_alone_may_outlive_its_shell() -> None:
     assert orphan(1, training=False) == "started\nhere\n"
     assert not module.launcher_gone()
+
+
+def test_the_last_line_is_left_for_the_launcher(tmp_path: Path) -> None:
+    tell_launcher("error: nobody asks", {})
+    tell_launcher("error: nowhere", {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "lost" / "error.json")})
+    path = tmp_path / "error.json"
+    tell_launcher("error: seq_len é", {"TORCHELASTIC_ERROR_FILE": str(path)})
+    assert json.loads(path.read_text(encoding="utf-8"))["message"] == "error: seq_len é"

@@ -15,9 +15,6 @@ from megalite.config.tune import shapes
 from megalite.optim.lr import learning_rate
 from megalite.request import continued, with_curve, with_epochs
 
-# only manifests are read
-pytestmark = pytest.mark.usefixtures("any_tensors")
-
 # the numbers of the reported case: 20 steps of 16 samples, from 3e-3 to 3e-4
 RUN = ["train.steps=20", "train.global_batch_size=16", "train.micro_batch_size=2", "optim.warmup_samples=0"]
 RUN += ["optim.lr=3e-3", "optim.min_lr=3e-4", "parallel.tp=1", "parallel.pp=1"]

@@ -282,7 +282,7 @@ REFUSALS = (
 
 def test_random_templates() -> None:
     became = Counter[str]()
-    drawn = rounds(15, 250)
+    drawn = rounds(10, 250)
     for seed in range(drawn):
         draw = random.Random(seed)
         features = Draw.of(draw)

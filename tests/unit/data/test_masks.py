@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from assets import asset
 
-from megalite.data.chat import ChatTemplate, Rendered, Span, control_pattern, escape_controls, find_template
+from megalite.data.chat import ChatTemplate, Rendered, Span, control_pattern, find_template
+from megalite.data.controls import escape_controls
 from megalite.data.conversations import normalise, read_rows
 from megalite.data.instructions import Options, Report, examples
 from megalite.data.masks import require_trained, token_weights, weighted_spans
@@ -240,7 +241,11 @@ def test_which_template(tmp_path: Path) -> None:
     shutil.copy(smollm2.path, tmp_path / "tokenizer.json")
     config = {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert find_template(None, load_tokenizer(tmp_path)) == ("chat_template of tokenizer_config.json", "d")
+    name, source = find_template(None, load_tokenizer(tmp_path))
+    assert name == "chat_template of tokenizer_config.json"
+    both = ChatTemplate(name, source, load_tokenizer(tmp_path))
+    asked = normalise(ROWS["same words"]).messages
+    assert (both.prompt(asked), both.prompt(asked, [{"name": "look"}])) == ("d", "t")
 
 
 def test_a_token_across_the_border_of_a_span() -> None:
@@ -286,8 +291,9 @@ def test_control_strings_in_a_message(which: str, tmp_path: Path) -> None:
         ]
         count[mode] = (found, len(list(report.lines(mode))))
     assert count == {"escape": ([1, 1], 1), "warn": ([2, 1], 1), "allow": ([2, 1], 0)}
-    pattern = control_pattern(tokenizer(which))
-    assert escape_controls({"a": [f"x{eos}y{eos}", 1, None]}, pattern) == (
+    controls = control_pattern(tokenizer(which))
+    assert controls is not None
+    assert escape_controls({"a": [f"x{eos}y{eos}", 1, None]}, controls.find) == (
         {"a": [f"x{eos[0]}\u200b{eos[1:]}y{eos[0]}\u200b{eos[1:]}", 1, None]},
         2,
     )

@@ -1,5 +1,6 @@
 """What rank 0 hears of the others, and what becomes of a rank by its verdict. The ranks are of one process here."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -70,10 +71,19 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], World]]
 
     monkeypatch.setattr(Peers, "_end", end)
     yield make
+    # no thread may be left that ends this process by the original function
     for each in made:
         each.hub._over = True
+        for peers in each.peers:
+            peers._over = True
         for connection in each.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
             connection.close()
+    for thread in threading.enumerate():
+        if thread.name in ("peers", "hub"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def report(rank: int, error: str = "") -> dict[str, Any]:
