@@ -19,8 +19,9 @@ from megalite.data.chat import ChatTemplate, control_pattern
 from megalite.data.controls import Controls, keep_text, unmark
 from megalite.data.conversations import normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
+from megalite.data.jinja import LimitError
 from megalite.data.masks import require_trained, token_weights, weighted_spans
-from megalite.data.messages import Conversation, RowError
+from megalite.data.messages import Conversation
 from megalite.data.origin import describe_tokenizer
 from megalite.data.report import Report
 from megalite.data.tokenizer import Encoding, Tokenizer
@@ -58,7 +59,9 @@ def examples(
     for row in read_rows(path):
         try:
             yield _example(row.where, row.value, tokenizer, template, options, report, controls)
-        except RowError as error:
+        except LimitError:  # of the template, whatever the row
+            raise
+        except ValueError as error:  # of a row, or of a tokenizer that cannot cut its text
             if options.bad_rows == "stop":
                 raise ValueError(f"{row.where}: {error} (data.bad_rows=skip leaves such rows out)") from None
             report.bad.append(f"{row.where}: {error}")
