@@ -119,7 +119,9 @@ class ChatTemplate:
         unshown = hidden_reasoning(turns)
         if self._template.marked:
             marked = self._render(messages, tools, now, marks=True)
-            return Rendered(text, self._marked_spans(marked, turns, answers), {}, changed, unshown)
+            spans = self._marked_spans(marked, turns, answers)
+            nothing = f"template {self.name} marks nothing of this conversation as generation"
+            return Rendered(text, spans, {} if spans else {answers[-1]: nothing}, changed, unshown)
         spans, refused = [], {}
         for answer in answers:
             try:
@@ -166,7 +168,7 @@ class ChatTemplate:
             return self._template.render(
                 now,
                 marks,
-                len(messages),
+                (len(messages), sum(len(message["content"] or "") for message in messages)),
                 messages=list(messages),
                 tools=tools,
                 documents=None,

@@ -56,19 +56,20 @@ class Template:
         # whether it has the generation tag
         self.marked = any(tree.find_all(jinja2.nodes.ExtensionAttribute))
 
-    def render(self, now: datetime.datetime, marks: bool, scale: int, **names: Any) -> str:
+    def render(self, now: datetime.datetime, marks: bool, scale: tuple[int, int], **names: Any) -> str:
         """The text; jinja2.TemplateError or whatever an expression of it raises, LimitError beyond the limits.
 
-        `now`: of strftime_now. `marks`: OPEN and CLOSE around each generation block. `scale`: how many messages there
-        are; a template may compare each with each.
+        `now`: of strftime_now. `marks`: OPEN and CLOSE around each generation block. `scale`: of how many messages and
+        characters; a template may compare each message with each.
         """
         limits = self._limits
-        limits.now, limits.marks, limits.left = now, marks, STEPS + 10 * scale * scale
+        limits.now, limits.marks = now, marks
+        limits.left, limits.largest = STEPS + 10 * scale[0] ** 2, LARGEST + 16 * scale[1]
         parts, size = [], 0
         for part in self._template.generate(**names):
             parts.append(part)
             size += len(part)
-            if size > LARGEST:
+            if size > limits.largest:
                 limits.refuse_size()
         return "".join(parts)
 
@@ -78,7 +79,7 @@ class Limits:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.left = 0
+        self.left, self.largest = 0, LARGEST
         self.marks = False
         self.now = datetime.datetime.now()
 
@@ -98,12 +99,13 @@ class Limits:
 
     def refuse_size(self) -> NoReturn:
         raise LimitError(
-            f"chat template {self.name}: stopped at a text or list of more than {LARGEST} elements; mend the template"
+            f"chat template {self.name}: stopped at a text or list of more than {self.largest} elements; mend what makes "
+            f"it so large"
         )
 
     def sized(self, value: Any) -> Any:
         """`value`, if it is not too large."""
-        if isinstance(value, (str, bytes, list, tuple)) and len(value) > LARGEST:
+        if isinstance(value, (str, bytes, list, tuple)) and len(value) > self.largest:
             self.refuse_size()
         if isinstance(value, int) and value.bit_length() > 4096:
             self.refuse_size()
@@ -111,15 +113,15 @@ class Limits:
 
     def method(self, name: str, value: Any, args: Sequence[Any], options: Mapping[str, Any]) -> None:
         """Methods and filters whose result may be far larger than what they are given."""
-        if name in WIDTHS and any(isinstance(x, int) and x > LARGEST for x in (*args, *options.values())):
+        if name in WIDTHS and any(isinstance(x, int) and x > self.largest for x in (*args, *options.values())):
             self.refuse_size()
         if name == "format":
             self.form(value, args)
         texts = [text for text in (value, *args, *options.values()) if isinstance(text, str)]
-        if name == "replace" and len(texts) == 3 and texts[0].count(texts[1]) * len(texts[2]) > LARGEST:
+        if name == "replace" and len(texts) == 3 and texts[0].count(texts[1]) * len(texts[2]) > self.largest:
             self.refuse_size()
         joined = args[0] if name == "join" and texts and args and isinstance(args[0], (list, tuple)) else ()
-        if len(joined) and len(texts[0]) * len(joined) > LARGEST:
+        if len(joined) and len(texts[0]) * len(joined) > self.largest:
             self.refuse_size()
 
     def form(self, text: Any, values: Any) -> None:
@@ -138,7 +140,7 @@ class Limits:
         """Operators whose result may be far larger than what they are given."""
         long = next((len(x) for x in (left, right) if isinstance(x, (str, bytes, list, tuple))), None)
         number = next((x for x in (left, right) if isinstance(x, int)), None)
-        if operator == "*" and long and number and long * number > LARGEST:
+        if operator == "*" and long and number and long * number > self.largest:
             self.refuse_size()
         both = isinstance(left, int) and isinstance(right, int)
         if operator == "**" and both and left.bit_length() * abs(right) > 4096:

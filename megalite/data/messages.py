@@ -161,9 +161,10 @@ def _with_reasoning(message: Message, where: str) -> Message:
     given = {key: message[key] for key in REASONING if key in message}
     if not given:
         return message
-    if not all(isinstance(text, str) for text in given.values()) or len(set(given.values())) > 1:
+    texts = {text for text in given.values() if text != ""} if all(isinstance(x, str) for x in given.values()) else None
+    if texts is None or len(texts) > 1:
         raise RowError(f"{where}: {' and '.join(given)} must be one and the same text")
-    (reasoning,) = set(given.values())
+    reasoning = next(iter(texts), "")
     return {**message, "reasoning_content": reasoning, "thinking": reasoning}
 
 

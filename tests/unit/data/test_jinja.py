@@ -4,6 +4,7 @@ import datetime
 import json
 import threading
 import time
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ ROW = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "con
 
 
 def rendered(source: str, **names: Any) -> str:
-    return Template("mine", source).render(NOW, False, 2, **names)
+    return Template("mine", source).render(NOW, False, (2, 0), **names)
 
 
+TOKENIZER = cache(lambda: load_tokenizer(asset("smollm2")))
 ITEMS = "1bFalse22aTrue2"
 DOUBLING = "{% set ns = namespace(x='ab') %}{% for i in range(60) %}"
 ENDLESS = {
@@ -64,13 +66,12 @@ def test_a_template_without_an_end_is_stopped_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("source", ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ (1).bit_length.x.y }}"])
 def test_what_python_stops_is_a_message(source: str) -> None:
-    tokenizer = load_tokenizer(asset("smollm2"))
     with pytest.raises(RowError, match="template mine"):
-        ChatTemplate("mine", source, tokenizer).render(normalise(ROW))
+        ChatTemplate("mine", source, TOKENIZER()).render(normalise(ROW))
 
 
 def test_the_limit_holds_in_threads_and_stops_even_where_rows_are_skipped(tmp_path: Any) -> None:
-    chat = ChatTemplate("mine", ENDLESS["two loops"], load_tokenizer(asset("smollm2")))
+    chat = ChatTemplate("mine", ENDLESS["two loops"], TOKENIZER())
     (tmp_path / "rows.jsonl").write_text(json.dumps(ROW) + "\n")
     met: list[str] = []
 
@@ -79,7 +80,7 @@ def test_the_limit_holds_in_threads_and_stops_even_where_rows_are_skipped(tmp_pa
             list(
                 examples(
                     tmp_path / "rows.jsonl",
-                    load_tokenizer(asset("smollm2")),
+                    TOKENIZER(),
                     chat,
                     Options(bad_rows="skip"),
                     Report(),
@@ -97,8 +98,15 @@ def test_the_limit_holds_in_threads_and_stops_even_where_rows_are_skipped(tmp_pa
 
 def test_long_conversations_may_compare_each_message_with_each() -> None:
     source = "{% for a in messages %}{% for b in messages %}{% endfor %}{{ loop.last }}{% endfor %}"
-    text = Template("mine", source).render(NOW, False, 2000, messages=[0] * 2000)
+    text = Template("mine", source).render(NOW, False, (2000, 0), messages=[0] * 2000)
     assert text == "False" * 1999 + "True"
+
+
+def test_a_long_message_is_no_bomb() -> None:
+    text = "word " * 4_000_000
+    row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}
+    chat = ChatTemplate("mine", "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}", TOKENIZER())
+    assert len(chat.render(normalise(row)).text) == len(text) + 21
 
 
 @pytest.mark.parametrize(
@@ -152,6 +160,6 @@ def test_one_time_of_day_for_all_of_a_row() -> None:
         "{{ strftime_now('%H:%M:%S.%f') }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    found = ChatTemplate("mine", source, load_tokenizer(asset("smollm2"))).render(normalise(ROW))
+    found = ChatTemplate("mine", source, TOKENIZER()).render(normalise(ROW))
     (span,) = found.spans
     assert found.text[span.start : span.stop] == "b<|im_end|>"
