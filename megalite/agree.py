@@ -31,15 +31,15 @@ Report = dict[str, Any]
 
 def report(config: Config, resume: Path | None, here: Place) -> Report:
     """What this rank has, as {what: how it is}; of several nodes the first rank of each also reads the files."""
-    facts: dict[str, str] = {}
+    # what other values follow from comes first
+    found = "no checkpoint" if resume is None else _name(resume)
+    facts = {f"train.run_dir={config.train.run_dir}": f"has {found}"}
     if here.local_rank == 0 and here.local_ranks < here.world_size:
         facts |= {what: f"holds {fingerprint(files)}" for what, files in _files(config)}
         if config.checkpoint.load is not None:
             facts[f"checkpoint.load={config.checkpoint.load}"] = f"holds {_name(find(config.checkpoint.load))}"
     for section, values in dataclasses.asdict(config).items():
         facts |= {f"{section}.{key}": f"is {value}" for key, value in values.items()}
-    found = "no checkpoint" if resume is None else _name(resume)
-    facts[f"train.run_dir={config.train.run_dir}"] = f"has {found}"
     return start_report(here) | {"facts": facts}
 
 
@@ -113,6 +113,8 @@ def _remedy(what: str) -> str:
         return "give every node the same files, best on a file system that all share"
     if what in ("parallel.tp", "parallel.pp", "parallel.dp"):
         return "nodes with different memory chose different topologies; set parallel.tp and parallel.pp"
+    if what in ("torch", "train.device=auto"):
+        return "give all nodes the same Python environment and the same kind of GPU, or set train.device"
     return "start all ranks with the same command and the same configuration files"
 
 
@@ -128,9 +130,8 @@ def settle(peers: Peers, mine: Report, run_dir: Path | None = None) -> None:
         except OSError as error:
             peers.accuse(0, f"{run_dir}: {error.strerror}", [mine])
     mark = peers.share(mark)
-    if peers.hub is None and not _sees(run_dir, mark):
-        where = run_dir.absolute()
-        problem = f"train.run_dir={run_dir} is {where} here, and does not show what rank 0 wrote into it; {SHARED}"
+    if peers.hub is None:
+        problem = _problem(run_dir, mark, peers.here)
     reports = peers.gather(start_report(peers.here, problem))
     if peers.hub is not None:
         (run_dir / mark).unlink(missing_ok=True)
@@ -143,14 +144,22 @@ def _judge(peers: Peers, reports: Sequence[Report]) -> None:
     peers.share("alike")
 
 
-def _sees(run_dir: Path, mark: str) -> bool:
-    """Whether rank 0's mark is in the folder. A network file system forgets by `mkdir` that there was none."""
+def _problem(run_dir: Path, mark: str, here: Place) -> str:
+    """What is wrong with the folder as this rank sees it; rank 0 has put `mark` into its own."""
     made = not run_dir.is_dir()
-    with contextlib.suppress(OSError):
+    try:
+        # a network file system that has seen no such folder before looks again now
         run_dir.mkdir(parents=True, exist_ok=True)
-    if (run_dir / mark).is_file():
-        return True
-    if made:
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()  # nothing is left of a folder that is not the run's
-    return False
+        if (run_dir / mark).is_file():
+            if here.local_rank == 0:
+                mine = run_dir / f"{mark}-{here.rank}"
+                mine.touch()
+                mine.unlink()
+            return ""
+        if made:
+            with contextlib.suppress(OSError):  # another rank of this node has done it
+                run_dir.rmdir()
+    except OSError as error:
+        return f"train.run_dir={run_dir} cannot be written here ({error.strerror}); every rank saves into it"
+    where = run_dir.absolute()
+    return f"train.run_dir={run_dir} is {where} here, and does not show what rank 0 wrote into it; {SHARED}"

@@ -9,23 +9,28 @@ import dataclasses
 import fcntl
 import logging
 import sys
+import tempfile
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 from megalite import plan
 from megalite.agree import Report, report
+from megalite.checkpoint import lock
 from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
+from megalite.hf.folder import find_tokenizer
 from megalite.hf.keys import check_hf, context_warning, with_hf
+from megalite.loaded import settle, with_loaded, with_template
 from megalite.request import (
     apart,
-    make_run_folder,
     one_length,
     resume_from,
+    take_run_folder,
     with_added_tokens,
     with_curve,
+    with_data_tokenizer,
     with_epochs,
     with_tokenizer,
 )
@@ -63,14 +68,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
     logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
     try:
-        request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
-        request = one_length(request)
-        if tuning:
-            request = apart(request)
-        request = with_hf(request)
-        if tuning:
-            request = with_tokenizer(request, say)
-        request = with_added_tokens(request)
+        request = understand(argv, default_preset, tuning)
         config, why = configure(request)
         if request.print_config:
             say(to_yaml(config).rstrip())
@@ -86,7 +84,11 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
         if request.dry_run:
             say(to_yaml(config) + describe(config, need))
+            if RANK == 0:
+                look_at_data(config, request)
             return 0
+        if RANK == 0:
+            lock.require_free(Path(config.train.run_dir))
         if config.log.tensorboard:
             require_tensorboard()
         if not HERE.master:
@@ -98,10 +100,11 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         if tuning and config.data.sft is None:
             raise ConfigError(
                 "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
-                "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b checkpoint.load_optim=false"
+                "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b"
             )
         from megalite.data.sets import open_data
 
+        config = with_data_tokenizer(config, say)
         data = open_data(config, scan=RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
         config = with_curve(config, request, say)
@@ -117,11 +120,24 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
             say("note: neither checkpoint.load nor model.from_hf is set: training starts from fresh weights")
         check_hf(config, resume)
         if RANK == 0:
-            make_run_folder(Path(config.train.run_dir))
+            take_run_folder(config, resume)
         mine = report(config, resume, HERE) if WORLD_SIZE > 1 else None
     except (ConfigError, ValueError, OSError) as error:
         return fail(error, meets=not {"--dry-run", "--print-config"} & set(argv))
     return run(config, data, resume, mine)
+
+
+def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Request:
+    """The request of a command line, filled in from the files, folders and runs that it names."""
+    request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
+    tell = (lambda text: None) if request.print_config else say
+    request = one_length(settle(request, tell))
+    if tuning:
+        request = apart(request)
+    request = with_hf(with_loaded(request, tuning, tell))
+    if tuning:
+        request = with_template(with_tokenizer(request, tell), tell)
+    return with_added_tokens(request)
 
 
 def configure(request: Request) -> tuple[Config, str]:
@@ -151,6 +167,19 @@ def describe(config: Config, need: plan.Memory) -> str:
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
         f"{length} in all"
     )
+
+
+def look_at_data(config: Config, request: Request) -> None:
+    """Open and check the data that is named, as a run does; what is made of it is thrown away. ValueError as there."""
+    from megalite.data.sets import open_data
+
+    if config.data.path is None and config.data.sft is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
+        config = with_data_tokenizer(config, say)
+        data = open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=scratch)))
+        say(f"data: {data.fingerprint}; one epoch is {len(data.train)} samples")
+        with_epochs(config, request, len(data.train), WORLD_SIZE, say)
 
 
 def with_corpus(config: Config, corpus: Path, request: Request, tuning: bool = False) -> Config:
@@ -189,7 +218,8 @@ def export(config: Config) -> None:
 
     assert config.train.export_hf is not None
     if RANK == 0:
-        say(f"exported {to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))}")
+        target = to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))
+        say(f"exported {target}" + ("" if find_tokenizer(target) else ", without a tokenizer: none lies with the run"))
 
 
 def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None) -> int:
@@ -202,7 +232,11 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
 
         done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
-    status = in_world(config, main, mine)
+    try:
+        status = in_world(config, main, mine)
+    finally:
+        if RANK == 0:
+            lock.release(Path(config.train.run_dir))
     if status == 0 and done and config.train.export_hf is not None:
         try:
             export(config)

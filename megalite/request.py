@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megalite.checkpoint import lock
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, Request, from_mapping, resolve
@@ -17,6 +18,8 @@ from megalite.config.batch import steps_for, total_samples
 from megalite.config.load import read_yaml_file
 from megalite.config.schema import OptimConfig
 from megalite.config.tune import check_adapter, is_adapter
+from megalite.data.indexed import paths
+from megalite.data.origin import find_tokenizer_of, made_with, recorded_tokenizer
 from megalite.data.tokenizer import load_tokenizer
 from megalite.hf.folder import find_tokenizer
 from megalite.optim.lr import learning_rate
@@ -53,12 +56,23 @@ def apart(request: Request) -> Request:
     return dataclasses.replace(request, config=dataclasses.replace(config, train=train))
 
 
+def begin_with(load: str, run_dir: Path) -> Path:
+    """The checkpoint named by checkpoint.load; where it is gone, that of the run itself, which goes on from its own."""
+    try:
+        return find(load)
+    except ValueError:
+        own = complete(run_dir)
+        if not own:
+            raise
+        return own[-1]
+
+
 def with_tokenizer(request: Request, say: Say) -> Request:
     """With the tokenizer of the run it starts from, and so its chat template, where the request names none."""
     config, load = request.config, request.config.checkpoint.load
     if load is None or config.data.sft is None or config.data.tokenizer is not None:
         return request
-    run_dir = find(load).parents[1]
+    run_dir = begin_with(load, Path(config.train.run_dir)).parents[1]
     tokenizer = find_tokenizer(run_dir)
     if tokenizer is None:
         return request
@@ -106,6 +120,28 @@ def new_rows(config: Config, known: Sequence[str]) -> range:
     return range(before.vocab_size, after.vocab_size)
 
 
+def with_data_tokenizer(config: Config, say: Say) -> Config:
+    """With the tokenizer that the data was made with, where none is named; without it no text comes of the model."""
+    d, prefix = config.data, config.data.sft or config.data.path
+    if prefix is None or not paths(prefix)[1].is_file():
+        return config
+    needed = "generate, evaluate and export need it: set data.tokenizer"
+    if d.tokenizer is not None:
+        if not made_with(prefix, load_tokenizer(d.tokenizer)):
+            say(
+                f"note: {prefix} was made with another file than data.tokenizer={d.tokenizer}: "
+                f"{recorded_tokenizer(prefix)}"
+            )
+    elif found := find_tokenizer_of(prefix, Path(config.train.run_dir)):
+        say(f"data.tokenizer={found}: {prefix} was made with it")
+        return dataclasses.replace(config, data=dataclasses.replace(d, tokenizer=str(found)))
+    elif name := recorded_tokenizer(prefix):
+        say(f"note: the tokenizer that {prefix} was made with is not there or another: {name}; {needed}")
+    else:
+        say(f"note: {prefix} does not say with which tokenizer it was made; {needed}")
+    return config
+
+
 def with_epochs(config: Config, request: Request, samples: int, world_size: int, say: Say) -> Config:
     """train.epochs as train.steps, now that one epoch is known to have so many samples."""
     if config.train.epochs is None:
@@ -114,6 +150,12 @@ def with_epochs(config: Config, request: Request, samples: int, world_size: int,
     step, used = (0, 0) if begun is None else (begun.step, begun.samples)
     steps = steps_for(config, config.train.epochs * samples, step, used)
     say(f"train.epochs={config.train.epochs:g} of {samples} samples: {steps} steps")
+    total, warmup = int(config.train.epochs * samples), config.optim.warmup_samples
+    if warmup > total:
+        say(
+            f"warning: the learning rate does not reach optim.lr={config.optim.lr:g}: optim.warmup_samples={warmup} is "
+            f"more than the {total} samples of the run; set it to {total // 10}"
+        )
     train = dataclasses.replace(config.train, steps=steps, epochs=None)
     optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
     return resolve(dataclasses.replace(config, train=train, optim=optim), world_size)
@@ -226,14 +268,19 @@ def resume_from(config: Config, say: Say) -> Path | None:
         )
     check_adapter(read_manifest(newest), config, newest, resume=True)
     saved = run_dir / "config.yaml"
-    for line in changed_keys(saved, config) if saved.is_file() else []:
+    try:
+        changed = changed_keys(saved, config) if saved.is_file() else []
+    except ConfigError as error:
+        say(f"note: {error}; it is written again")
+        return newest
+    for line in changed:
         say(f"changed since the last run: {line}")
     return newest
 
 
 def _holds_files(run_dir: Path) -> bool:
-    # rank 0 may already try whether it can write here, while another rank still looks
-    return any(not path.name.startswith(PROBE) for path in run_dir.iterdir())
+    # rank 0 may already try whether it can write here and take the folder, while another rank still looks
+    return any(path.name != lock.NAME and not path.name.startswith((PROBE, lock.BESIDE)) for path in run_dir.iterdir())
 
 
 def newest_readable(run_dir: Path, say: Say) -> Path | None:
@@ -257,7 +304,12 @@ def newest_readable(run_dir: Path, say: Say) -> Path | None:
 
 
 def changed_keys(saved: Path, config: Config) -> list[str]:
-    """`section.key: old -> new` of every key in which `config` differs from the saved one."""
+    """`section.key: old -> new` of every key in which `config` differs from the saved one.
+
+    ConfigError where that cannot be read.
+    """
+    if not saved.read_bytes().strip():
+        raise ConfigError(f"{saved} is empty")
     old, new = dataclasses.asdict(from_mapping(read_yaml_file(saved), str(saved))), dataclasses.asdict(config)
     return [
         f"{section}.{key}: {old[section][key]} -> {value}"
@@ -278,3 +330,18 @@ def make_run_folder(run_dir: Path) -> None:
         raise ConfigError(
             f"train.run_dir={run_dir} cannot be written ({error.strerror}); name a folder on a disk with room"
         ) from None
+
+
+def take_run_folder(config: Config, resume: Path | None) -> None:
+    """Make train.run_dir and hold it for this run, which goes on from `resume`; ConfigError where another run has it.
+
+    A run that ended just before may have left another checkpoint to go on from: that is told too.
+    """
+    run_dir = Path(config.train.run_dir)
+    make_run_folder(run_dir)
+    lock.hold(run_dir)
+    if resume_from(config, lambda _: None) != resume:
+        lock.release(run_dir)
+        raise ConfigError(
+            f"train.run_dir={run_dir}: another run has saved there while this one started; start it again"
+        )

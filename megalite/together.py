@@ -17,10 +17,9 @@ from typing import NoReturn
 
 from megalite.agree import Report, report, settle, start_report
 from megalite.config import Config
-from megalite.config.schema import ParallelConfig
 from megalite.parallel.meet import NotMet, join
 from megalite.parallel.peers import Peers, end_with
-from megalite.place import place, watch_launcher
+from megalite.place import end, place, tell_launcher, watch_launcher
 from megalite.watch.stop import SIGNALS
 
 if typing.TYPE_CHECKING:
@@ -32,6 +31,8 @@ watch_launcher()
 RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
 
 
+# A rank that has failed alone does not wait longer than this for another to tell.
+FAILED_S = 60.0
 # what an error of a connection between ranks speaks of
 CONNECTION = r"gloo|nccl|connection|timed? ?out|store"
 # this rank's connection to the others once they have met
@@ -53,7 +54,7 @@ def fail(error: object, meets: bool = True) -> int:
         time.sleep(1.0)  # the launcher lets the first rank speak
         return print_error(text) if HERE.local_rank == 0 and RANK > 0 else 2
     try:
-        peers, _ = join(HERE, ParallelConfig().timeout_s, BEGAN)
+        peers, _ = join(HERE, FAILED_S, BEGAN)
     except (ValueError, OSError, ImportError):
         return print_error(text) if RANK > 0 else 2
     settle(peers, start_report(HERE, text, said=RANK == 0))
@@ -69,7 +70,9 @@ def describe_error(error: object) -> str:
 def print_error(text: str) -> int:
     where = f"rank {RANK} on {socket.gethostname()}: " if RANK > 0 else ""
     sys.stdout.flush()
-    print(f"error: {where}{text}", file=sys.stderr, flush=True)
+    line = f"error: {where}{text}"
+    print(line, file=sys.stderr, flush=True)
+    tell_launcher(line)
     return 2
 
 
@@ -82,7 +85,7 @@ def hear_signals() -> None:
             _peers.failed("signal", text)
         if _peers is not None or RANK == 0:
             print(f"{text}; the same command starts again", file=sys.stderr, flush=True)
-        os._exit(128 + number)
+        end(128 + number)
 
     for number in SIGNALS:
         signal.signal(number, heard)
@@ -100,8 +103,10 @@ def in_world(config: Config, main: Callable[[World], None], mine: Report | None 
         if WORLD_SIZE > 1:
             _peers, store = meet(config)
             settle(_peers, mine or start_report(HERE), Path(config.train.run_dir) if mine else None)
-        from megalite.parallel.launch import start_world
+        from megalite.parallel.launch import environment, start_world
 
+        if _peers is not None:
+            settle(_peers, start_report(HERE) | {"facts": environment(config)})
         with start_world(config, _peers, store) as world:
             main(world)
     except Exception as error:
@@ -142,7 +147,7 @@ def meet(config: Config) -> tuple[Peers, typing.Any]:
     try:
         return join(HERE, config.parallel.timeout_s, BEGAN)
     except NotMet as error:
-        end_with(f"error: {error}" if error.speaks else "", 1)
+        end_with(error.line, 1, error.speaks)
 
 
 def complete_together(config: Config, resume: Path) -> int:
@@ -162,5 +167,5 @@ def leave(status: int) -> NoReturn:
     if WORLD_SIZE > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)
+        end(status)
     sys.exit(status)

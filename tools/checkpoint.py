@@ -192,8 +192,8 @@ def add_prune(verbs: Verbs) -> None:
 
 def prune(options: argparse.Namespace) -> int:
     """Remove old checkpoints once every block of the newest is verified; where that is damaged none goes."""
-    from megalite.checkpoint.retain import remove, surplus
-    from megalite.checkpoint.verify import require_good
+    from megalite.checkpoint import lock
+    from megalite.checkpoint.retain import surplus
 
     if options.keep < 1 or options.keep_every < 0:
         raise ValueError(f"--keep {options.keep}: at least 1 stays; --keep-every {options.keep_every} is not negative")
@@ -201,6 +201,20 @@ def prune(options: argparse.Namespace) -> int:
     if not folders:
         raise ValueError(f"{options.run_dir} is not a run folder with checkpoints; name one, e.g. runs/tiny")
     going = surplus(folders, options.keep, options.keep_every)
+    if options.dry_run:
+        return remove_all(going, folders, dry_run=True)
+    lock.hold(options.run_dir)
+    try:
+        return remove_all(going, folders, dry_run=False)
+    finally:
+        lock.release(options.run_dir)
+
+
+def remove_all(going: Sequence[Path], folders: Sequence[Path], dry_run: bool) -> int:
+    """Remove the checkpoints `going` of `folders`, a run's, and say so; with `dry_run` only say."""
+    from megalite.checkpoint.retain import remove
+    from megalite.checkpoint.verify import require_good
+
     if going:
         require_good(folders[-1], read_manifest(folders[-1]))
         print(f"verified {folders[-1]}")
@@ -208,10 +222,10 @@ def prune(options: argparse.Namespace) -> int:
     for folder in going:
         taken = sum(path.lstat().st_size for path in folder.rglob("*"))
         total += taken
-        if not options.dry_run:
+        if not dry_run:
             remove(folder)
-        print(f"{'would remove' if options.dry_run else 'removed'} {folder}: {size(taken)}", flush=True)
-    verb = "would go" if options.dry_run else "went"
+        print(f"{'would remove' if dry_run else 'removed'} {folder}: {size(taken)}", flush=True)
+    verb = "would go" if dry_run else "went"
     print(f"{len(going)} of {len(folders)} checkpoints {verb}, {size(total)}; {len(folders) - len(going)} stay")
     return 0
 
@@ -266,13 +280,15 @@ def convert(options: argparse.Namespace) -> int:
         from megalite.hf.verify import require_transformers
 
         require_transformers()
-    from megalite.hf.folder import open_folder, require_new
+    from megalite.hf.folder import find_tokenizer, open_folder, require_new
 
     # these load no torch, and are where most goes wrong
     require_new(Path(options.target[1]), "target")
     if there == "hf":
         open_folder(options.source[1])
     print(f"wrote {written(options)}")
+    if here == "hf" and find_tokenizer(Path(options.target[1])) is None:
+        print("note: it has no tokenizer, as none lies with the run or its data; copy tokenizer.json into it")
     if options.verify:
         from megalite.hf.verify import verify
 

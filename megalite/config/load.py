@@ -34,13 +34,20 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asked for. `explicit`: the keys that the user, not a preset, has set."""
+    """What the command line asked for. `explicit`: the keys that the user, not a preset, has set.
+
+    `typed`: those of them that stand on the command line itself, not in the file that --config names, `file`.
+    `preset`: the one named, else the default.
+    """
 
     config: Config
     explicit: frozenset[str]
     preset: str | None
     print_config: bool
     dry_run: bool
+    typed: frozenset[str] = frozenset()
+    file: str | None = None
+    preset_named: bool = False
 
 
 class _TextLoader(yaml.SafeLoader):
@@ -152,9 +159,15 @@ def from_mapping(nested: Mapping[str, Any], where: str = "config") -> Config:
             key = f"{section}.{name}"
             if name not in hints:
                 raise ConfigError(f"{where}: unknown key {key}{_nearest(key)}")
+            if key == "train.steps" and _is_null(value):
+                continue  # train.epochs may say how long the run is
             kwargs[name] = _coerce(key, value, hints[name], metadata[name]["choices"])
         sections[section] = SECTIONS[section](**kwargs)
     return Config(**sections)
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and value in ("null", "~", ""))
 
 
 def _first_key(section: str) -> str:
@@ -265,7 +278,20 @@ def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog:
         from_mapping(from_file, options.config)
         _merge(nested, from_file)
         explicit |= {f"{section}.{key}" for section, values in from_file.items() for key in values}
-    for text in options.overrides:
-        explicit.add(_override(nested, text))
+    typed = {_override(nested, text) for text in options.overrides}
+    train = nested.get("train", {})
+    if _is_null(train.get("steps", 0)):
+        if _is_null(train.get("epochs")):
+            raise ConfigError("train.steps=null: expected int; write a whole number, e.g. 8")
+        explicit, typed = explicit - {"train.steps"}, typed - {"train.steps"}
     config = from_mapping(nested, "command line")
-    return Request(config, frozenset(explicit), preset, options.print_config, options.dry_run)
+    return Request(
+        config,
+        frozenset(explicit | typed),
+        preset,
+        options.print_config,
+        options.dry_run,
+        frozenset(typed),
+        options.config,
+        options.preset is not None,
+    )

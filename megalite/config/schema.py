@@ -95,7 +95,7 @@ class ParallelConfig:
     overlap: bool = _key(True, "sum gradient buckets over dp while the backward still computes")
     bucket_mb: float = _key(25.0, "size of one gradient bucket in MiB")
     zero: int = _key(0, "1: each replica keeps optimizer states of its share only (ZeRO stage 1); 0: of all")
-    timeout_s: float = _key(600.0, "seconds after which a collective that hangs ends the run")
+    timeout_s: float = _key(600.0, "seconds after which a rank that hangs, is stopped or does not come ends the run")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ class DataConfig:
     path: str | None = _key(None, "training data: the prefix printed by tools/preprocess_data.py")
     valid: Mapping[str, str] = _key({}, "held-out sets, NAME: PREFIX; each is evaluated and reported by name")
     valid_fraction: float = _key(0.02, "share of data.path held out, from its end, if data.valid is empty")
-    tokenizer: str | None = _key(None, "sentencepiece .model or tokenizer.json, kept with the run for generation")
+    tokenizer: str | None = _key(
+        None, "sentencepiece .model or tokenizer.json, kept with the run; null: that of the data"
+    )
     isolate_documents: bool = _key(False, "attention and positions restart at each document")
     sft: str | None = _key(
         None, "instruction data in place of path: .jsonl, .json, .parquet, or a prefix made by tools/data.py sft"

@@ -1,7 +1,7 @@
 """Fixed-length training and evaluation windows over one indexed token stream."""
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,37 @@ class Batch(NamedTuple):
     loss_mask: NDArray[np.float32]
     positions: NDArray[np.int64]
     bounds: NDArray[np.int64] | None
+
+
+class Section(IndexedDataset):
+    """Documents [first, last) of an indexed dataset, read like one of its own."""
+
+    def __init__(self, whole: IndexedDataset, first: int, last: int) -> None:
+        starts = np.append(whole.document_starts, whole.num_tokens)
+        self.whole, self._documents = whole, (first, last)
+        self.prefix, self.bin_path, self.dtype = whole.prefix, whole.bin_path, whole.dtype
+        self._start = int(starts[first])
+        self.num_tokens = int(starts[last]) - self._start
+        self.num_documents = last - first
+        self._starts: NDArray[np.int64] = starts[first:last] - self._start
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Section, (self.whole, *self._documents)
+
+    @property
+    def document_starts(self) -> NDArray[np.int64]:  # type: ignore[override]
+        return self._starts
+
+    @property
+    def sidecar(self) -> dict[str, Any]:  # type: ignore[override]
+        return {}
+
+    def tokens(self, start: int, stop: int) -> NDArray[Any]:
+        return self.whole.tokens(self._start + start, self._start + stop)
+
+    def chunks(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        for start in range(0, self.num_tokens, 1 << 20):
+            yield start, self.tokens(start, min(start + (1 << 20), self.num_tokens))
 
 
 class Samples(Protocol):

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.rows import parse_json
+from megalite.data.rows import read_object
 from megalite.data.temporary import Locks, remove_leftovers
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -305,15 +305,7 @@ class IndexedDataset:
     @cached_property
     def sidecar(self) -> dict[str, Any]:
         """What `prefix.json` says of these tokens; empty if there is none."""
-        if not self.sidecar_path.is_file():
-            return {}
-        try:
-            found = parse_json(self.sidecar_path.read_bytes(), deepest=None)
-        except ValueError as error:
-            raise self._error(f"is {error}", self.sidecar_path) from None
-        if not isinstance(found, dict):
-            raise self._error("is no JSON object", self.sidecar_path)
-        return found
+        return read_object(self.sidecar_path) if self.sidecar_path.is_file() else {}
 
     def chunks(self) -> Iterator[tuple[int, NDArray[Any]]]:
         """(first position, tokens) over the whole flat stream."""

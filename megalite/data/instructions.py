@@ -19,8 +19,10 @@ from megalite.data.controls import Controls, keep_text, unmark
 from megalite.data.conversations import Conversation, normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.masks import require_trained, token_weights, weighted_spans
+from megalite.data.origin import describe_tokenizer
 from megalite.data.report import Report
 from megalite.data.tokenizer import Encoding, Tokenizer
+from megalite.watch.progress import Bar
 
 # Raised whenever the same rows would give other files, so that old caches are not taken for new ones.
 RECIPE = 2
@@ -104,7 +106,7 @@ def write_indexed(
         # the tokens are closed last: where their index is, all is
         tokens = stack.enter_context(IndexedWriter(prefix, tokenizer.vocab_size))
         weights = stack.enter_context(IndexedWriter(weights_prefix(prefix), dtype="uint8"))
-        trained = 0
+        bar, trained = stack.enter_context(Bar(f"reading {Path(path).name}", None)), 0
         for example in examples(path, tokenizer, template, options, report):
             for weight in np.unique(example.weights).tolist():
                 if len(table) == 256 and weight not in table:
@@ -113,6 +115,7 @@ def write_indexed(
             tokens.add_document(example.encoding.ids)
             weights.add_document(np.array([table[w] for w in example.weights.tolist()], dtype=np.uint8))
             trained += int(np.count_nonzero(example.weights))
+            bar.advance(1, f"{bar.done + 1} conversations")
         if not report.formats:
             first = f", the first: {report.bad[0]}" if report.bad else ""
             raise ValueError(f"{path}: no conversation in it{first}")
@@ -120,8 +123,7 @@ def write_indexed(
             "documents": sum(report.formats.values()),
             "tokens": tokens.num_tokens,
             "trained_tokens": trained,
-            "vocab_size": tokenizer.vocab_size,
-            "tokenizer_sha256": tokenizer.fingerprint,
+            **describe_tokenizer(tokenizer, prefix.parent),
             "weights": list(table),
             "template_name": template.name,
             "template": template.source,

@@ -12,9 +12,6 @@ from megalite.data.indexed import IndexedDataset
 from megalite.data.instructions import weights_prefix
 from megalite.data.order import EpochOrder
 
-# what the sidecar of instruction data says
-NEEDED = {"tokens", "trained_tokens", "tokenizer_sha256", "weights", "template_name", "template", "report", "sources"}
-
 
 class Piece(NamedTuple):
     """`length` positions of a row, which predict tokens [start + 1, start + length] of the stream."""
@@ -74,10 +71,9 @@ class Conversations:
     def __init__(self, prefix: str | Path) -> None:
         self.tokens, self.weights = IndexedDataset(prefix), IndexedDataset(weights_prefix(prefix))
         self.sidecar = self.tokens.sidecar
-        if not self.sidecar.keys() >= NEEDED or not np.array_equal(self.tokens.lengths, self.weights.lengths):
+        if "weights" not in self.sidecar or not np.array_equal(self.tokens.lengths, self.weights.lengths):
             raise ValueError(
-                f"{prefix}: is not instruction data with its weights, or of an older megalite; make it with "
-                f"tools/data.py sft, or set data.path"
+                f"{prefix}: is not instruction data with its weights; make it with tools/data.py sft, or set data.path"
             )
         self.table = np.array(self.sidecar["weights"], dtype=np.float32)
         self.starts: NDArray[np.int64] = np.asarray(self.tokens.offsets, dtype=np.int64) // self.tokens.dtype.itemsize

@@ -1,7 +1,6 @@
 """Text files to indexed token files, streaming and in parallel; the output does not depend on the workers."""
 
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -18,7 +17,9 @@ from numpy.typing import NDArray
 
 from megalite.data.documents import Row, read_rows, texts
 from megalite.data.indexed import IndexedWriter, paths, token_dtype
+from megalite.data.origin import describe_tokenizer
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.watch.progress import Bar
 
 BATCH_BYTES = 1 << 18
 
@@ -237,7 +238,8 @@ def preprocess(
     report = Report(written, 0, [])
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(each.prefix, tokenizer.vocab_size)) for each in written]
-        batches = _batches(read_rows(files, document_per))
+        bar = stack.enter_context(Bar("preprocessing", _size(files), shows=log_interval > 0))
+        batches = _batches(_counted(read_rows(files, document_per), bar))
         settings = (keys, bos_id, eod_id, skip_bad_rows)
         if workers == 1:
             answers: Iterator[Answer] = map(Encoder(tokenizer, *settings), batches)
@@ -247,7 +249,7 @@ def preprocess(
                 started.append(Worker(tokenizer.path, *settings))
                 stack.callback(started[-1].close)
             answers = _parallel(batches, started)
-        _write(answers, writers, report, log_interval)
+        _write(answers, writers, report, log_interval, bar)
         if not any(each.documents for each in written):
             raise ValueError(f"{', '.join(map(str, files))}: no document with any text; check the input")
         for writer, each in zip(writers, written):
@@ -255,12 +257,10 @@ def preprocess(
                 "documents": each.documents,
                 "tokens": each.tokens,
                 "text_bytes": each.text_bytes,
-                "vocab_size": tokenizer.vocab_size,
                 **({"prepend_bos": True} if prepend_bos else {}),
                 "append_eod": append_eod,
                 "eod_id": eod_id,
-                "tokenizer": _relative(tokenizer.path, each.prefix.parent),
-                "tokenizer_sha256": tokenizer.fingerprint,
+                **describe_tokenizer(tokenizer, each.prefix.parent),
                 "sources": [Path(file).name for file in files],
             }
     return report
@@ -271,6 +271,7 @@ def _write(
     writers: Sequence[IndexedWriter],
     report: Report,
     log_interval: int,
+    bar: Bar,
 ) -> None:
     started, logged = time.monotonic(), 0
     for columns, bad in answers:
@@ -283,13 +284,24 @@ def _write(
             each.text_bytes += column.text_bytes
             report.empty += column.empty
         first = report.written[0]
-        if log_interval and first.documents // log_interval > logged:
+        speed = first.text_bytes / (time.monotonic() - started) / 1e6
+        fields = (f"{first.documents} documents", f"{first.tokens} tokens", f"{speed:.1f} MB/s")
+        if bar.live:
+            bar.advance(0, *fields)
+        elif log_interval and first.documents // log_interval > logged:
             logged = first.documents // log_interval
-            speed = first.text_bytes / (time.monotonic() - started) / 1e6
-            print(f"{first.documents} documents, {first.tokens} tokens, {speed:.1f} MB/s", file=sys.stderr)
+            bar.tell(*fields)
 
 
-def _relative(path: Path, folder: Path) -> str:
-    """Relative to the sidecar where the file lies beside or below it, so that the folder may move."""
-    full, base = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
-    return str(full.relative_to(base) if full.is_relative_to(base) else full)
+def _size(files: Sequence[str | Path]) -> int | None:
+    """Bytes of text in the files; None where some are compressed, or cannot be looked at."""
+    try:
+        return None if any(str(file).endswith(".gz") for file in files) else sum(os.path.getsize(f) for f in files)
+    except OSError:
+        return None
+
+
+def _counted(rows: Iterable[Row], bar: Bar) -> Iterator[Row]:
+    for row in rows:
+        bar.done += len(row.raw)
+        yield row

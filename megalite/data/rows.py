@@ -79,6 +79,17 @@ def parse_json(raw: bytes, deepest: int | None = DEEPEST) -> Any:
     return value
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file is; ValueError where it is none."""
+    try:
+        found = parse_json(path.read_bytes(), deepest=None)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; the file is damaged, write it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {type(found).__name__}, expected a JSON object; write it again")
+    return found
+
+
 class NotJSONError(ValueError):
     """Text that breaks JSON's grammar."""
 

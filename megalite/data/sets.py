@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import bisect
+import glob
+import itertools
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,49 +17,27 @@ from numpy.typing import NDArray
 
 from megalite.config import Config, DataConfig
 from megalite.data.chat import ChatTemplate, find_template
-from megalite.data.dataset import PretrainDataset, Samples, check_vocabulary, heldout_windows
-from megalite.data.indexed import IndexedDataset
+from megalite.data.dataset import PretrainDataset, Samples, Section, check_vocabulary, heldout_windows
+from megalite.data.indexed import IndexedDataset, paths
 from megalite.data.instructions import Options, prepare
 from megalite.data.native import open_indexed
+from megalite.data.origin import find_tokenizer_of
 from megalite.data.packing import Conversations, SftDataset
 from megalite.data.survey import Survey, shown_path, survey
-from megalite.data.tokenizer import load_tokenizer, tokenizer_file
+from megalite.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 
 _log = logging.getLogger(__name__)
 
 # Reading a whole stream to look for a wrong token id is worth it up to this size; every batch is checked anyway.
 SCAN_TOKENS = 200_000_000
-
-
-class Section(IndexedDataset):
-    """Documents [first, last) of an indexed dataset, read like one of its own."""
-
-    def __init__(self, whole: IndexedDataset, first: int, last: int) -> None:
-        starts = np.append(whole.document_starts, whole.num_tokens)
-        self.whole, self._documents = whole, (first, last)
-        self.prefix, self.bin_path, self.dtype = whole.prefix, whole.bin_path, whole.dtype
-        self._start = int(starts[first])
-        self.num_tokens = int(starts[last]) - self._start
-        self.num_documents = last - first
-        self._starts: NDArray[np.int64] = starts[first:last] - self._start
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Section, (self.whole, *self._documents)
-
-    @property
-    def document_starts(self) -> NDArray[np.int64]:  # type: ignore[override]
-        return self._starts
-
-    @property
-    def sidecar(self) -> dict[str, Any]:  # type: ignore[override]
-        return {}
-
-    def tokens(self, start: int, stop: int) -> NDArray[Any]:
-        return self.whole.tokens(self._start + start, self._start + stop)
-
-    def chunks(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        for start in range(0, self.num_tokens, 1 << 20):
-            yield start, self.tokens(start, min(start + (1 << 20), self.num_tokens))
+# what a run wants to know of instruction data, from its sidecar
+NEEDED = {
+    **dict.fromkeys(("tokens", "trained_tokens"), int),
+    **dict.fromkeys(("tokenizer_sha256", "template_name", "template", "train_on", "control_tokens", "bad_rows"), str),
+    **{"report": dict, "sources": list},
+}
+# of a held-out set so many tokens are decoded to learn how many bytes of text they are: seconds
+DECODED_TOKENS = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -96,6 +77,8 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
             "  torchrun --nproc_per_node 8 examples/pretrain_7b.py data.path=data/corpus_text_document"
         )
     whole = _open(d.path, "data.path", d.reader)
+    if d.tokenizer is not None:
+        _check_size(load_tokenizer(d.tokenizer), config)
     if whole.num_tokens <= t.seq_len:
         raise ValueError(
             f"data.path={d.path}: the data has {whole.num_tokens} tokens, but one sample of train.seq_len={t.seq_len} "
@@ -115,19 +98,49 @@ def open_data(config: Config, scan: bool = True) -> DataSets:
                 f"{d.path}: data.valid_fraction={d.valid_fraction} of {whole.num_documents} documents holds out none; "
                 f"set data.valid_fraction=0, or hold out your own set with data.valid.NAME=PREFIX"
             )
+    if train.num_tokens <= t.seq_len:
+        raise ValueError(
+            f"data.valid_fraction={d.valid_fraction} of {d.path} leaves {train.num_tokens} tokens to train on, but one "
+            f"sample of train.seq_len={t.seq_len} needs {t.seq_len + 1}; hold out less, or use more data"
+        )
     for data in {id(x): x for x in (whole, *heldout.values())}.values() if scan else ():
         _check_vocabulary(data, config)
     return DataSets(
         PretrainDataset(train, t.seq_len, t.seed, isolate_documents=d.isolate_documents),
-        {n: heldout_windows(x, t.seq_len, isolate_documents=d.isolate_documents) for n, x in heldout.items()},
-        {n: _bytes_per_token(x) for n, x in heldout.items()},
+        {n: _windows(n, x, config) for n, x in heldout.items()},
+        {n: _bytes_per_token(x, d.tokenizer, scan) for n, x in heldout.items()},
         f"{Path(d.path).name}: {train.num_tokens} tokens in {train.num_documents} documents",
     )
 
 
+def _windows(name: str, data: IndexedDataset, config: Config) -> Samples:
+    d, key = config.data, f"data.valid.{name}"
+    if not d.valid:
+        key = f"data.valid_fraction={d.valid_fraction} of {d.path}"
+    if data.num_tokens < 2:
+        raise ValueError(f"{key}: holds out {data.num_tokens} tokens, and one prediction needs 2; hold out more")
+    return heldout_windows(data, config.train.seq_len, isolate_documents=d.isolate_documents)
+
+
+def _check_size(tokenizer: Tokenizer, config: Config) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"data.tokenizer={tokenizer.path} has {tokenizer.vocab_size} tokens, model.vocab_size="
+            f"{config.model.vocab_size}; name the tokenizer that the model was made with"
+        )
+
+
 def _check_vocabulary(data: IndexedDataset, config: Config) -> None:
-    if data.num_tokens <= SCAN_TOKENS and data.sidecar.get("vocab_size", np.inf) > config.model.vocab_size:
-        check_vocabulary(data, config.model.vocab_size)
+    made, size = data.sidecar.get("vocab_size"), config.model.vocab_size
+    if isinstance(made, int) and made <= size:
+        return
+    if data.num_tokens <= SCAN_TOKENS:
+        check_vocabulary(data, size)
+    elif isinstance(made, int):
+        raise ValueError(
+            f"{data.prefix} was made with a tokenizer of {made} tokens, model.vocab_size={size}; make the data with "
+            f"the model's own tokenizer"
+        )
 
 
 def _open_conversations(config: Config, scan: bool) -> DataSets:
@@ -203,13 +216,10 @@ def _conversations(path: str, key: str, config: Config) -> Conversations:
         if d.tokenizer is None:
             raise ValueError(f"{key}={path}: text needs data.tokenizer, a sentencepiece .model or a tokenizer.json")
         if not Path(path).is_file():
+            _explain(key, path, tuning=True)
             raise ValueError(f"{key}={path}: no such file; name a .jsonl, .json or .parquet file of conversations")
         tokenizer = load_tokenizer(d.tokenizer, config.model.add_tokens)
-        if tokenizer.vocab_size > config.model.vocab_size:
-            raise ValueError(
-                f"data.tokenizer={d.tokenizer} has {tokenizer.vocab_size} tokens, model.vocab_size="
-                f"{config.model.vocab_size}; name the tokenizer that the model was made with"
-            )
+        _check_size(tokenizer, config)
         template = ChatTemplate(*find_template(d.template, tokenizer), tokenizer)
         prefix = prepare(path, d.cache_dir, tokenizer, template, Options(d.train_on, d.control_tokens, d.bad_rows))
     elif Path(path).is_file():
@@ -220,6 +230,11 @@ def _conversations(path: str, key: str, config: Config) -> Conversations:
         found = Conversations(prefix)
     except ValueError as error:
         raise ValueError(f"{key}={path}: {error}") from None
+    if missing := [name for name, kind in NEEDED.items() if not isinstance(found.sidecar.get(name), kind)]:
+        raise ValueError(
+            f"{key}={path} was made by an older megalite or is damaged: {prefix}.json says nothing of "
+            f"{', '.join(missing)}; make it again with tools/data.py sft"
+        )
     if prefix is path:
         _check_made_alike(f"{key}={path}", found.sidecar, config)
     return found
@@ -244,16 +259,61 @@ def _check_made_alike(which: str, sidecar: Mapping[str, Any], config: Config) ->
                 f"{which} was made with another tokenizer than data.tokenizer={tokenizer.path}; name that one, "
                 f"or make it again"
             )
+        _check_size(tokenizer, config)
 
 
 def _open(prefix: str, key: str, reader: str) -> IndexedDataset:
+    if not paths(prefix)[1].is_file():
+        _explain(key, prefix)
     try:
         return open_indexed(prefix, reader)
     except ValueError as error:
         raise ValueError(f"{key}={prefix}: {error}") from None
 
 
-def _bytes_per_token(data: IndexedDataset) -> float | None:
+def _explain(key: str, path: str, tuning: bool = False) -> None:
+    """ValueError where a path that names no data can be seen to be something else."""
+    text = (".jsonl", ".json", ".txt", ".parquet", ".gz")
+    many = re.search(r"[*?\[]|,|\s", path)
+    if many and not Path(path).exists():
+        how = "cat FILE FILE > all.jsonl" if tuning else "tools/preprocess_data.py --input FILE FILE"
+        why = f"names several files, and a run reads one; make one of them with {how} and name that"
+    elif path.endswith((".bin", ".idx")):
+        why = f"is a file; name the prefix, {key}={path[:-4]}"
+    elif Path(path).is_dir():
+        why = "is a folder; name the prefix of a .bin/.idx pair in it, its path without the suffix"
+    elif path.endswith(text) and Path(path).is_file():
+        why = "is text; make tokens of it with tools/preprocess_data.py first, or train on conversations with data.sft"
+    elif found := sorted(Path(path).parent.glob(f"{glob.escape(Path(path).name)}_*_document.idx")):
+        why = f"no such file; did you mean {str(found[0])[:-4]}?"
+    else:
+        return
+    raise ValueError(f"{key}={path}: {why}")
+
+
+def _bytes_per_token(data: IndexedDataset, tokenizer: str | None, scan: bool) -> float | None:
+    """Bytes of text for each token that is predicted; None where the text is not known, or with `scan` false."""
+    if isinstance(data, Section):
+        return _decoded_bytes_per_token(data, tokenizer) if scan else None
     found = data.sidecar.get("text_bytes")
     # the first token of the stream is never predicted
     return found / max(1, data.num_tokens - 1) if isinstance(found, int) and found > 0 else None
+
+
+def _decoded_bytes_per_token(data: Section, path: str | None) -> float | None:
+    """By the text that the documents decode to: of all, or of a very large set those evenly spread over it.
+
+    None where the tokenizer that the data was made with is not at hand.
+    """
+    found = path or find_tokenizer_of(data.whole.prefix)
+    tokenizer = load_tokenizer(found) if found else None
+    if tokenizer is None or tokenizer.fingerprint != data.whole.sidecar.get("tokenizer_sha256"):
+        return None
+    starts = [*data.document_starts.tolist(), data.num_tokens]
+    every = -(-data.num_tokens // DECODED_TOKENS)
+    size = tokens = 0
+    for first, last in list(itertools.pairwise(starts))[::every]:
+        size += len(tokenizer.decode(data.tokens(first, last).tolist()).encode())
+        tokens += last - first
+    # the first token of the stream is never predicted
+    return size / max(1, tokens - (every == 1))

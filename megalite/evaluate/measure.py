@@ -12,6 +12,7 @@ from megalite.data.dataset import WindowDataset
 from megalite.evaluate.rows import Cloze, Scores
 from megalite.generate.decode import stream
 from megalite.generate.text import Reply, Settings
+from megalite.watch.progress import Bar
 
 AT_ONCE = 32
 """Microbatches of one forward through the pipeline."""
@@ -21,13 +22,19 @@ def held_out(stage: Stage, windows: WindowDataset) -> tuple[float, int]:
     """(Σ nats, tokens predicted) over all windows."""
     loss = tokens = 0.0
     chunk = AT_ONCE * stage.config.train.micro_batch_size
-    for first in range(0, len(windows), chunk):
-        samples = range(first, min(first + chunk, len(windows)))
-        sums = stage.evaluate(load_microbatches(windows, samples, stage.config, stage.mesh))
-        loss, tokens = loss + sums[0], tokens + sums[1]
+    with _bar(stage, "held-out loss", len(windows)) as bar:
+        for first in range(0, len(windows), chunk):
+            samples = range(first, min(first + chunk, len(windows)))
+            sums = stage.evaluate(load_microbatches(windows, samples, stage.config, stage.mesh))
+            loss, tokens = loss + sums[0], tokens + sums[1]
+            bar.advance(len(samples), f"{bar.done + len(samples)} of {len(windows)} windows")
     total = torch.tensor([loss, tokens], dtype=torch.float64, device=stage.mesh.device)
     loss, tokens = stage.mesh.world.all_reduce(total).tolist()
     return loss, int(tokens)
+
+
+def _bar(stage: Stage, what: str, total: int) -> Bar:
+    return Bar(what, total, shows=stage.mesh.world.rank == 0)
 
 
 def log_likelihoods(stage: Stage, sequences: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
@@ -38,12 +45,14 @@ def log_likelihoods(stage: Stage, sequences: Sequence[tuple[Sequence[int], Seque
     assert all(context and continuation for context, continuation in sequences)
     order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
     found = torch.zeros(len(sequences), dtype=torch.float64, device=stage.mesh.device)
-    for first in range(0, len(order), AT_ONCE):
-        chosen = order[first : first + AT_ONCE]
-        length = max(sum(map(len, sequences[i])) for i in chosen) - 1
-        losses = stage.losses([_microbatch(*sequences[i], length, stage) for i in chosen])
-        if losses and stage.mesh.tp.rank == 0:
-            found[chosen] = -torch.stack(losses).double()
+    with _bar(stage, "choices", len(order)) as bar:
+        for first in range(0, len(order), AT_ONCE):
+            chosen = order[first : first + AT_ONCE]
+            length = max(sum(map(len, sequences[i])) for i in chosen) - 1
+            losses = stage.losses([_microbatch(*sequences[i], length, stage) for i in chosen])
+            if losses and stage.mesh.tp.rank == 0:
+                found[chosen] = -torch.stack(losses).double()
+            bar.advance(len(chosen), f"{bar.done + len(chosen)} of {len(order)}")
     return stage.mesh.world.all_reduce(found).tolist()
 
 
@@ -70,6 +79,9 @@ def score(
 def answer(stage: Stage, replies: Sequence[Reply], settings: Settings, batch: int) -> None:
     """Let the model finish every reply, `batch` at a time, those of like length together."""
     ordered = sorted(replies, key=lambda reply: len(reply.prompt))
-    for first in range(0, len(ordered), batch):
-        for _ in stream(stage, ordered[first : first + batch], settings):
-            pass
+    with _bar(stage, "answers", len(ordered)) as bar:
+        for first in range(0, len(ordered), batch):
+            together = ordered[first : first + batch]
+            for _ in stream(stage, together, settings):
+                pass
+            bar.advance(len(together), f"{bar.done + len(together)} of {len(ordered)}")

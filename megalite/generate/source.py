@@ -11,6 +11,7 @@ from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.config.check import valid_tp
 from megalite.config.tune import is_adapter
+from megalite.data.origin import tokenizer_of_run
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.hf.fields import read_json
 from megalite.hf.folder import HFFolder, find_tokenizer, open_folder
@@ -79,6 +80,7 @@ def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
     saved = manifest["config"]
     run_dir = folder.parent.parent
     file = next((f for name in TOKENIZERS if (f := run_dir / name).is_file()), None)
+    file = file or tokenizer_of_run(saved.get("data", {}), run_dir)
     if file is None:
         raise ValueError(f"{run_dir} has no {' or '.join(TOKENIZERS)}; copy the one its data was made with")
     tokenizer = load_tokenizer(file)

@@ -21,12 +21,15 @@ from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.load import read_yaml_file
 from megalite.config.tune import is_adapter
+from megalite.data.origin import tokenizer_of_run
 from megalite.data.tokenizer_files import copy_files
 from megalite.hf.export import export
 from megalite.hf.folder import carry, find_tokenizer, open_folder, require_new
 from megalite.hf.load import read_whole, stored_dtype
 from megalite.model.names import global_shapes
+from megalite.plan import parameters
 from megalite.tune.merge import open_merged, read_base
+from megalite.watch.progress import Bar
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -68,7 +71,7 @@ def write_run(
     its name when it is whole.
     """
     require_new(target, "target")
-    with new_folder(target) as building:
+    with new_folder(target) as building, Bar("converting", parameters(model)) as bar:
         train = TrainConfig(run_dir=str(target), seq_len=context, dtype=NAMES[next(iter(dtypes.values()))])
         config = resolve(Config(model=dataclasses.replace(model, from_hf=None), train=train), 1)
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -80,7 +83,7 @@ def write_run(
             step_folder(building, 0),
             config,
             {f"weight.{name}": (dtypes[name], shape) for name, shape in global_shapes(model).items()},
-            lambda full: fitting(full.removeprefix("weight."), get, dtypes),
+            lambda full: fitting(full.removeprefix("weight."), _counted(get, bar), dtypes),
             FRESH,
         )
     return target
@@ -128,17 +131,27 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
     stored = {name: dtype_of(name) for name in global_shapes(config.model)}
     dtypes = dict.fromkeys(stored, DTYPES[dtype]) if dtype else stored
     carried, template = run_dir / "hf", run_dir / "chat_template.jinja"
-    return export(
-        target,
-        config.model,
-        lambda name: fitting(name, get, dtypes),
-        dtypes,
-        context=config.train.seq_len,
-        carried=carried if carried.is_dir() else None,
-        tokenizer=find_tokenizer(run_dir),
-        template=template if template.is_file() else None,
-        shard_bytes=shard_bytes,
-    )
+    with Bar("converting", parameters(config.model)) as bar:
+        return export(
+            target,
+            config.model,
+            lambda name: fitting(name, _counted(get, bar), dtypes),
+            dtypes,
+            context=config.train.seq_len,
+            carried=carried if carried.is_dir() else None,
+            tokenizer=find_tokenizer(run_dir) or tokenizer_of_run(manifest["config"].get("data", {}), run_dir),
+            template=template if template.is_file() else None,
+            shard_bytes=shard_bytes,
+        )
+
+
+def _counted(get: Callable[[str], Tensor], bar: Bar) -> Callable[[str], Tensor]:
+    def counted(name: str) -> Tensor:
+        values = get(name)
+        bar.advance(values.numel(), name)
+        return values
+
+    return counted
 
 
 def saved_config(step: Path) -> Config:

@@ -64,6 +64,11 @@ def open_config(path: str | Path) -> tuple[ModelConfig, int]:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; name one that holds config.json and model.safetensors")
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder}: an adapter of peft and no model; import it with convert --from peft {folder} --base MODEL "
+            f"(tools/checkpoint.py)"
+        )
     config = read_json(_inside(folder, "config.json"))
     model = read_model(config, str(folder / "config.json"))
     context = Fields(config, str(folder / "config.json")).whole("max_position_embeddings", 2048)
@@ -80,7 +85,7 @@ def open_folder(path: str | Path) -> HFFolder:
         )
     model, context = open_config(path)
     found: dict[str, Stored] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         for key, stored in read_header(file).items():
             if key in found:
                 raise ValueError(
@@ -102,8 +107,8 @@ def _compare(folder: Path, tensors: Mapping[str, Stored], expected: Mapping[str,
     missing = [name for name in expected if name not in tensors]
     if missing == ["lm_head.weight"]:
         raise ValueError(
-            f"{folder}: there is no lm_head.weight, and config.json does not set tie_word_embeddings; if this model's "
-            f'head is its embedding, write "tie_word_embeddings": true there'
+            f"{folder}: there is no lm_head.weight, and tie_word_embeddings is not true in config.json; if the head of "
+            f'this model is its embedding, write "tie_word_embeddings": true there'
         )
     if missing:
         raise ValueError(f"{folder}: {_few(missing)} of config.json's model missing; download the folder again")
@@ -124,7 +129,7 @@ def _few(names: list[str]) -> str:
     return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files; names of an index are plain names of files beside it.
 
     As in transformers, a whole model.safetensors comes before an index: save_pretrained over a folder of shards leaves

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite.config import Config, ModelConfig, TrainConfig, check, resolve
+from megalite.config import Config, ConfigError, ModelConfig, TrainConfig, check, resolve
 from megalite.hf.convert import DTYPES, write_run
-from megalite.hf.megatron_args import read_args
+from megalite.hf.megatron_args import Described, read_args
 from megalite.model.cut_table import shard_of
 from megalite.model.names import global_shapes
 
@@ -85,9 +85,7 @@ def from_megatron(source: Path, target: Path, allow_pickle: bool, dtype: str | N
         raise ValueError(
             f"{iteration}: holds {len(ranks)} ranks, not tp {said[0]} x pp {said[1]}; copy all mp_rank folders"
         )
-    config = resolve(Config(model=first.model, train=TrainConfig(seq_len=first.context)), 1)
-    check(config, 1)
-    model = config.model
+    model = _checked(first, iteration)
     found = _collect([[ranks[t, p][0] for t in range(tp)] for p in range(pp)], model, iteration)
     shapes = global_shapes(model)
     if extra := sorted(found.keys() - shapes.keys()):
@@ -103,6 +101,16 @@ def from_megatron(source: Path, target: Path, allow_pickle: bool, dtype: str | N
     )
 
 
+def _checked(described: Described, iteration: Path) -> ModelConfig:
+    """The model, resolved; ValueError for one that cannot run."""
+    try:
+        config = resolve(Config(model=described.model, train=TrainConfig(seq_len=described.context)), 1)
+        check(config, 1)
+    except ConfigError as error:
+        raise ValueError(f"{iteration}: {error}") from None
+    return config.model
+
+
 def _iteration(source: Path) -> Path:
     pointer = source / "latest_checkpointed_iteration.txt"
     if pointer.is_file():
@@ -110,7 +118,7 @@ def _iteration(source: Path) -> Path:
         if word != "release" and not re.fullmatch(r"\d{1,9}", word):
             raise ValueError(f"{pointer}: holds neither a number nor release; name iter_NNNNNNN itself")
         return source / ("release" if word == "release" else f"iter_{int(word):07d}")
-    if not source.is_dir() or not any(RANK.fullmatch(p.name) for p in source.iterdir()):
+    if not source.is_dir() or not any(RANK.fullmatch(p.name) or p.suffix == ".distcp" for p in source.iterdir()):
         raise ValueError(f"{source}: holds no mp_rank_NN folder; name iter_NNNNNNN, or the folder it lies in")
     return source
 
@@ -138,6 +146,11 @@ def _ranks(iteration: Path) -> dict[tuple[int, int], tuple[list[Any], dict[str, 
             args["iteration"] = content.get("iteration")
             if found.setdefault((int(place[1]), int(place[2] or 0)), (models, args))[1] is not args:
                 raise ValueError(f"{folder}: another folder holds the same rank; keep those of one run")
+    if any(iteration.glob("*.distcp")) or (iteration / "metadata.json").is_file():
+        raise ValueError(
+            f"{iteration}: a distributed checkpoint of megatron-core, which is not supported; convert it to a Hugging "
+            f"Face folder there, and that with --from hf"
+        )
     if (0, 0) not in found:
         raise ValueError(f"{iteration}: holds no mp_rank_00 folder; name iter_NNNNNNN, or the folder it lies in")
     return found

@@ -86,9 +86,14 @@ def _transformers_logits(folder: Path, tokens: Tensor) -> Tensor:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    # a local folder, and no code out of it
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
-    )
-    logits: Tensor = model.eval()(tokens, use_cache=False).logits
+    try:
+        # a local folder, and no code out of it
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
+        logits: Tensor = model.eval()(tokens, use_cache=False).logits
+    # whatever transformers raises of a folder that it does not take
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: transformers cannot run it ({type(error).__name__} {reason})") from None
     return logits

@@ -20,7 +20,7 @@ SILENCE_S = 600.0
 KINDS = ("error", "gone", "signal", "lost")
 # One that has an error to tell waits so long for the others, most of whom will have met it too.
 ERROR_S = 30.0
-HELLO_S = 10.0
+HELLO_S = 5.0
 
 
 @dataclass(frozen=True)

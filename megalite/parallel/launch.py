@@ -46,6 +46,14 @@ def set_threads(threads: int, local_ranks: int) -> int:
     return threads
 
 
+def environment(config: Config) -> dict[str, str]:
+    """What ranks need alike that torch alone can tell, as {what: how it is}."""
+    found = {"torch": f"is {torch.__version__}"}
+    if config.train.device == "auto":
+        found["train.device=auto"] = "finds a GPU" if torch.cuda.is_available() else "finds no GPU"
+    return found
+
+
 @contextmanager
 def start_world(config: Config, peers: Peers | None = None, agent_store: dist.Store | None = None) -> Iterator[World]:
     """The world of this run: gloo on CPU, NCCL on CUDA, no process group at all for one rank.

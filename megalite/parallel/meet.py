@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
-import re
 import secrets
 import socket
 import struct
@@ -28,14 +28,21 @@ from megalite.place import Place, launcher_gone
 SIOCGIFADDR = 0x8915
 # something that answers where rank 0 should be is given so long to go away: it may be a run that is ending
 STRANGER_S = 3.0
+# nobody waits longer for ranks to come, however long a collective may take
+LONGEST_S = 3600.0
 
 
 class NotMet(ValueError):
-    """This rank and rank 0 cannot find each other. `speaks`: whether it is for this rank to say so."""
+    """This rank and rank 0 cannot find each other."""
 
     def __init__(self, here: Place, text: str) -> None:
         super().__init__(text)
-        self.speaks = here.local_rank == 0 or here.rank == 1
+        self.line, self.speaks = f"error: rank {here.rank} on {socket.gethostname()}: {text}", speaks(here)
+
+
+def speaks(here: Place) -> bool:
+    """Whether this rank tells what all ranks but rank 0 know: one of each node does."""
+    return here.local_rank == 0 or here.rank == 1
 
 
 def served(env: Mapping[str, str] = os.environ) -> bool:
@@ -49,8 +56,10 @@ def join(here: Place, timeout_s: float, began: float) -> tuple[Peers, Any]:
     All ranks have to come within `timeout_s` of `began` (time.monotonic()), the start of this process; who comes late
     itself, from long work on its data, waits for half of it. NotMet says what stands in the way.
     """
+    timeout_s = min(timeout_s, LONGEST_S)
     deadline = max(began + timeout_s, time.monotonic() + timeout_s / 2)
-    with _limit(deadline, f"rank {here.rank}: no answer from {here.master}:{here.port} within {timeout_s:g} s"):
+    late = NotMet(here, f"no answer from {here.master}:{here.port} within {timeout_s:g} s (parallel.timeout_s)")
+    with _limit(deadline, late.line):
         if not served():
             token = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_STEP_ID', '')}.{here.world_size}"
             hub = Hub(_listen(here), here.world_size, token, timeout_s, deadline) if here.rank == 0 else None
@@ -68,9 +77,9 @@ def join(here: Place, timeout_s: float, began: float) -> tuple[Peers, Any]:
 
 
 @contextmanager
-def _limit(deadline: float, text: str) -> Iterator[None]:
+def _limit(deadline: float, line: str) -> Iterator[None]:
     """End the process a moment after `deadline`: a call into a store whose server is stopped has no end of its own."""
-    timer = threading.Timer(max(0.0, deadline + 1.0 - time.monotonic()), end_with, (f"error: {text}", 1))
+    timer = threading.Timer(max(0.0, deadline + 1.0 - time.monotonic()), end_with, (line, 1))
     timer.daemon = True
     timer.start()
     try:
@@ -86,6 +95,7 @@ def _agent_store(here: Place, timeout_s: float) -> Any:
     import torch.distributed as dist
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _wait_for_agent(here)
     try:
         store = dist.TCPStore(
             here.master,
@@ -97,8 +107,18 @@ def _agent_store(here: Place, timeout_s: float) -> Any:
             multi_tenant=True,
         )
     except RuntimeError as error:
-        raise NotMet(here, f"rank {here.rank}: torchrun's store is not reached: {_first_line(error)}") from None
+        raise NotMet(here, f"torchrun's store is not reached: {_first_line(error)}") from None
     return dist.PrefixStore(f"megalite/attempt_{attempt}", store)
+
+
+def _wait_for_agent(here: Place) -> None:
+    """The agent has served its store since before it started this rank. Where it is gone a client tries for long."""
+    patience = time.monotonic() + STRANGER_S
+    while True:
+        try:
+            return socket.create_connection((here.master, here.port), timeout=HELLO_S).close()
+        except OSError as error:
+            _pause(here, 0.2, patience, f"torchrun's store at {here.master}:{here.port} is gone: {error.strerror}")
 
 
 def _connect_by_store(here: Place, store: Any, deadline: float, timeout_s: float) -> tuple[socket.socket, str]:
@@ -109,7 +129,7 @@ def _connect_by_store(here: Place, store: Any, deadline: float, timeout_s: float
             pause = min(2 * pause, 0.5)
         found = json.loads(store.get("hub"))
     except RuntimeError as error:
-        raise NotMet(here, f"rank {here.rank}: torchrun's store is gone: {_first_line(error)}") from None
+        raise NotMet(here, f"torchrun's store is gone: {_first_line(error)}") from None
     patience = min(deadline, time.monotonic() + STRANGER_S)
     while True:
         for address in found["addresses"]:
@@ -118,9 +138,7 @@ def _connect_by_store(here: Place, store: Any, deadline: float, timeout_s: float
                 return connection, answer
         if time.monotonic() > patience:
             tried = ", ".join(found["addresses"])
-            raise NotMet(
-                here, f"rank {here.rank} does not reach rank 0 at port {found['port']} of {tried}: it has ended"
-            )
+            raise NotMet(here, f"does not reach rank 0 at port {found['port']} of {tried}: it has ended")
         time.sleep(0.1)
 
 
@@ -147,9 +165,9 @@ def _connect_at_port(
 
 def _pause(here: Place, seconds: float, deadline: float, text: str) -> None:
     if launcher_gone():
-        raise NotMet(here, f"rank {here.rank} ends: its launcher is gone")
+        raise NotMet(here, "the launcher is gone")
     if time.monotonic() > deadline:
-        raise NotMet(here, f"rank {here.rank}: {text}")
+        raise NotMet(here, text)
     time.sleep(seconds)
 
 
@@ -220,13 +238,12 @@ def port_holder(port: int) -> str:
             inodes |= {
                 f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port
             }
-    for process in Path("/proc").iterdir() if inodes else ():
-        if not re.fullmatch(r"\d+", process.name):
-            continue
+    for link in map(Path, glob.iglob("/proc/[0-9]*/fd/*") if inodes else ()):
+        # of processes and descriptors that end meanwhile nothing is known
         with contextlib.suppress(OSError):
-            if any(os.readlink(link) in inodes for link in (process / "fd").iterdir()):
-                name = (process / "comm").read_text().strip()
-                return f" (held by pid {process.name}, {name})"
+            if os.readlink(link) in inodes:
+                process = link.parents[1]
+                return f" (held by pid {process.name}, {(process / 'comm').read_text().strip()})"
     return ""
 
 

@@ -8,7 +8,6 @@ waits. Rank 0's own silence is counted by each rank.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import socket
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megalite.parallel.hub import DIED, SETTLE_S, SILENCE_S, SILENT, Hub, Lines, Verdict, beat_s, encode
-from megalite.place import Place
+from megalite.place import Place, end, tell_launcher
 
 
 class Peers:
@@ -31,7 +30,7 @@ class Peers:
         # a signal may have the main thread send within a send
         self._connection, self._sending = connection, threading.RLock()
         self._inbox: queue.Queue[Any] = queue.Queue()
-        self._failing, self._speaks = False, threading.Event()
+        self._failing, self._speaks = "", threading.Event()
         self._over = False
         connection.settimeout(beat_s(self._silence))
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
@@ -61,7 +60,9 @@ class Peers:
 
         `kind`: one of KINDS.
         """
-        self._failing = True
+        if self._over:
+            return
+        self._failing = kind
         self._send({"ended": [kind, text]})
         # where the connection is lost too the verdict is that rank 0 is gone; where all fails this rank speaks
         self._speaks.wait(SETTLE_S + self._silence + 1.0)
@@ -76,7 +77,7 @@ class Peers:
     def wait_for_end(self) -> NoReturn:
         """Wait for the verdict, which ends this process."""
         time.sleep(self.timeout_s + self._silence)
-        os._exit(1)
+        end(1)
 
     def _send(self, message: dict[str, Any]) -> None:
         # where rank 0 is gone the listening thread finds out and says so
@@ -112,6 +113,7 @@ class Peers:
             self._inbox.put(message["shared"])
         elif "over" in message:
             self._over = True
+            self._speaks.set()
         elif "verdict" in message:
             self._end(Verdict(**message["verdict"]))
 
@@ -119,23 +121,26 @@ class Peers:
         """End this process, unless its main thread has failed and is the one to speak."""
         rank, local_rank = self.here.rank, self.here.local_rank
         mine = verdict.rank == rank
-        if self._failing and (mine or (verdict.kind == "gone" and verdict.rank == 0)):
+        rank_0_gone = verdict.kind == "gone" and verdict.rank == 0
+        if self._failing and (mine or (rank_0_gone and self._failing == "error")):
             self._speaks.set()
         elif mine:
             end_with(verdict.line(), 2)
-        elif verdict.kind == "gone" and verdict.rank == 0:
-            end_with(verdict.line() if rank == 1 or local_rank == 0 else "", 1)
+        elif rank_0_gone:
+            end_with(verdict.line(), 1, rank == 1 or local_rank == 0)
         else:
             # said by the rank itself if it can, and where its node has a log of its own once more here
             speaks = rank == 0 and (verdict.kind == "gone" or verdict.node != 0)
-            end_with(verdict.line() if speaks else "", 1)
+            end_with(verdict.line(), 1, speaks)
 
 
-def end_with(line: str, status: int) -> NoReturn:
-    """End this process from any thread; one that has nothing to say waits until the one that has is heard."""
+def end_with(line: str, status: int, speaks: bool = True) -> NoReturn:
+    """End this process from any thread; one that does not speak, or said it, waits until the one that does is heard."""
     if line:
+        tell_launcher(line)
+    if line and speaks:
         sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
     else:
         time.sleep(0.5)
-    os._exit(status)
+    end(status)

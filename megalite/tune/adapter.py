@@ -23,7 +23,7 @@ from megalite.config import Config, TrainConfig, resolve, to_yaml
 from megalite.config.tune import adapted, adapter_shapes, projections, shapes
 from megalite.hf.convert import FRESH, keep_beside, write_run
 from megalite.hf.fields import plain
-from megalite.hf.folder import open_folder, require_new
+from megalite.hf.folder import open_folder, read_header, require_new
 from megalite.model.names import names_there
 from megalite.tune.adapter_config import FILE, read_settings, require_targets, tune_config
 from megalite.tune.base import is_hf, name_of
@@ -102,8 +102,6 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
         raise ValueError(f"{source}: tensor {plain(name)} {why}; every layer needs factors beside the same linears")
     require_targets(settings, map(_module_of, factors), map(_module_of, every.values()))
     for ours, theirs in known.items():
-        if not factors[theirs].is_floating_point() or factors[theirs].element_size() == 1:
-            raise ValueError(f"{source}: tensor {theirs} is of {factors[theirs].dtype}; save it in fp32, bf16 or fp16")
         if tuple(factors[theirs].shape) != expected[ours]:
             raise ValueError(
                 f"{source}: tensor {theirs} is {list(factors[theirs].shape)}, beside {base} it has to be "
@@ -144,6 +142,9 @@ def _config_beside(base: Path, run_dir: Path) -> Config:
 
 
 def _read_factors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; save the adapter again as safetensors")
+    read_header(file)
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

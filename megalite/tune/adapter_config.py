@@ -6,9 +6,11 @@ known, so one that is not in these tables has to be null.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from megalite.config import TuneConfig
@@ -107,9 +109,33 @@ def _fits(fields: Fields, key: str, module: str) -> bool:
     names = fields.values.get(key)
     if isinstance(names, str):
         try:
+            if _may_take_for_ever(names):
+                raise fields.refuse(key, "repeats a repetition, which may take for ever; list module names instead")
             return re.fullmatch(names, module) is not None
         except (re.error, RecursionError, OverflowError) as error:
             raise fields.refuse(key, f"is no pattern ({error}); save the adapter again with peft") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise fields.refuse(key, "is neither a text nor a list of texts; name the modules that have factors")
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+@functools.cache
+def _may_take_for_ever(pattern: str) -> bool:
+    """Whether a repetition or a choice stands within a repetition, or there are very many of them.
+
+    Python's matcher then tries exponentially many ways on a name that does not fit.
+    """
+    repeats, found = (parser.MAX_REPEAT, parser.MIN_REPEAT), 0
+
+    def inside(part: Any, repeated: bool) -> bool:
+        nonlocal found
+        if isinstance(part, parser.SubPattern):
+            return any(inside(item, repeated) for item in part)
+        if not isinstance(part, list | tuple):
+            return False
+        varies = part[:1] == (parser.BRANCH,) or (part[:1] in [(r,) for r in repeats] and part[1][0] != part[1][1])
+        found += varies
+        within = repeated or (part[:1] in [(r,) for r in repeats] and part[1][1] > 1)
+        return (varies and repeated) or any(inside(item, within) for item in part)
+
+    return inside(parser.parse(pattern), False) or found > 12

@@ -11,6 +11,7 @@ from pathlib import Path
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config
 from megalite.config.tune import is_adapter
+from megalite.hf.folder import weight_files
 
 # of each end of a file of Hugging Face's, which has no checksums: its header and some of its values
 _SAMPLE = 2**20
@@ -30,7 +31,7 @@ def fingerprint(folder: Path) -> str:
         digest: str = read_manifest(folder)["digest"]
         return digest[:16]
     found = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(weight_files(folder)):
         size = path.stat().st_size
         found.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

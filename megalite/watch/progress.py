@@ -1,4 +1,4 @@
-"""A live line on a terminal, plain lines in a log."""
+"""How far something is: a live line on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -80,3 +80,48 @@ class Progress:
         if self._drawn:
             sys.stdout.write("\r\x1b[K")
             self._drawn = False
+
+
+class Bar:
+    """How much of `total` is done, on stderr: a bar with percentage and time left on a terminal, else a line at times.
+
+    `total` None: the amount is not known beforehand. `shows`: whether this process is the one that tells.
+    """
+
+    REDRAW_S, LOG_S, WIDTH = 0.1, 30.0, 20
+
+    def __init__(self, what: str, total: int | None, shows: bool = True) -> None:
+        self.what, self.total, self.shows, self.done = what, total, shows, 0
+        self.live = shows and sys.stderr.isatty()
+        self._start = self._told = time.monotonic()
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def advance(self, by: int = 1, *fields: str) -> None:
+        """So much more is done; `fields` say more about it, the most important first."""
+        self.done += by
+        now = time.monotonic()
+        if self.shows and now - self._told >= (self.REDRAW_S if self.live else self.LOG_S):
+            self._told = now
+            self.tell(*fields)
+
+    def tell(self, *fields: str) -> None:
+        """Say at once how far it is."""
+        share = min(1.0, self.done / self.total) if self.total else 0.0
+        head, eta = self.what, ""
+        if self.total:
+            filled = int(share * self.WIDTH)
+            bar = f" [{'#' * filled}{'.' * (self.WIDTH - filled)}]" if self.live else ""
+            head = f"{self.what}{bar} {share:4.0%}"
+            eta = f"eta {duration((time.monotonic() - self._start) * (1 / share - 1))}" if share else ""
+        if self.live:
+            sys.stderr.write("\r\x1b[K" + fit(head, fields, eta, shutil.get_terminal_size().columns - 1))
+        else:
+            sys.stderr.write("  ".join(filter(None, (head, *fields, eta))) + "\n")
+        sys.stderr.flush()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from megalite.place import launcher_gone
+from megalite import place
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -26,6 +26,7 @@ class Stop:
         self.reason = ""
         self._file = run_dir / "STOP" if watches else None
         self._deadline = time.monotonic() + time_limit_s if time_limit_s and watches else None
+        place.training = True
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -36,7 +37,7 @@ class Stop:
 
     def heard(self) -> bool:
         """Whether a signal has come or the launcher is gone, at any time since this was made."""
-        if not self.reason and launcher_gone():
+        if not self.reason and place.launcher_gone():
             self.reason = "the launcher is gone"
         return bool(self.reason)
 
@@ -50,5 +51,6 @@ class Stop:
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
+        place.training = False
         for number, handler in self._before.items():
             signal.signal(number, handler)

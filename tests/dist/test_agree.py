@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from assets import asset
 from ranks import COMMON, REPOSITORY, Ended, Ranks, pretrain, pretrain_at, run_ranks
 
@@ -34,6 +35,11 @@ def write(prefix: Path, tokens: range) -> None:
     with IndexedWriter(prefix, vocab_size=257) as writer:
         for _ in range(60):
             writer.add_document(tokens)
+
+
+def pretrain_with_torch(versions: list[str], argv: list[str]) -> int:
+    torch.__version__ = versions[int(os.environ["RANK"])]
+    return pretrain(argv)
 
 
 def told(ended: Ended, rank: int = 1) -> str:
@@ -96,6 +102,18 @@ def test_a_run_folder_that_is_not_shared(settings, nodes: list[Path], ranks: int
     )
     assert os.listdir(nodes[0] / "run") == []
     assert not (nodes[1] / "run").exists()
+
+
+def test_a_run_folder_that_one_node_cannot_write(settings, nodes: list[Path]) -> None:
+    (nodes[1] / "run").symlink_to("/proc/self")
+    text = told(two_nodes(nodes, settings(Path("run"))))
+    assert text.startswith("train.run_dir=run ")
+
+
+def test_another_torch(settings, tmp_path: Path) -> None:
+    with Ranks(2, pretrain_with_torch, ["2.9.0", "2.9.1"], settings(tmp_path / "run"), nodes=2) as ranks:
+        text = told(ranks.wait())
+    assert text.startswith("torch is 2.9.1 here and is 2.9.0 on rank 0")
 
 
 def test_a_shared_run_folder_by_two_nodes(settings, nodes: list[Path], tmp_path: Path) -> None:

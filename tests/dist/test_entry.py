@@ -80,4 +80,6 @@ def test_a_mistake_is_told_once(tmp_path: Path, argument: str, message: str) -> 
     told = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error:")]
     assert len(told) == 1, result
     assert message in told[0]
+    # torchrun's report, forty lines, closes with it
+    assert result.stderr.splitlines()[-2].strip() == f"traceback : {told[0]}"
     assert not (tmp_path / "run").exists()

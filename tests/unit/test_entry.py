@@ -1,5 +1,6 @@
 """What a user gets wrong is told in one line within seconds: torch is not imported before the mistakes are found."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,11 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from assets import asset
 
-from megalite.checkpoint.manifest import digest
+from megalite.checkpoint.save import write_whole
+from megalite.checkpoint.state import State
 from megalite.config import Request, parse_command_line
+from megalite.config.tune import shapes
 from megalite.data.indexed import IndexedWriter
+from megalite.entry import configure
 from megalite.request import PROBE, apart, one_length, resume_from, with_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -142,17 +147,23 @@ def test_the_run_folder_is_somebody_elses(tmp_path: Path, data: Path) -> None:
 
 
 def test_the_checkpoint_is_of_another_model(tmp_path: Path, data: Path) -> None:
-    folder = tmp_path / "run" / "checkpoints" / "step-00000010"
-    folder.mkdir(parents=True)
-    manifest = {"format": 3, "step": 10, "consumed_samples": 320, "config": {"model": {"num_layers": 9}}}
-    manifest |= {"files": {}, "tensors": {}}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": digest(manifest)}))
+    request = parse_command_line(["model.num_layers=9"], default_preset="tiny", prog="test")
+    config = configure(request)[0]
+    described = {f"weight.{name}": (torch.bfloat16, shape) for name, shape in shapes(config.model).items()}
+    folder = write_whole(
+        tmp_path / "run" / "checkpoints" / "step-00000010",
+        config,
+        described,
+        lambda name: torch.zeros(described[name][1], dtype=torch.bfloat16),
+        dataclasses.asdict(State(step=10, consumed_samples=320)),
+    )
+    text = (folder / "manifest.json").read_text()
     words = f"{folder} is of another model: model.num_layers is 9 there and 4 here"
     assert words in refusal(tmp_path, *ONE, f"data.path={data}")
     elsewhere = [f"train.run_dir={tmp_path / 'new'}", f"checkpoint.load={tmp_path / 'run'}"]
     assert words in refusal(tmp_path, *ONE, f"data.path={data}", *elsewhere)
 
-    (folder / "manifest.json").write_text(json.dumps(manifest)[:-9])
+    (folder / "manifest.json").write_text(text[:-9])
     assert f"{folder}/manifest.json: not a manifest" in refusal(tmp_path, *ONE, f"data.path={data}")
 
 
@@ -227,7 +238,9 @@ def test_a_run_lends_its_tokenizer_and_template(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_plan_of_lora_beside_a_hugging_face_folder(tmp_path: Path) -> None:
-    """What `--dry-run` shows: the preset's tuning, the folder's model and tokenizer; nothing is written."""
+    """What `--dry-run` shows: the preset's tuning, the folder's model and tokenizer, the data; nothing is written."""
+    row = {"prompt": "p", "completion": "c"}
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(9)))
     model = asset("smollm2")
     words = ["--preset", "sft-7b-lora", f"model.from_hf={model}", "data.sft=chats.jsonl", "train.device=cpu"]
     ended = subprocess.run(
@@ -239,7 +252,9 @@ def test_the_plan_of_lora_beside_a_hugging_face_folder(tmp_path: Path) -> None:
         assert f"\n  {line}\n" in ended.stdout
     assert f"\n  tokenizer: {model / 'tokenizer.json'}\n" in ended.stdout
     assert "\nplan:\n" in ended.stdout
-    assert os.listdir(tmp_path) == []
+    assert "\ndata: chats.jsonl: 8 conversations in 1 rows of 4096; one epoch is 1 samples\n" in ended.stdout
+    assert "train.epochs=3 of 1 samples: 1 steps" in ended.stdout
+    assert os.listdir(tmp_path) == ["chats.jsonl"]
 
 
 def test_the_probe_of_another_rank_is_no_file_of_the_folder(tmp_path: Path) -> None:

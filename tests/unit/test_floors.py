@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = {
     6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
-    5: ("trainer", "restore", "generate", "evaluate", "divergence", "together"),
+    5: ("trainer", "restore", "run_folder", "generate", "evaluate", "divergence", "together"),
     4: ("build",),  # the only place where the tables meet
-    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "agree"),
+    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "loaded", "agree"),
     2: ("parallel", "data", "watch", "plan", "activations", "batches"),
     1: ("config", "ops", "place", "arguments", "disk"),
     0: ("megalite",),  # the version alone
@@ -45,6 +45,7 @@ NEVER = [
             "tune.adapter_config",
             "tune.base",
             "request",
+            "loaded",
             "agree",
         )
     ),  # mistakes are told without torch

@@ -26,7 +26,7 @@ from megalite.config import (
     resolve,
     to_yaml,
 )
-from megalite.hf.convert import from_hf_folder, to_hf_folder
+from megalite.hf.convert import FRESH, from_hf_folder, to_hf_folder
 from megalite.hf.folder import open_config
 from megalite.model.hf import from_hf
 from megalite.model.init import draw
@@ -123,7 +123,7 @@ def ours(
             engine.update(LR, clip_scale(config.optim, squares, tokens)[1])
             found.append(loss / tokens)
         if save_to is not None:
-            state = {"step": STEPS, "consumed_samples": STEPS * BATCH}
+            state = FRESH | {"step": STEPS, "consumed_samples": STEPS * BATCH}
             state |= {"base": name_of(base or Path(config.model.from_hf))}
             save(save_to, config, engine.mesh, engine.shards, engine.spans(), engine.state(), state)
         return found
@@ -322,7 +322,7 @@ def test_the_verbs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert "no space" in convert("megalite", run_dir, "peft", tmp_path / "x", status=2)
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    assert "cannot be read" in convert("peft", adapter, "megalite", tmp_path / "x", "--base", base, status=2)
+    assert "cut short" in convert("peft", adapter, "megalite", tmp_path / "x", "--base", base, status=2)
     settings = adapter / "adapter_config.json"
     settings.write_text(settings.read_text().replace('"r": 4', '"r": null'))
     told = convert("peft", adapter, "megalite", tmp_path / "x", "--base", base, status=2)

@@ -1,3 +1,5 @@
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 @pytest.fixture(scope="session")
 def tokenizer(corpus: Corpus) -> Tokenizer:
     return load_tokenizer(corpus.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def read_prompts() -> Callable[[Path], list[str]]:
+    """How tools/generate.py reads its file of prompts."""
+    spec = importlib.util.spec_from_file_location("generate_tool", CORPUS.parents[1] / "tools" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    found: Callable[[Path], list[str]] = tool.read_prompts
+    return found
 
 
 @pytest.fixture

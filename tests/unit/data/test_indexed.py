@@ -79,7 +79,7 @@ def test_another_file_of_the_same_name_is_not_read(golden: Path):
 def test_a_damaged_sidecar(golden: Path):
     for content in (b"{", b"[]", b"\xff", b"[" * 100_000):
         Path(f"{golden}.json").write_bytes(content)
-        with pytest.raises(ValueError, match=r"golden\.json: is no.*; the file is damaged"):
+        with pytest.raises(ValueError, match=r"golden\.json: .*write it again"):
             IndexedDataset(golden).sidecar  # noqa: B018
 
 

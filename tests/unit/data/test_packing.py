@@ -270,6 +270,16 @@ def test_pretraining_data_is_no_instruction_data(chats: Path, corpus: Corpus, tm
         open_data(config(chats, corpus, tmp_path, sft=str(corpus.train)))
 
 
+def test_a_prefix_of_an_older_version_is_told(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
+    open_data(config(chats, corpus, tmp_path))
+    side = next(path for path in tmp_path.glob("sft-*.json") if "weights" not in path.name)
+    values = json.loads(side.read_text("utf-8"))
+    del values["report"]
+    side.write_text(json.dumps(values), "utf-8")
+    with pytest.raises(ValueError, match=r"older megalite or is damaged: .*\.json says nothing of report; make it"):
+        open_data(config(chats, corpus, tmp_path, sft=str(side)[: -len(".json")]))
+
+
 def test_a_model_with_a_smaller_vocabulary(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
     small = dataclasses.replace(config(chats, corpus, tmp_path), model=ModelConfig(vocab_size=20))
     with pytest.raises(ValueError, match=r"tokens, model.vocab_size=20; name the tokenizer"):

@@ -1,8 +1,8 @@
 """What a line is and which JSON a row may be; each case is read alike by every reader of rows (test_rows_campaign)."""
 
 import gzip
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,14 +13,6 @@ from megalite.data.preprocess import preprocess
 from megalite.data.rows import filled_lines, parse_json, read_lines, text_fault
 from megalite.data.tokenizer import Tokenizer
 from megalite.evaluate.rows import read_clozes, read_questions
-
-TOOL = Path(__file__).parents[3] / "tools" / "generate.py"
-spec = importlib.util.spec_from_file_location("generate_tool", TOOL)
-assert spec is not None
-assert spec.loader is not None
-generate_tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(generate_tool)
-read_prompts = generate_tool.read_prompts
 
 NOT_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
 DEEP = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -119,7 +111,7 @@ def test_a_deep_conversation(tmp_path: Path) -> None:
         list(read_conversations(array))
 
 
-def test_prompts_of_a_generation(tmp_path: Path) -> None:
+def test_prompts_of_a_generation(tmp_path: Path, read_prompts: Callable[[Path], list[str]]) -> None:
     path, lines = tmp_path / "prompts.jsonl", tmp_path / "prompts.txt"
     path.write_text('\ufeff{"prompt": "one\u2028two"}\r\n\n{"prompt": " b "}', "utf-8")
     lines.write_text("\ufeffone\u2028two\r\n\n b ", "utf-8")

@@ -256,6 +256,8 @@ def test_no_weights_no_config_no_folder(folder: Path) -> None:
     (folder / "config.json").unlink()
     refused(folder, "config.json: no such file")
     refused(folder / "x", "no such folder")
+    (folder / "adapter_config.json").write_text("{}")
+    refused(folder, "an adapter of peft and no model; import it with convert --from peft")
 
 
 def test_what_goes_along(folder: Path, tmp_path: Path) -> None:

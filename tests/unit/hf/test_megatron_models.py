@@ -134,6 +134,68 @@ STAGES = [
 ]
 
 
+# what megatron/training/arguments.py of 2025 sets that is not off
+DEFAULTS: dict[str, Any] = {
+    "cuda_graph_warmup_steps": 3, "cuda_graph_impl": "none", "cuda_graph_scope": "full", "inference_max_batch_size": 8,
+    "inference_max_seq_length": 2560, "inference_dynamic_batching_buffer_size_gb": 40.0, "mlp_chunks_for_prefill": 1,
+    "retro_encoder_layers": 2, "retro_encoder_hidden_dropout": 0.1, "retro_num_neighbors": 2, "retro_attention_gate": 1,
+    "retro_verify_neighbor_count": True, "softmax_type": "vanilla", "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128, "rotary_base": 10000, "rotary_percent": 1.0, "rope_scaling_factor": 8.0,
+    "add_position_embedding": True, "make_vocab_size_divisible_by": 128, "bert_binary_head": True,
+    "mtp_loss_scaling_factor": 0.1, "straggler_ctrlr_port": 65535, "straggler_minmax_count": 1,
+    "attention_dropout": 0.1, "inprocess_monitor_thread_interval": 1.0, "inprocess_granularity": "node",
+    "enable_one_logger": True, "one_logger_project": "megatron-lm", "app_tag_run_version": "0.0.0",
+    "timing_log_option": "minmax", "barrier_with_L1_time": True, "tensorboard_log_interval": 1,
+    "tensorboard_queue_size": 1000, "hidden_dropout": 0.1, "log_loss_scale_to_tensorboard": True, "weight_decay": 0.01,
+    "clip_grad": 1.0, "weight_decay_incr_style": "constant", "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1e-8,
+    "sgd_momentum": 0.9, "muon_momentum": 0.9, "muon_split_qkv": True, "muon_scale_mode": "spectral",
+    "muon_num_ns_steps": 5, "rl_prompts_per_eval": 32, "grpo_prompts_per_step": 32, "grpo_kl_beta": 0.001,
+    "langrl_inference_server_type": "inplace_megatron", "rl_sequence_packing_bin_size": 8192,
+    "rl_sequence_packing_algo": "fifo", "micro_batch_size": 1, "global_batch_size": 8,
+    "check_for_nan_in_loss_and_grad": True, "clone_scatter_output_in_embedding": True, "profile_step_start": 10,
+    "profile_step_end": 12, "profile_ranks": [0], "enable_gloo_process_groups": True,
+    "memory_snapshot_path": "snapshot.pickle", "tp_comm_overlap_ag": True, "tp_comm_bootstrap_backend": "nccl",
+    "log_interval": 100, "masked_softmax_fusion": True, "bias_swiglu_fusion": True, "bias_dropout_fusion": True,
+    "apply_rope_fusion": True, "cross_entropy_fusion_impl": "native", "optimizer": "adam", "train_iters": 100,
+    "optimizer_offload_fraction": 1.0, "pin_cpu_grads": True, "pin_cpu_params": True, "dataloader_type": "single",
+    "async_tensor_model_parallel_allreduce": True, "gradient_accumulation_fusion": True, "use_legacy_models": True,
+    "manual_gc_eval": True, "error_injection_type": "transient_error", "rerun_mode": "validate_results", "seed": 1234,
+    "init_method_std": 0.02, "lr_decay_style": "linear", "lr_wsd_decay_style": "exponential", "lr": 1e-4, "min_lr": 0.0,
+    "non_persistent_local_ckpt_algo": "fully_parallel", "use_tokenizer_model_from_checkpoint_args": True,
+    "ckpt_format": "torch", "ckpt_fully_parallel_save": True, "dist_ckpt_strictness": "assume_ok_unexpected",
+    "perform_initialization": True, "strict_fsdp_dtensor_load": True, "initial_loss_scale": 2**32,
+    "min_loss_scale": 1.0, "loss_scale_window": 1000, "hysteresis": 2, "overlap_p2p_comm": True,
+    "distributed_backend": "nccl", "distributed_timeout_minutes": 10, "align_grad_reduce": True,
+    "align_param_gather": True, "local_rank": 0, "scatter_gather_tensors_in_pipeline": True,
+    "data_parallel_sharding_strategy": "no_shard", "num_workers": 2, "gradient_reduce_div_fusion": True,
+    "num_distributed_optimizer_instances": 1, "context_parallel_size": 1, "torch_fsdp2_reshard_after_forward": True,
+    "cp_comm_type": ["p2p"], "replication_factor": 2, "eval_iters": 100, "eval_interval": 1000,
+    "tokenizer_type": "HuggingFaceTokenizer", "tiktoken_num_special_tokens": 1000, "mmap_bin_files": True,
+    "retriever_seq_length": 256, "sample_rate": 1.0, "mask_prob": 0.15, "short_seq_prob": 0.1,
+    "create_attention_mask_in_dataloader": True, "num_dataset_builder_threads": 1, "mid_level_dataset_surplus": 0.005,
+    "adlr_autoresume_interval": 1000, "query_in_block_prob": 0.1, "indexer_batch_size": 128, "num_classes": 1000,
+    "img_h": 224, "img_w": 224, "num_channels": 3, "patch_dim": 16, "classes_fraction": 1.0, "data_sharding": True,
+    "data_per_class_fraction": 1.0, "head_lr_mult": 1.0, "vision_pretraining_type": "classify", "mask_type": "random",
+    "vision_backbone_type": "vit", "swin_backbone_type": "tiny", "mask_factor": 1.0, "iter_per_epoch": 1250,
+    "dino_local_img_size": 96, "dino_freeze_last_layer": 1, "expert_model_parallel_size": 1, "moe_layer_freq": 1,
+    "moe_router_load_balancing_type": "aux_loss", "moe_router_topk": 2, "moe_token_dispatcher_type": "allgather",
+    "moe_deepep_num_sms": 20, "moe_upcycling_granularity": 1, "kv_lora_rank": 32, "qk_head_dim": 128, "mscale": 1.0,
+    "qk_pos_emb_head_dim": 64, "v_head_dim": 128, "rotary_scaling_factor": 1.0, "mamba_state_dim": 128, "rank": 0,
+    "mamba_head_dim": 64, "mamba_num_groups": 8, "main_grads_dtype": "fp32", "main_params_dtype": "fp32",
+    "exp_avg_dtype": "fp32", "exp_avg_sq_dtype": "fp32", "enable_msc": True, "world_size": 8, "data_parallel_size": 4,
+    "sft_tokenizer_prompt_format": "nemotron-h-aligned", "transformer_pipeline_model_parallel_size": 2,
+    "transformer_impl": "local", "fp8_amax_history_len": 1, "fp8_amax_compute_algo": "most_recent", "fp8_wgrad": True,
+    "num_layers_at_start_in_bf16": 1, "inference_batch_times_seqlen_threshold": -1, "max_tokens_to_oom": 12000,
+    "bert_embedder_type": "megatron", "encoder_num_layers": 5, "encoder_seq_length": 48, "start_weight_decay": 0.01,
+    "end_weight_decay": 0.01, "consumed_train_samples": 80, "consumed_valid_samples": 8, "iteration": 5,
+}  # fmt: skip
+
+
+def test_the_options_of_a_whole_run(tmp_path: Path) -> None:
+    model = randomised(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)))
+    require_equal(write(tmp_path, model, DEFAULTS | LLAMA_ARGS, 2, [[2], [3]]), model, tmp_path / "run")
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("stages", STAGES)
 def test_a_llama_at_every_split(tp: int, stages: list[list[int]], tmp_path: Path) -> None:

@@ -141,6 +141,15 @@ def test_a_key_that_is_missing(tmp_path: Path, key: str) -> None:
         ({"target_modules": ["self_attn.q_proj"]}, "q"),
         ({"target_modules": [f"model.layers.{i}.self_attn.k_proj" for i in range(2)]}, "k"),
         ({"target_modules": r".*\.layers\.\d+\..*(q|k)_proj"}, "qk"),
+        # as LLaMA-Factory and unsloth write them
+        ({"target_modules": r"^(?!.*visual).*(?:v_proj|q_proj).*"}, "qv"),
+        (
+            {
+                "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|attention|mlp|ffn).*?(?:q_proj|k_proj).*?)|"
+                r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|k_proj)))"
+            },
+            "qk",
+        ),
         ({"target_modules": "all-linear"}, "qkv"),
         ({"target_modules": "all-linear", "exclude_modules": ["k_proj"]}, "qv"),
         ({"target_modules": ["q_proj", "lm_head"], "exclude_modules": ".*lm_head"}, "q"),
@@ -163,6 +172,18 @@ def test_targets_are_pefts(tmp_path: Path, keys: dict[str, Any], held: str) -> N
         ({"target_modules": None}, "target_modules=null is neither a text nor a list of texts"),
         ({"target_modules": [1]}, "target_modules=[1] is neither"),
         ({"target_modules": "(q"}, 'target_modules="(q" is no pattern'),
+        *(
+            ({"target_modules": pattern}, "repeats a repetition, which may take for ever")
+            for pattern in (
+                "(.+)+x",
+                "(a|b|.)*x",
+                "((.*)y?)*x",
+                "(?:(?:.|..)+)+",
+                "(.+x?){2,9}",
+                "(?=(.+)+x).*",
+                ".*" * 30,
+            )
+        ),
         ({"exclude_modules": {"q": 1}}, 'exclude_modules={"q": 1} is neither'),
     ],
 )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from megalite.watch.progress import Progress, duration, fit
+from megalite.watch.progress import Bar, Progress, duration, fit
 
 ERASE = "\r\x1b[K"
 
@@ -124,3 +124,59 @@ def test_one_rank_speaks(terminal: Callable[[], Terminal]) -> None:
     progress.step(1, 3.0, [])
     progress.say("saved")
     assert screen.getvalue() == ""
+
+
+# a bar
+
+
+@pytest.fixture
+def errors(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], io.StringIO]:
+    def _errors(live: bool) -> io.StringIO:
+        stream = Terminal() if live else io.StringIO()
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((80, 24)))
+        return stream
+
+    return _errors
+
+
+def test_a_bar_on_a_terminal(errors: Callable[[bool], io.StringIO], clock: list[float]) -> None:
+    screen = errors(True)
+    with Bar("preprocessing", 1000) as bar:
+        bar.advance(1)  # sooner than the eye can follow
+        assert screen.getvalue() == ""
+        clock[0] += 10
+        bar.advance(249, "12 documents", "x" * 60)
+        assert screen.getvalue() == f"{ERASE}preprocessing [#####...............]  25%  12 documents  eta 30s"
+        assert len(screen.getvalue()) < 80 + len(ERASE)
+        clock[0] += 10
+        bar.advance(2000)  # more than was said
+        assert screen.getvalue().split(ERASE)[-1] == "preprocessing [####################] 100%  eta 0s"
+    assert screen.getvalue().endswith(ERASE)
+
+
+def test_a_bar_in_a_log(errors: Callable[[bool], io.StringIO], clock: list[float]) -> None:
+    log = errors(False)
+    with Bar("converting", 100) as bar:
+        for _ in range(100):
+            clock[0] += 0.7
+            bar.advance(1, "embed.weight")
+    assert log.getvalue().splitlines() == [
+        "converting  43%  embed.weight  eta 40s",
+        "converting  86%  embed.weight  eta 10s",
+    ]
+
+
+def test_a_bar_of_unknown_length_or_of_another_rank(errors: Callable[[bool], io.StringIO], clock: list[float]) -> None:
+    log = errors(False)
+    with Bar("preprocessing", None) as bar:
+        clock[0] += 31
+        bar.advance(5, "5 documents")
+    assert log.getvalue() == "preprocessing  5 documents\n"
+    with Bar("preprocessing", 7, shows=False) as bar:
+        clock[0] += 31
+        bar.advance(5, "5 documents")
+    assert log.getvalue() == "preprocessing  5 documents\n"
+    with Bar("nothing", 0) as bar:
+        bar.tell()
+    assert log.getvalue().endswith("nothing\n")
