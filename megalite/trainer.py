@@ -124,7 +124,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None, st
 
 def _stopped_before(run: Run) -> State:
     """A stop that was asked for while the run started: no step is taken and nothing has to be saved."""
-    reason = run.stop.reason or "another rank was told to"
+    reason = run.stop.reason or "another rank received a stop signal"
     run.progress.say(f"stopped before step {run.state.step + 1}: {reason}; the same command goes on from here")
     _ask_requeue(run, reason)
     run.engine.mesh.world.barrier()
@@ -185,7 +185,7 @@ def train_step(run: Run) -> str:
     _report(run, samples, time.monotonic() - began, figures, why)
     with _save_may_fail(run):
         _saved(run, run.saver.settle(saves_over, saves_failed))
-    return (run.stop.reason or "another rank received a stop signal") if stops else ""
+    return (run.stop.reason or "another rank was told to") if stops else ""
 
 
 def _report(run: Run, samples: range, seconds: float, figures: dict[str, float], why: str) -> None:
