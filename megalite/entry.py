@@ -20,6 +20,7 @@ from megalite.checkpoint import lock
 from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
+from megalite.hf.folder import find_tokenizer
 from megalite.hf.keys import check_hf, context_warning, with_hf
 from megalite.loaded import settle, with_loaded, with_template
 from megalite.request import (
@@ -217,7 +218,8 @@ def export(config: Config) -> None:
 
     assert config.train.export_hf is not None
     if RANK == 0:
-        say(f"exported {to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))}")
+        target = to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))
+        say(f"exported {target}" + ("" if find_tokenizer(target) else ", without a tokenizer: none lies with the run"))
 
 
 def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None) -> int:
