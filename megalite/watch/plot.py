@@ -38,11 +38,15 @@ def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Pa
             color=f"C{number}",
             label=f"held out: {name}",
         )
+    low, high = axes.get_ylim()
     for name, value in (references or {}).items():
+        # a loss falls from the upper left to the lower right: the other two corners are free
+        above = value > (low + high) / 2
         axes.axhline(value, linestyle="--", linewidth=1, color="gray")
-        style: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "fontsize": 8}
+        style: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        style |= {"va": "bottom", "fontsize": 8}
         style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-        axes.annotate(name, (0.99, value), (0, 2), ha="right", va="bottom", **style)
+        axes.annotate(name, (0.99 if above else 0.01, value), (0, 2), ha="right" if above else "left", **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.name)
     axes.grid(alpha=0.25)
     # below the axes, where no line can run through it
