@@ -16,7 +16,7 @@ from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, ch
 from megalite.data.dataset import PretrainDataset, heldout_windows
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.instructions import weights_prefix
-from megalite.data.packing import NEEDED, Conversations, SftDataset
+from megalite.data.packing import Conversations, SftDataset
 from megalite.divergence import Spikes, advice, locate
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
@@ -178,7 +178,7 @@ def test_where_samples_lie(tmp_path: Path, dataset: PretrainDataset) -> None:
         for length in (7, 3, 9, 4, 30):
             tokens.add_document(range(length))
             weights.add_document([1] * length)
-        tokens.sidecar = {**dict.fromkeys(NEEDED), "weights": [0.0, 1.0]}
+        tokens.sidecar = {"weights": [0.0, 1.0]}
     sft = SftDataset(Conversations(prefix), np.array([0, 1, 3, 4]), 9, overlong="truncate_left")
     assert [sft.describe([row]) for row in range(len(sft))] == [
         "conversation 4",
