@@ -122,10 +122,8 @@ def advice(config: Config, samples: range, dataset: Samples) -> str:
     passed = ",".join(filter(None, (config.train.skip_samples, f"{samples.start}:{samples.stop}")))
     source = Path(config.data.sft or config.data.path or "").name
     name = f" of {source}" if source else ""
-    return (
-        f"the batch was samples {samples.start} to {samples.stop - 1}{name} ({dataset.describe(samples)}), and a resumed "
-        f"run meets it again: train.skip_samples={passed} passes over it"
-    )
+    held = f"samples {samples.start} to {samples.stop - 1}{name} ({dataset.describe(samples)})"
+    return f"the batch was {held}, and a resumed run meets it again: train.skip_samples={passed} passes over it"
 
 
 def spike_warning(
