@@ -11,6 +11,7 @@ from megalite.data.dataset import Batch, Layout, numbered
 from megalite.data.indexed import IndexedDataset
 from megalite.data.instructions import weights_prefix
 from megalite.data.order import EpochOrder
+from megalite.data.report import from_sidecar, place
 
 
 class Piece(NamedTuple):
@@ -150,6 +151,12 @@ class SftDataset:
         return Layout(query - first, np.stack([first, np.broadcast_to(query + 1, first.shape)], axis=-1))
 
     def describe(self, indices: Sequence[int]) -> str:
-        """The conversations in the rows of `indices`, counted from 0 as they were kept of the file."""
+        """The conversations in the rows of `indices` by their places in the file; else by number, counted from 0."""
         starts = [self.pieces[i].start for index in indices for i in self.row(index)]
-        return numbered("conversation", set((np.searchsorted(self.data.starts, starts, side="right") - 1).tolist()))
+        numbers = sorted(set((np.searchsorted(self.data.starts, starts, side="right") - 1).tolist()))
+        side = self.data.sidecar
+        if "report" not in side:
+            return numbered("conversation", numbers)
+        path = side["sources"][0]
+        report = from_sidecar(side["report"], path)
+        return numbered("row", [place(report, number, path) for number in numbers])
