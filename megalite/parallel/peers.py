@@ -135,7 +135,7 @@ class Peers:
 
 
 def end_with(line: str, status: int, speaks: bool = True) -> NoReturn:
-    """End this process from any thread; one that does not speak waits until the one that does is heard."""
+    """End this process from any thread; one that does not speak, or said it, waits until the one that does is heard."""
     if line:
         tell_launcher(line)
     if line and speaks:
