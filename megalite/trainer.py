@@ -185,7 +185,7 @@ def train_step(run: Run) -> str:
     _report(run, samples, time.monotonic() - began, figures, why)
     with _save_may_fail(run):
         _saved(run, run.saver.settle(saves_over, saves_failed))
-    return (run.stop.reason or "another rank was told to") if stops else ""
+    return (run.stop.reason or "another rank received a stop signal") if stops else ""
 
 
 def _report(run: Run, samples: range, seconds: float, figures: dict[str, float], why: str) -> None:
