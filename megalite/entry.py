@@ -256,7 +256,7 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
         done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
     try:
-        status = in_world(config, main, mine)
+        status = in_world(config, main, mine, Path(config.train.run_dir))
     finally:
         if RANK == 0:
             lock.release(Path(config.train.run_dir))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite import together
+from megalite.agree import paths_report
 from megalite.arguments import Parser
 from megalite.config import check
 from megalite.data.dataset import check_vocabulary, heldout_windows
@@ -87,7 +88,10 @@ def main() -> int:
             Path(options.json).touch()  # rather now than after hours
         with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
             prepared = {"loss": loss, "answers": answers, "choices": choices}[options.verb](options, source, scratch)
-            status = together.in_world(prepared[0].config, lambda world: results.update(measure(world, *prepared)))
+            mine = paths_report({"model": options.model, "data": options.data}, together.HERE)
+            status = together.in_world(
+                prepared[0].config, lambda world: results.update(measure(world, *prepared)), mine
+            )
     except (ValueError, OSError) as error:
         return together.fail(error)
     if status == 0 and together.RANK == 0:
