@@ -98,7 +98,8 @@ def _are(count: int) -> str:
 
 def shown_path(data: Conversations, path: str) -> str:
     """The file that conversations were made of, as far as it is known."""
-    return path if Path(path).is_file() else str(data.sidecar["sources"][0])
+    sources = data.sidecar["sources"]
+    return path if Path(path).is_file() or not sources else str(sources[0])
 
 
 def histogram(lengths: list[int], width: int = 40) -> Iterator[str]:
