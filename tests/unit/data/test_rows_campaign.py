@@ -17,10 +17,11 @@ from campaign import rounds
 
 from megalite.config import Config, DataConfig, ModelConfig, TrainConfig
 from megalite.data.chat import ChatTemplate, find_template
-from megalite.data.conversations import RowError, normalise
+from megalite.data.conversations import normalise
 from megalite.data.conversations import read_rows as read_conversations
 from megalite.data.documents import read_rows, texts
 from megalite.data.instructions import Options, write_indexed
+from megalite.data.messages import RowError
 from megalite.data.packing import Conversations
 from megalite.data.preprocess import preprocess
 from megalite.data.sets import open_data
