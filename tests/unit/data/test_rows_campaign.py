@@ -277,7 +277,9 @@ def test_damaged_sidecars_are_refused_by_name(
     whole = json.loads(sidecar.read_text("utf-8"))
     for seed in range(rounds(60, 500)):
         sidecar.write_text(json.dumps(mutated(whole, random.Random(seed))))
-        config = Config(ModelConfig(), data=DataConfig(**{kind: str(prefix)}), train=TrainConfig(seq_len=64))
+        config = Config(
+            ModelConfig(), data=DataConfig(**{kind: str(prefix)}, valid_fraction=0.0), train=TrainConfig(seq_len=64)
+        )
         try:
             open_data(with_data_tokenizer(config, lambda _: None)).train.batch([0])
             counts["read"] += 1
