@@ -22,6 +22,7 @@ from megalite.arguments import Parser
 from megalite.config import check
 from megalite.data.dataset import check_vocabulary, heldout_windows
 from megalite.data.native import open_indexed
+from megalite.data.origin import made_with
 from megalite.data.preprocess import preprocess
 from megalite.evaluate.rows import (
     choose_shots,
@@ -123,6 +124,8 @@ def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Sou
     elif Path(prefix).is_file():
         raise ValueError(f"{prefix}: text is *.jsonl or *.txt; of indexed data name the prefix")
     indexed = open_indexed(prefix)
+    if together.RANK == 0 and not made_with(prefix, source.tokenizer):
+        print(f"note: {prefix} was made with another tokenizer than {source.tokenizer.path}", file=sys.stderr)
     check_vocabulary(indexed, source.config.model.vocab_size)
     seq_len = options.seq_len or min(source.config.train.seq_len, SEQ_LEN)
     if options.seq_len is not None and options.seq_len < 1:
