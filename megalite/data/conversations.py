@@ -82,11 +82,21 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     number = 0
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
+            for value in _values(batch):
                 number += 1
                 yield Row(f"{file}:row {number}", _without_nulls(value))
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _values(batch: Any) -> list[Any]:
+    """The rows of a batch; those whose text is not UTF-8 as RowErrors."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [RowError(f"not UTF-8 ({error.reason} at byte {error.start}); write it as UTF-8")]
+        return [value for row in range(batch.num_rows) for value in _values(batch.slice(row, 1))]
 
 
 def _without_nulls(value: Any) -> Any:
