@@ -21,6 +21,7 @@ from megalite.checkpoint import lock
 from megalite.checkpoint.folder import read_manifest
 from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
+from megalite.hf.folder import find_tokenizer
 from megalite.hf.keys import check_hf, context_warning, with_hf
 from megalite.loaded import settle, with_loaded, with_template
 from megalite.request import (
@@ -75,16 +76,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
-        if HERE.note:
-            say(HERE.note)
-        name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
-        say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
-        if config.tune.mode != "full" or config.tune.freeze:
-            say(plan.describe_trained(config))
-        if config.optim.name == "muon":
-            say(plan.describe_muon(config))
-        if warning := context_warning(config):
-            say(warning)
+        introduce(request, config, why)
         if request.dry_run:
             say(to_yaml(config) + describe(config, machine))
         first_try = not request.preset_named and not request.explicit and request.hardware is None
@@ -141,6 +133,20 @@ def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Reques
     if tuning:
         request = with_template(with_tokenizer(request, tell), tell)
     return with_added_tokens(request)
+
+
+def introduce(request: Request, config: Config, why: str) -> None:
+    """Say what is trained, how it is laid out, and what the user may want to know before it starts."""
+    if HERE.note:
+        say(HERE.note)
+    name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
+    say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
+    if config.tune.mode != "full" or config.tune.freeze:
+        say(plan.describe_trained(config))
+    if config.optim.name == "muon":
+        say(plan.describe_muon(config))
+    if warning := context_warning(config):
+        say(warning)
 
 
 def machine_of(request: Request) -> topology.Machine:
@@ -240,7 +246,8 @@ def export(config: Config) -> None:
 
     assert config.train.export_hf is not None
     if RANK == 0:
-        say(f"exported {to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))}")
+        target = to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))
+        say(f"exported {target}" + ("" if find_tokenizer(target) else ", without a tokenizer: none lies with the run"))
 
 
 def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None) -> int:

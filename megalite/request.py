@@ -275,7 +275,12 @@ def resume_from(config: Config, say: Say) -> Path | None:
         )
     check_adapter(read_manifest(newest), config, newest, resume=True)
     saved = run_dir / "config.yaml"
-    for line in changed_keys(saved, config) if saved.is_file() else []:
+    try:
+        changed = changed_keys(saved, config) if saved.is_file() else []
+    except ConfigError as error:
+        say(f"note: {error}; it is written again")
+        return newest
+    for line in changed:
         say(f"changed since the last run: {line}")
     return newest
 
@@ -306,7 +311,12 @@ def newest_readable(run_dir: Path, say: Say) -> Path | None:
 
 
 def changed_keys(saved: Path, config: Config) -> list[str]:
-    """`section.key: old -> new` of every key in which `config` differs from the saved one."""
+    """`section.key: old -> new` of every key in which `config` differs from the saved one.
+
+    ConfigError where that cannot be read.
+    """
+    if not saved.read_bytes().strip():
+        raise ConfigError(f"{saved} is empty")
     old, new = dataclasses.asdict(from_mapping(read_yaml_file(saved), str(saved))), dataclasses.asdict(config)
     return [
         f"{section}.{key}: {old[section][key]} -> {value}"

@@ -16,7 +16,6 @@ from types import FrameType
 from typing import NoReturn
 
 from megalite.agree import Report, report, settle, start_report
-from megalite.checkpoint import lock
 from megalite.config import Config, ConfigError
 from megalite.parallel.meet import NotMet, join
 from megalite.parallel.peers import Peers, end_with
@@ -122,8 +121,6 @@ def in_world(config: Config, main: Callable[[World], None], mine: Report | None 
         require_peers()
         if WORLD_SIZE > 1:
             _peers, store = meet(config)
-            if mine is not None and RANK == 0:
-                _peers.sign = Path(config.train.run_dir) / lock.NAME
             settle(_peers, mine or start_report(HERE), Path(config.train.run_dir) if mine else None)
         from megalite.parallel.launch import environment, start_world
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,18 +13,17 @@ from typing import Any
 
 import torch
 
+from megalite import disk
 from megalite.batches import Microbatch, TrainingError, load_microbatches
 from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.checkpoint.state import State
-from megalite.config import Config, to_yaml
+from megalite.config import Config
 from megalite.config.batch import batch_size, is_skipped
 from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
-from megalite.data.tokenizer import tokenizer_file
-from megalite.data.tokenizer_files import TEMPLATES, copy_files
 from megalite.divergence import Spikes, advice, locate, spike_warning
 from megalite.hf.keys import keep_hf
 from megalite.optim.adamw import clip_scale
@@ -34,6 +32,7 @@ from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World
 from megalite.plan import run_flops
 from megalite.restore import first_state, first_values
+from megalite.run_folder import ask_requeue, fill_run_folder, remake_run_folder
 from megalite.watch import flops
 from megalite.watch.metrics import Metrics
 from megalite.watch.plot import plot_losses
@@ -59,6 +58,7 @@ class Run:
     stop: Stop
     saver: Saver
     saved_step: int = -1
+    failure: str = ""
     spikes: Spikes = field(default_factory=Spikes)
 
 
@@ -110,7 +110,10 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None, st
         keep_hf(config, begun, run_dir)
         for damaged in folders.after(source) if resume is not None and source is not None else []:
             progress.say(f"set aside {folders.set_aside(damaged)}")
-        _fill_run_folder(run_dir, config, data, state)
+        for name in ("STOP", "REQUEUE"):
+            (run_dir / name).unlink(missing_ok=True)
+        remove_leftovers(run_dir)
+        fill_run_folder(run_dir, config, data.template, state.step)
     metrics = Metrics(run_dir if first else None, tensorboard=config.log.tensorboard, step=state.step)
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     meter = flops.Meter(run_flops(config), world.size, world.device, config.train.dtype)
@@ -119,28 +122,11 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None, st
 
 def _stopped_before(run: Run) -> State:
     """A stop that was asked for while the run started: no step is taken and nothing has to be saved."""
-    reason = run.stop.reason or "another rank was told to"
+    reason = run.stop.reason or "another rank received a stop signal"
     run.progress.say(f"stopped before step {run.state.step + 1}: {reason}; the same command goes on from here")
     _ask_requeue(run, reason)
     run.engine.mesh.world.barrier()
     return run.state
-
-
-def _fill_run_folder(run_dir: Path, config: Config, data: DataSets, state: State) -> None:
-    """What lies in a run folder beside checkpoints: what it was asked, its tokenizer and its chat template."""
-    keep = run_dir / "config.yaml"
-    if keep.exists() and keep.read_text() != to_yaml(config):
-        keep.rename(run_dir / f"config.before-step-{state.step:08d}.yaml")
-    keep.write_text(to_yaml(config), encoding="utf-8")
-    for name in ("STOP", "REQUEUE"):
-        (run_dir / name).unlink(missing_ok=True)
-    remove_leftovers(run_dir)
-    tokenizer = None if config.data.tokenizer is None else tokenizer_file(config.data.tokenizer)
-    if tokenizer is not None and tokenizer.resolve().parent != run_dir.resolve():
-        copy_files(tokenizer, run_dir, config.model.add_tokens)
-    if data.template is not None:
-        shutil.rmtree(run_dir / TEMPLATES, ignore_errors=True)  # this one is the run's
-        (run_dir / "chat_template.jinja").write_text(data.template, encoding="utf-8")
 
 
 def train_step(run: Run) -> str:
@@ -197,7 +183,7 @@ def train_step(run: Run) -> str:
     _report(run, samples, time.monotonic() - began, figures, why)
     with _save_may_fail(run):
         _saved(run, run.saver.settle(saves_over, saves_failed))
-    return (run.stop.reason or "another rank received a stop signal") if stops else ""
+    return (run.stop.reason or "another rank was told to") if stops else ""
 
 
 def _report(run: Run, samples: range, seconds: float, figures: dict[str, float], why: str) -> None:
@@ -210,6 +196,7 @@ def _report(run: Run, samples: range, seconds: float, figures: dict[str, float],
         run.progress.say(spike_warning(c, state.step, samples, loss, spike, norm))
     row = {"step": state.step, **figures, "tokens_per_s": speed} | ({"loss_spike": spike} if spike else {})
     run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
+    _hear_disk(run)
     fields = [f"grad norm {norm:.3f}", f"lr {figures['lr']:.2e}", f"{speed:,.0f} tokens/s", flops.describe(usage)]
     run.progress.step(state.step, loss, [why, *fields[1:3]] if why else fields)
 
@@ -311,18 +298,42 @@ def _no_gain(run: Run) -> str:
 
 
 def _ask_requeue(run: Run, reason: str) -> None:
-    """Tell the job script, which sees exit status 0 of a stopped run as of a finished one, that there is more."""
-    if run.engine.mesh.world.rank == 0:
-        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        path = Path(run.config.train.run_dir) / "REQUEUE"
-        path.write_text(f"step {run.state.step}\nreason {reason}\ntime {now}\n", encoding="utf-8")
+    if run.engine.mesh.world.rank == 0 and not run.failure:
+        ask_requeue(Path(run.config.train.run_dir), run.state.step, reason)
+
+
+def _hear_disk(run: Run) -> None:
+    """Tell of what the disk has refused, and of a run folder that is gone, which is made again.
+
+    With checkpoint.on_failure=stop the run then saves at the end of the next step and ends in this error.
+    """
+    c, run_dir = run.config, Path(run.config.train.run_dir)
+    for text, may_end in run.metrics.news():
+        if run.metrics.folder_gone:
+            try:
+                remake_run_folder(run_dir, c, run.data.template, run.state.step)
+                run.metrics.reopen()
+            except (ValueError, OSError) as error:
+                raise TrainingError(f"{text}: {error}") from None
+            text += "; it is made again, without its older checkpoints and metrics"
+        if may_end and c.checkpoint.on_failure == "stop":
+            run.failure = run.failure or text
+            run.stop.reason = run.stop.reason or text
+        else:
+            run.progress.say(f"WARNING: {text}")
 
 
 def _finish(run: Run) -> None:
     c = run.config
     run_dir = Path(c.train.run_dir)
     run.metrics.write("end", at_step=run.state.step)
+    _hear_disk(run)
     if run.engine.mesh.world.rank == 0 and c.log.plot and not c.train.eval_only:
-        picture = plot_losses(run_dir)
-        run.progress.say(f"plot {picture}" if picture else "no plot: pip install 'megalite[plot]'")
+        try:
+            picture = plot_losses(run_dir)
+            run.progress.say(f"plot {picture}" if picture else "no plot: pip install 'megalite[plot]'")
+        except OSError as error:
+            run.progress.say(f"WARNING: no plot: {disk.reason(error, run_dir / 'loss.png')}. {disk.remedy(error)}")
     run.engine.mesh.world.barrier()
+    if run.failure:
+        raise TrainingError(run.failure)

@@ -280,13 +280,15 @@ def convert(options: argparse.Namespace) -> int:
         from megalite.hf.verify import require_transformers
 
         require_transformers()
-    from megalite.hf.folder import open_folder, require_new
+    from megalite.hf.folder import find_tokenizer, open_folder, require_new
 
     # these load no torch, and are where most goes wrong
     require_new(Path(options.target[1]), "target")
     if there == "hf":
         open_folder(options.source[1])
     print(f"wrote {written(options)}")
+    if here == "hf" and find_tokenizer(Path(options.target[1])) is None:
+        print("note: it has no tokenizer, as none lies with the run or its data; copy tokenizer.json into it")
     if options.verify:
         from megalite.hf.verify import verify
 

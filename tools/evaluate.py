@@ -161,7 +161,7 @@ def answers(options: argparse.Namespace, source: Source, scratch: str) -> tuple[
             )
             reply = Reply(source.tokenizer, ids, settings, stops, source.limit)
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
+            raise ValueError(f"{row.where or f'row {number}'}: {error}") from None
         replies.append(reply)
 
     def run(stage: "Stage") -> dict[str, Any]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megalite.data.chat import ChatTemplate, Rendered, control_pattern
 from megalite.data.controls import Controls, keep_text, unmark
-from megalite.data.conversations import Conversation, RowError, normalise, read_rows
+from megalite.data.conversations import Conversation, normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.masks import require_trained, token_weights, weighted_spans
 from megalite.data.origin import describe_tokenizer
@@ -56,7 +56,7 @@ def examples(
     for row in read_rows(path):
         try:
             yield _example(row.where, row.value, tokenizer, template, options, report, controls)
-        except RowError as error:
+        except ValueError as error:  # of a row, or of a tokenizer that cannot cut its text
             if options.bad_rows == "stop":
                 raise ValueError(f"{row.where}: {error} (data.bad_rows=skip leaves such rows out)") from None
             report.bad.append(f"{row.where}: {error}")

@@ -74,17 +74,29 @@ class Encoder:
         self.skip_bad_rows = skip_bad_rows
 
     def __call__(self, rows: Sequence[Row]) -> Answer:
-        columns: list[list[str]] = [[] for _ in self.keys]
+        good: list[tuple[str, list[str]]] = []
         bad = []
         for row in rows:
             try:
-                for column, text in zip(columns, texts(row, self.keys)):
-                    column.append(text)
+                good.append((row.where, texts(row, self.keys)))
             except ValueError as error:
                 if not self.skip_bad_rows:
                     raise
                 bad.append(str(error))
-        return [self._encode(column) for column in columns], bad
+        try:
+            return [self._encode([found[i] for _, found in good]) for i in range(len(self.keys))], bad
+        except ValueError:
+            # one of them cannot be cut: which?
+            kept = []
+            for where, found in good:
+                try:
+                    self.tokenizer.encode_batch(found)
+                    kept.append(found)
+                except ValueError as error:
+                    if not self.skip_bad_rows:
+                        raise ValueError(f"{where}: {error}") from None
+                    bad.append(f"{where}: {error}")
+            return [self._encode([found[i] for found in kept]) for i in range(len(self.keys))], bad
 
     def _encode(self, column: list[str]) -> Encoded:
         full = [text for text in column if text]

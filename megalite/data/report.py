@@ -105,14 +105,17 @@ class Report:
 
 def from_sidecar(kept: Mapping[str, Any], path: str) -> Report:
     """The report that `to_sidecar` made, of the file that is called `path` now."""
-    return Report(
-        Counter(kept["formats"]),
-        [path + line for line in kept["bad"]],
-        kept["controls"],
-        {what: (rows, path + first) for what, (rows, first) in kept["seen"].items()},
-        [(number, line) for number, line in kept["places"]],
-        kept["form"],
-    )
+    try:
+        return Report(
+            Counter(kept["formats"]),
+            [path + line for line in kept["bad"]],
+            kept["controls"],
+            {what: (rows, path + first) for what, (rows, first) in kept["seen"].items()},
+            [(number, line) for number, line in kept["places"]],
+            kept["form"],
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the report on {path} in its sidecar is damaged ({error}); make the data again") from None
 
 
 def place(report: Report, number: int, path: str) -> str:

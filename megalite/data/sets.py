@@ -32,8 +32,9 @@ _log = logging.getLogger(__name__)
 SCAN_TOKENS = 200_000_000
 # what a run wants to know of instruction data, from its sidecar
 NEEDED = {
-    *("tokens", "trained_tokens", "tokenizer_sha256", "template_name", "template", "report", "sources"),
-    *("train_on", "control_tokens", "bad_rows"),
+    **dict.fromkeys(("tokens", "trained_tokens"), int),
+    **dict.fromkeys(("tokenizer_sha256", "template_name", "template", "train_on", "control_tokens", "bad_rows"), str),
+    **{"report": dict, "sources": list},
 }
 # of a held-out set so many tokens are decoded to learn how many bytes of text they are: seconds
 DECODED_TOKENS = 5_000_000
@@ -229,10 +230,10 @@ def _conversations(path: str, key: str, config: Config) -> Conversations:
         found = Conversations(prefix)
     except ValueError as error:
         raise ValueError(f"{key}={path}: {error}") from None
-    if missing := NEEDED - found.sidecar.keys():
+    if missing := [name for name, kind in NEEDED.items() if not isinstance(found.sidecar.get(name), kind)]:
         raise ValueError(
-            f"{key}={path} was made by an older megalite: {prefix}.json says nothing of {', '.join(sorted(missing))}; "
-            f"make it again with tools/data.py sft"
+            f"{key}={path} was made by an older megalite or is damaged: {prefix}.json says nothing of "
+            f"{', '.join(missing)}; make it again with tools/data.py sft"
         )
     if prefix is path:
         _check_made_alike(f"{key}={path}", found.sidecar, config)

@@ -71,6 +71,10 @@ def read_beside(path: Path) -> Beside:
     values: dict[str, Any] = {key: _tokens(value, f"{where}: {key}") for key, value in config.items()}
     if not values.get("extra_special_tokens") and "additional_special_tokens" in values:
         values["extra_special_tokens"] = values.pop("additional_special_tokens")
+    extra = values.get("extra_special_tokens") or []
+    every = list(extra.values() if isinstance(extra, dict) else extra) if isinstance(extra, (dict, list)) else [extra]
+    if not all(isinstance(token, (str, Added)) for token in every):
+        raise ValueError(f"{where}: extra_special_tokens is no list of tokens; write their strings")
     if "added_tokens_decoder" in config:
         added = _decoder(config["added_tokens_decoder"], f"{where}: added_tokens_decoder")
     else:
@@ -86,8 +90,6 @@ def read_beside(path: Path) -> Beside:
     plain = {key for key, token in named.items() if isinstance(token, str)}
     rest = sorted(named.keys() - set(STANDARD), key=lambda key: (key in plain, list(named).index(key)))
     named = {key: named[key] for key in (*STANDARD, *rest) if key in named}
-    if not isinstance(extra, list) or not all(isinstance(token, (str, Added)) for token in extra):
-        raise ValueError(f"{where}: extra_special_tokens is no list of tokens; write their strings")
     templates, file = _templates(path.parent, config)
     alone = not (templates or any(path.with_name(name).is_file() for name in (CONFIG, MAP, ADDED, "config.json")))
     return Beside(kind, named, extra, added, templates, file, config, alone)

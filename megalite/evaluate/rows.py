@@ -8,7 +8,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,10 +22,11 @@ HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 
 @dataclass(frozen=True)
 class Question:
-    """`answers`: any of them is right."""
+    """`answers`: any of them is right. `where`: file:line."""
 
     prompt: str
     answers: tuple[str, ...]
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def right(self) -> str:
@@ -34,11 +35,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Cloze:
-    """`label`: number of the right one of `choices`."""
+    """`label`: number of the right one of `choices`. `where`: file:line."""
 
     prompt: str
     choices: tuple[str, ...]
     label: int
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def right(self) -> str:
@@ -54,7 +56,7 @@ def read_questions(path: str | Path) -> list[Question]:
         if not isinstance(row.get("prompt"), str) or not answers or not all(isinstance(a, str) for a in answers):
             raise ValueError(f'{where}: expected {{"prompt": text, "answer": text or list of texts}}')
         _require_text(where, row["prompt"], *answers)
-        found.append(Question(row["prompt"], tuple(answers)))
+        found.append(Question(row["prompt"], tuple(answers), where))
     return found
 
 
@@ -69,7 +71,7 @@ def read_clozes(path: str | Path) -> list[Cloze]:
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(row["choices"]):
             raise ValueError(f"{where}: label {label!r} is not in 0..{len(row['choices']) - 1}, the number of a choice")
         _require_text(where, row["prompt"], *row["choices"])
-        found.append(Cloze(row["prompt"], tuple(row["choices"]), label))
+        found.append(Cloze(row["prompt"], tuple(row["choices"]), label, where))
     return found
 
 
@@ -137,7 +139,8 @@ def cloze_sequences(
 ) -> list[list[tuple[list[int], list[int]]]]:
     """(context, continuation) of every choice of every row; ValueError for one that cannot be scored."""
     found: list[list[tuple[list[int], list[int]]]] = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
+        name = row.where or f"row {number}"
         prompt = with_shots(shots, row.prompt, delimiter)
         found.append([])
         for choice in row.choices:
@@ -145,10 +148,10 @@ def cloze_sequences(
             context = [*source.start, *context]
             length = len(context) + len(continuation)
             if not context or not continuation:
-                raise ValueError(f"row {number + 1}: prompt and choice {choice!r} need a token each; write more")
+                raise ValueError(f"{name}: prompt and choice {choice!r} need a token each; write more")
             if source.limit is not None and length > source.limit:
                 raise ValueError(
-                    f"row {number + 1}: {length} tokens with choice {choice!r}, but the model has {source.limit} "
+                    f"{name}: {length} tokens with choice {choice!r}, but the model has {source.limit} "
                     f"positions; use fewer shots or a shorter prompt"
                 )
             found[-1].append((context, continuation))

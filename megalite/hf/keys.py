@@ -29,7 +29,7 @@ def with_hf(request: Request) -> Request:
         if section != "model" or name == "from_hf":
             continue
         asked, found = getattr(config.model, name), getattr(model, name)
-        if name in TRAINING:
+        if name in TRAINING or name == "add_tokens":
             chosen[name] = asked
         elif asked != found and (asked is not None or name == "sliding_window"):
             raise ConfigError(f"{key}={asked}, but {source}/config.json has {found}; leave {key} to model.from_hf")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
-import re
 import secrets
 import socket
 import struct
@@ -238,13 +238,12 @@ def port_holder(port: int) -> str:
             inodes |= {
                 f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port
             }
-    for process in Path("/proc").iterdir() if inodes else ():
-        if not re.fullmatch(r"\d+", process.name):
-            continue
+    for link in map(Path, glob.iglob("/proc/[0-9]*/fd/*") if inodes else ()):
+        # of processes and descriptors that end meanwhile nothing is known
         with contextlib.suppress(OSError):
-            if any(os.readlink(link) in inodes for link in (process / "fd").iterdir()):
-                name = (process / "comm").read_text().strip()
-                return f" (held by pid {process.name}, {name})"
+            if os.readlink(link) in inodes:
+                process = link.parents[1]
+                return f" (held by pid {process.name}, {(process / 'comm').read_text().strip()})"
     return ""
 
 

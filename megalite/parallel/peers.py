@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from megalite.parallel.hub import DIED, SETTLE_S, SILENCE_S, SILENT, Hub, Lines, Verdict, beat_s, encode
@@ -26,14 +25,12 @@ class Peers:
 
     def __init__(self, here: Place, connection: socket.socket, host: str, timeout_s: float, hub: Hub | None) -> None:
         self.here, self.hub, self.timeout_s = here, hub, timeout_s
-        # a file that says that this process lives: removed where it ends by the verdict
-        self.sign: Path | None = None
         self.host0, self.address = host, connection.getpeername()[0]
         self._silence = min(timeout_s, SILENCE_S)
         # a signal may have the main thread send within a send
         self._connection, self._sending = connection, threading.RLock()
         self._inbox: queue.Queue[Any] = queue.Queue()
-        self._failing, self._speaks = False, threading.Event()
+        self._failing, self._speaks = "", threading.Event()
         self._over = False
         connection.settimeout(beat_s(self._silence))
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
@@ -65,7 +62,7 @@ class Peers:
         """
         if self._over:
             return
-        self._failing = True
+        self._failing = kind
         self._send({"ended": [kind, text]})
         # where the connection is lost too the verdict is that rank 0 is gone; where all fails this rank speaks
         self._speaks.wait(SETTLE_S + self._silence + 1.0)
@@ -123,14 +120,13 @@ class Peers:
     def _end(self, verdict: Verdict) -> None:
         """End this process, unless its main thread has failed and is the one to speak."""
         rank, local_rank = self.here.rank, self.here.local_rank
-        if self.sign is not None:
-            self.sign.unlink(missing_ok=True)
         mine = verdict.rank == rank
-        if self._failing and (mine or (verdict.kind == "gone" and verdict.rank == 0)):
+        rank_0_gone = verdict.kind == "gone" and verdict.rank == 0
+        if self._failing and (mine or (rank_0_gone and self._failing == "error")):
             self._speaks.set()
         elif mine:
             end_with(verdict.line(), 2)
-        elif verdict.kind == "gone" and verdict.rank == 0:
+        elif rank_0_gone:
             end_with(verdict.line(), 1, rank == 1 or local_rank == 0)
         else:
             # said by the rank itself if it can, and where its node has a log of its own once more here
@@ -139,9 +135,10 @@ class Peers:
 
 
 def end_with(line: str, status: int, speaks: bool = True) -> NoReturn:
-    """End this process from any thread; one that does not speak waits until the one that does is heard."""
-    tell_launcher(line)
-    if speaks:
+    """End this process from any thread; one that does not speak, or said it, waits until the one that does is heard."""
+    if line:
+        tell_launcher(line)
+    if line and speaks:
         sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
     else:

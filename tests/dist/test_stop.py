@@ -45,7 +45,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
 ) -> None:
     argv = settings(tmp_path / "run", *CUT)
     ended = run_ranks(RANKS, pretrain_with, argv, rank, 5, number)
-    reason = number.name if rank == 0 else "another rank was told to"
+    reason = number.name if rank == 0 else "another rank received a stop signal"
     assert f"stopped at step 5: {reason}; the same command goes on from here" in ended.out[0]
     assert "".join(ended.err) == ""
     assert [folder.name for folder in complete(tmp_path / "run")] == ["step-00000005"]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = {
     6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
-    5: ("trainer", "restore", "generate", "evaluate", "divergence", "together"),
+    5: ("trainer", "restore", "run_folder", "generate", "evaluate", "divergence", "together"),
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "loaded", "agree"),
     2: ("parallel", "data", "watch", "plan", "topology", "activations", "batches"),

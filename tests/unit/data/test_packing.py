@@ -276,7 +276,7 @@ def test_a_prefix_of_an_older_version_is_told(chats: Path, corpus: Corpus, tmp_p
     values = json.loads(side.read_text("utf-8"))
     del values["report"]
     side.write_text(json.dumps(values), "utf-8")
-    with pytest.raises(ValueError, match=r"older megalite: .*\.json says nothing of report; make it again"):
+    with pytest.raises(ValueError, match=r"older megalite or is damaged: .*\.json says nothing of report; make it"):
         open_data(config(chats, corpus, tmp_path, sft=str(side)[: -len(".json")]))
 
 

@@ -62,8 +62,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], World]]
     original = Peers._end
 
     def end(self: Peers, verdict: Verdict) -> None:
-        def note(line: str, status: int) -> None:
-            made[-1].ended[self.here.rank] = (line, status)
+        def note(line: str, status: int, speaks: bool = True) -> None:
+            made[-1].ended[self.here.rank] = (line if speaks else "", status)
             self._over = True
 
         monkeypatch.setattr(module, "end_with", note)

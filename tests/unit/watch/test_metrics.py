@@ -3,6 +3,9 @@
 import builtins
 import importlib.util
 import json
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,95 @@ def test_a_torn_line_costs_that_line_alone(tmp_path: Path, torn: bytes) -> None:
 def test_separators_of_unicode_do_not_end_a_line(tmp_path: Path) -> None:
     write(tmp_path, {"kind": "start", "resumed": "a\u2028b\x85c"})
     assert read_metrics(tmp_path)["start"][0]["resumed"] == "a\u2028b\x85c"
+
+
+def refuse_beyond(size: int) -> None:
+    """From here on this process cannot make a file larger than so many bytes (-1: any)."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def test_a_disk_that_refuses_is_told_once_and_costs_no_line(tmp_path: Path) -> None:
+    metrics, path = Metrics(tmp_path), tmp_path / "metrics.jsonl"
+    metrics.write("train", step=1, loss=1.0)
+    refuse_beyond(path.stat().st_size + 10)  # within a line
+    try:
+        for step in (2, 3, 4):
+            metrics.write("train", step=step, loss=1.0)
+    finally:
+        refuse_beyond(-1)
+    limit = "The limit on the size of a file is reached: raise it (ulimit -f)"
+    assert metrics.news() == [(f"{path} cannot be written: File too large. {limit}", True)]
+    metrics.write("train", step=5, loss=1.0)
+    assert metrics.news() == []
+    metrics.close()
+    assert [row["step"] for row in read_metrics(tmp_path)["train"]] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(("number", "says"), [(28, "Make room"), (122, "quota"), (30, "read-only"), (5, "dmesg")])
+def test_every_refusal_has_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str) -> None:
+    metrics = Metrics(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(metrics, "_open", broken)
+    metrics._close_file()
+    metrics.write("train", step=1, loss=1.0)
+    ((text, may_end),) = metrics.news()
+    assert may_end
+    assert text.startswith(f"{tmp_path}/metrics.jsonl cannot be written: {os.strerror(number)}. ")
+    assert says in text
+
+
+def test_a_file_that_alone_is_removed_is_begun_anew(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path)
+    metrics.write("train", step=1, loss=1.0)
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics.write("train", step=2, loss=1.0)
+    ((text, may_end),) = metrics.news()
+    assert not may_end
+    assert "metrics.jsonl was removed while the run was writing to it; a new one is begun" in text
+    assert [row["step"] for row in read_metrics(tmp_path)["train"]] == [2]
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_into_another_folder_nothing_is_written_before_it_is_opened(tmp_path: Path, another: bool) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    metrics = Metrics(run_dir)
+    metrics.write("train", step=1, loss=1.0)
+    run_dir.rename(tmp_path / "old")
+    if another:
+        run_dir.mkdir()
+    for step in (2, 3):
+        metrics.write("train", step=step, loss=1.0)
+    assert metrics.folder_gone
+    assert metrics.news() == [(f"{run_dir} was removed or renamed while the run was writing to it", True)]
+    assert read_metrics(run_dir) == {}
+    run_dir.mkdir(exist_ok=True)
+    metrics.reopen()
+    metrics.write("train", step=4, loss=1.0)
+    assert [row["step"] for row in read_metrics(run_dir)["train"]] == [2, 3, 4]
+    assert [row["step"] for row in read_metrics(tmp_path / "old")["train"]] == [1]
+
+
+def test_tensorboard_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    metrics = Metrics(tmp_path, tensorboard=True)
+    metrics.write("train", step=1, loss=1.0)
+
+    def broken(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    metrics._board.add_scalar = broken
+    for step in (2, 3):
+        metrics.write("train", step=step, loss=1.0)
+    ((text, may_end),) = metrics.news()
+    assert not may_end
+    assert text.startswith("TensorBoard's curves end here: No space left on device (")
+    metrics.close()
+    assert [row["step"] for row in read_metrics(tmp_path)["train"]] == [1, 2, 3]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
