@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megalite import disk
 from megalite.checkpoint import lock
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
@@ -335,7 +336,7 @@ def make_run_folder(run_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"train.run_dir={run_dir} cannot be written ({error.strerror}); name a folder on a disk with room"
+            f"train.run_dir={run_dir} cannot be written ({error.strerror}). {disk.remedy(error)}"
         ) from None
 
 

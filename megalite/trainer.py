@@ -88,6 +88,8 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
                 save(run, last=bool(reason) or run.state.step == config.train.steps)
             if reason and run.state.step < config.train.steps:
                 run.progress.say(f"stopped at step {run.state.step}: {reason}; the same command goes on from here")
+                if advice := run.stop.advice():
+                    run.progress.say(f"note: {advice}")
                 if told:
                     _ask_requeue(run, told)
                 break
@@ -183,13 +185,14 @@ def train_step(run: Run) -> str:
     _report(run, samples, time.monotonic() - began, figures, why)
     with _save_may_fail(run):
         _saved(run, run.saver.settle(saves_over, saves_failed))
-    return (run.stop.reason or "another rank was told to") if stops else ""
+    return (run.stop.reason or "another rank received a stop signal") if stops else ""
 
 
 def _report(run: Run, samples: range, seconds: float, figures: dict[str, float], why: str) -> None:
     """Write and show the figures of a step; `why` it changed no weight, where it did not."""
     c, state, loss, norm = run.config, run.state, figures.get("loss"), figures.get("grad_norm", math.inf)
     speed = len(samples) * c.train.seq_len / seconds
+    run.stop.step_s = seconds
     usage = run.meter.read(speed)
     spike = run.spikes.ratio(loss) if loss is not None else 0.0
     if loss is not None and run.spikes.begins(spike):

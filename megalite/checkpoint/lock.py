@@ -81,8 +81,8 @@ def require_free(run_dir: Path) -> None:
     if owner.machine == me.machine:
         if _start_of(owner.pid) == owner.started:
             raise ConfigError(
-                f"{run_dir} is in use by {owner}; wait for its end, stop it with `touch {run_dir / 'STOP'}`, or take "
-                f"another run folder"
+                f"{run_dir} is in use by {owner}; wait for it to end (`touch {run_dir / 'STOP'}` asks a run to), or "
+                f"take another folder"
             )
         return
     try:

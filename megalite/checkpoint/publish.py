@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import megalite
+from megalite.checkpoint import lock
 from megalite.checkpoint.blocks import Part, write_parts
 from megalite.checkpoint.faults import Faults
 from megalite.checkpoint.folder import BUILDING, complete, read_manifest, step_of
@@ -131,13 +132,18 @@ def remove_leftovers(run_dir: Path) -> None:
 def new_folder(target: Path) -> Iterator[Path]:
     """A hidden folder to write into; once the block has ended it is on the disk and named `target`.
 
-    `target` may be there and empty. Where the block fails nothing is left.
+    `target` may be there and empty. Where the block fails nothing is left. ConfigError where another process is writing
+    the same.
     """
     building = target.with_name(f"{BUILDING}{target.name}")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    building.mkdir(parents=True, exist_ok=True)
+    lock.hold(building)
     try:
+        for left in building.iterdir():  # of a process that was killed
+            if left.name != lock.NAME:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield building
+        lock.release(building)
         for path in (*building.rglob("*"), building):
             sync(path)
         if target.exists():

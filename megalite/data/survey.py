@@ -64,7 +64,7 @@ class Survey:
             raise ValueError(
                 f"{key}: template {self.data.sidecar['template_name']} writes {names} (the first in {first}), and the "
                 f"tokenizer has no such token, so that the model cannot learn where a turn ends; add them with "
-                f"model.add_tokens, or choose a template for this tokenizer with data.template"
+                f"model.add_tokens='[{names}]', or choose a template for this tokenizer with data.template"
             )
         if len(self.chosen) == (len(self.longer) if self.overlong == "drop" else 0):
             (*_, last) = self.notes()

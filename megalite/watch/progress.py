@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import time
@@ -33,6 +34,17 @@ def _loss(loss: float | None) -> list[str]:
     return [] if loss is None else [f"loss {loss:.4f}"]
 
 
+def _put(text: str) -> None:
+    """Write to standard output; where nobody reads it any more, as in a closed terminal, the run goes on silently."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 class Progress:
     """Speaks for one rank of the run; the others are silent."""
 
@@ -49,8 +61,7 @@ class Progress:
         if self.speaks:
             self._erase()
             # text and newline in one write: ranks share the pipe
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            _put(text + "\n")
 
     def step(self, step: int, loss: float | None, fields: Sequence[str]) -> None:
         """Report that `step` steps are done: every interval as a line that stays, in between on the live line.
@@ -72,13 +83,12 @@ class Progress:
             self.say("  ".join(filter(None, (head, *_loss(loss), *fields, eta))))
         elif self._live:
             width = shutil.get_terminal_size().columns - 1
-            sys.stdout.write("\r\x1b[K" + fit(head, [*_loss(loss), *fields], eta, width))
-            sys.stdout.flush()
+            _put("\r\x1b[K" + fit(head, [*_loss(loss), *fields], eta, width))
             self._drawn = True
 
     def _erase(self) -> None:
         if self._drawn:
-            sys.stdout.write("\r\x1b[K")
+            _put("\r\x1b[K")
             self._drawn = False
 
 

@@ -40,7 +40,7 @@ def test_a_running_process_has_its_folder(tmp_path: Path) -> None:
     text = says(tmp_path)
     assert f"{tmp_path} is in use by " in text
     assert f"(process {os.getpid()}, since 20" in text
-    assert f"`touch {tmp_path}/STOP`, or take another run folder" in text
+    assert f"wait for it to end (`touch {tmp_path}/STOP` asks a run to), or take another folder" in text
     lock.release(tmp_path)
 
 

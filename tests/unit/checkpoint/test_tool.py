@@ -19,8 +19,10 @@ from megalite.checkpoint.compare import compare, differing_values
 from megalite.checkpoint.faults import Faults
 from megalite.checkpoint.folder import BUILDING, read_manifest, step_folder
 from megalite.checkpoint.load import read_tensor
+from megalite.checkpoint.lock import hold, release
+from megalite.checkpoint.manifest import Removed
 from megalite.checkpoint.publish import publish, write_rank
-from megalite.checkpoint.retain import surplus
+from megalite.checkpoint.retain import remove, surplus
 from megalite.checkpoint.save import own_parts, write_whole
 from megalite.checkpoint.state import State
 from megalite.checkpoint.verify import verify
@@ -255,6 +257,40 @@ def test_nothing_goes_while_the_newest_is_damaged(tmp_path: Path) -> None:
     flip(next(write(tmp_path, 2).glob("*.safetensors")), -1)
     assert "tensor exp_avg.b cannot be read" in tool("prune", tmp_path, "--keep", 1, status=2)
     assert names(tmp_path) == [1, 2]
+
+
+def test_a_checkpoint_that_is_pruned_under_its_reader_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, newer = write(tmp_path, 1), write(tmp_path, 2)
+    manifest = read_manifest(older)
+    remove(older)
+    remove(older)  # someone else was faster
+    says = rf"{older} was removed while it was being read: its run keeps the newest checkpoints only"
+    for read in (lambda: read_tensor(older, manifest, "weight.a"), lambda: verify(older, manifest)):
+        with pytest.raises(Removed, match=says):
+            read()
+    with pytest.raises(Removed, match=says):
+        read_manifest(older)
+    # of a run's checkpoints one goes after they were listed
+    monkeypatch.setattr("tools.checkpoint.complete", lambda run: [older, newer])
+    lines = tool("verify", tmp_path).splitlines()
+    assert lines[0].startswith(f"removed  {older} was removed while")
+    assert lines[1].startswith(f"good  {newer}: ")
+
+
+def test_two_processes_do_not_write_one_new_folder(tmp_path: Path) -> None:
+    """A folder that is being written is not cleared by a second process; what a dead one left is."""
+    write(tmp_path / "run", 1)
+    building = tmp_path / ".building-new"
+    (building / "checkpoints").mkdir(parents=True)
+    hold(building)
+    assert "is in use by" in tool("consolidate", tmp_path / "run", tmp_path / "new", status=2)
+    assert sorted(os.listdir(building)) == ["LOCK", "checkpoints"]
+    release(building)
+    tool("consolidate", tmp_path / "run", tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["new", "run"]
+    assert sorted(os.listdir(tmp_path / "new")) == ["checkpoints", "config.yaml"]
 
 
 def test_a_link_to_a_checkpoint_never_goes(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from assets import asset
 from campaign import rounds
 
 from megalite.data.chat import ChatTemplate, find_template
-from megalite.data.conversations import RowError, normalise
+from megalite.data.conversations import normalise
 from megalite.data.conversations import read_rows as read_conversations
 from megalite.data.documents import read_rows, texts
 from megalite.data.instructions import Options, write_indexed
+from megalite.data.messages import RowError
 from megalite.data.packing import Conversations
 from megalite.data.preprocess import preprocess
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
@@ -218,6 +219,29 @@ def test_lines_arrays_and_tables_are_the_same_conversations(tmp_path: Path) -> N
     for each in found:
         with pytest.raises(RowError, match="prompt holds a NUL"):
             normalise(each[7].value)
+
+
+def test_damaged_tables_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    binary = pyarrow.array([b"ok", b"\xff\xfe", b"fine"])
+    text = pyarrow.StringArray.from_buffers(3, *binary.buffers()[1:])
+    parquet.write_table(pyarrow.table({"prompt": text, "completion": ["x"] * 3}), path)
+    found = [row.value for row in read_conversations(path)]
+    assert [found[0]["prompt"], found[2]["prompt"]] == ["ok", "fine"]
+    assert str(found[1]) == "not UTF-8 (invalid start byte at byte 0); write it as UTF-8"
+    parquet.write_table(pyarrow.table({"prompt": ["a"] * 3, "completion": ["x"] * 3}), path)
+    whole, counts = path.read_bytes(), Counter[str]()
+    for seed in range(rounds(100, 1000)):
+        draw, damaged = random.Random(seed), bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            damaged[draw.randrange(len(whole))] = draw.randrange(256)
+        path.write_bytes(damaged[: draw.randrange(len(whole))] if draw.random() < 0.1 else damaged)
+        counts["refused by name" if outcome(path, lambda: conversations(path))[1] else "read"] += 1
+    with capsys.disabled():
+        print(f"\ndamaged Parquet files: {dict(sorted(counts.items()))}")
 
 
 def test_whole_files_count_what_single_rows_said(tmp_path: Path, tokenizer: Tokenizer) -> None:

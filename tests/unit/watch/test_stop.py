@@ -92,3 +92,37 @@ def test_a_second_interrupt_does_not_wait(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "True\n", "")
+
+
+def test_a_hangup_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    """As under nohup; else it asks for a save."""
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == 'nohup' else signal.SIG_DFL)\n"
+        "from megalite.watch.stop import Stop\n"
+        "stop = Stop(pathlib.Path('.'), 0.0, False)\n"
+        "os.kill(os.getpid(), signal.SIGHUP); print(stop.asked(), stop.reason)\n"
+    )
+    for word, says in (("nohup", "False \n"), ("terminal", "True SIGHUP\n")):
+        done = subprocess.run(
+            [sys.executable, "-c", script, word], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert (done.stdout, done.stderr) == (says, "")
+
+
+def test_a_step_longer_than_torchrun_waits_is_told_when_the_signal_comes(
+    stop: Stop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    stop.step_s = 45.0
+    assert stop.advice() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    stop.step_s = 29.0
+    assert stop.advice() == ""
+    stop.step_s = 45.0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.asked()
+    assert capfd.readouterr().err == (
+        "SIGTERM: saving at the end of this step; a step takes 45 s and torchrun kills its ranks 30 s after a signal: "
+        "start it with --shutdown_timeout 150\n"
+    )
