@@ -76,16 +76,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
-        if HERE.note:
-            say(HERE.note)
-        name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
-        say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
-        if config.tune.mode != "full" or config.tune.freeze:
-            say(plan.describe_trained(config))
-        if config.optim.name == "muon":
-            say(plan.describe_muon(config))
-        if warning := context_warning(config):
-            say(warning)
+        introduce(request, config, why)
         if request.dry_run:
             say(to_yaml(config) + describe(config, machine))
         first_try = not request.preset_named and not request.explicit and request.hardware is None
@@ -142,6 +133,20 @@ def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Reques
     if tuning:
         request = with_template(with_tokenizer(request, tell), tell)
     return with_added_tokens(request)
+
+
+def introduce(request: Request, config: Config, why: str) -> None:
+    """Say what is trained, how it is laid out, and what the user may want to know before it starts."""
+    if HERE.note:
+        say(HERE.note)
+    name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
+    say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
+    if config.tune.mode != "full" or config.tune.freeze:
+        say(plan.describe_trained(config))
+    if config.optim.name == "muon":
+        say(plan.describe_muon(config))
+    if warning := context_warning(config):
+        say(warning)
 
 
 def machine_of(request: Request) -> topology.Machine:
@@ -256,7 +261,7 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
         done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
     try:
-        status = in_world(config, main, mine)
+        status = in_world(config, main, mine, Path(config.train.run_dir))
     finally:
         if RANK == 0:
             lock.release(Path(config.train.run_dir))

@@ -109,10 +109,12 @@ def hear_signals() -> None:
         signal.signal(number, heard)
 
 
-def in_world(config: Config, main: Callable[[World], None], mine: Report | None = None) -> int:
+def in_world(
+    config: Config, main: Callable[[World], None], mine: Report | None = None, run_dir: Path | None = None
+) -> int:
     """Import torch, start the world, call `main` in it; gives the exit status, every failure told in one line.
 
-    `mine`: what this rank reports to the others; they then also see that all have the same run folder.
+    `mine`: what this rank reports to the others. `run_dir`: a folder that has to be the same for all.
     """
     global _peers
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -121,7 +123,7 @@ def in_world(config: Config, main: Callable[[World], None], mine: Report | None 
         require_peers()
         if WORLD_SIZE > 1:
             _peers, store = meet(config)
-            settle(_peers, mine or start_report(HERE), Path(config.train.run_dir) if mine else None)
+            settle(_peers, mine or start_report(HERE), run_dir)
         from megalite.parallel.launch import environment, start_world
 
         if _peers is not None:

@@ -26,8 +26,8 @@ from megalite.parallel.cuts import Shard, uncut
 from megalite.parallel.groups import share_text
 from megalite.parallel.mesh import Mesh
 
-# how often rank 0 looks for the others' parts, and how long after all are written a file system may take to show them
-LOOK_S, SHOW_S = 0.1, 30.0
+# how long rank 0 waits, in the end, between looks for the others' parts; how long a file system may take to show them
+LOOK_S, SHOW_S = 0.5, 30.0
 
 
 class SaveFailed(OSError):
@@ -174,7 +174,7 @@ class Saver:
 
     def _wait_for_parts(self) -> bool:
         """Until every rank's part is there; false where it is told to leave before."""
-        ranks, deadline = self.mesh.world.size, math.inf
+        ranks, deadline, pause = self.mesh.world.size, math.inf, LOOK_S / 100
         while missing := missing_parts(self._building, ranks):
             if self._all_written.is_set() and deadline == math.inf:
                 deadline = time.monotonic() + min(SHOW_S, self.config.parallel.timeout_s / 3)
@@ -183,8 +183,9 @@ class Saver:
                     f"rank {', '.join(map(str, missing))} of {ranks} has written its part, and rank 0 does not see it "
                     f"in {self._building.parent}"
                 )
-            if self._leave.wait(LOOK_S) or place.ending:
+            if self._leave.wait(pause) or place.ending:
                 return not missing_parts(self._building, ranks)
+            pause = min(1.5 * pause, LOOK_S)
         return True
 
     def _fail(self) -> None:

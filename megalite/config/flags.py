@@ -71,6 +71,7 @@ def _table() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+@cache
 def _keys() -> dict[str, list[str]]:
     """Keys by their last name."""
     found: dict[str, list[str]] = {}

@@ -113,7 +113,7 @@ def _check(key: str, value: Any, rule: Mapping[str, Any]) -> None:
 
 def check_text(key: str, text: str, path: str) -> None:
     """ConfigError if `text` cannot be the value of `key`. `path`: "" for no path, "in" to read, "out" to write."""
-    if path and text.lower() in NOTHING:
+    if path and text.strip().lower() in NOTHING:
         what = "a folder to write to" if path == "out" else "a file or folder"
         raise ConfigError(f"{key}={text} names nothing; write {what}, e.g. {_example(key, path)}")
     if any(unicodedata.category(c) in CONTROL for c in text):
@@ -130,6 +130,8 @@ def check_text(key: str, text: str, path: str) -> None:
     if path == "in" and re.fullmatch(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?", text) and re.search("[0-9]", text):
         raise ConfigError(f"{key}={text} is a number, expected a file or folder; one of that name is ./{text}")
     if path == "out":
+        if text != text.strip():
+            raise ConfigError(f"{key}={text!r} begins or ends with a space; write it without")
         _check_folder(key, text)
 
 

@@ -99,8 +99,8 @@ class Limits:
 
     def refuse_size(self) -> NoReturn:
         raise LimitError(
-            f"chat template {self.name}: stopped at a text or list of more than {self.largest} elements; mend what makes "
-            f"it so large"
+            f"chat template {self.name}: stopped at a text or list of more than {self.largest} elements; mend what "
+            f"makes it so large"
         )
 
     def sized(self, value: Any) -> Any:

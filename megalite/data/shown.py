@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from megalite.data.messages import Message, RowError, has_reasoning
 from megalite.data.spans import ARGUMENTS, CALL, CONTENT, START, THOUGHT, Render, Turns, mark_of, split_marks
 
 THOUGHT_END = "</think>"
+# switches of Qwen3 and SmolLM3 inside messages, which some templates take out
+SWITCH = re.compile(r"/(?:no_)?think\b")
 
 
 def check_contents(turns: Turns, template: str) -> dict[int, str]:
@@ -19,7 +22,7 @@ def check_contents(turns: Turns, template: str) -> dict[int, str]:
     changed = {}
     for index, message in enumerate(turns.messages):
         content = (message["content"] or "").strip()
-        if not content or _shown(turns, index, content):
+        if not content or any(_shown(turns, index, text) for text in {content, SWITCH.sub("", content).strip()}):
             continue
         why = f"message {index + 1}: template {template} does not show its content, or not as it is"
         if message["role"] != "assistant":
@@ -32,6 +35,8 @@ def check_contents(turns: Turns, template: str) -> dict[int, str]:
 
 def _shown(turns: Turns, index: int, content: str) -> bool:
     message = turns.messages[index]
+    if not content:
+        return True
     marks = [mark for mark in turns.of(index) if mark.kind == CONTENT]
     if not marks:
         # a template that looks into the message cannot be asked; one that could be does not show it

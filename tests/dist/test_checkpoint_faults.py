@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,37 @@ def test_a_kill_at_any_point_loses_nothing(
 
 def losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(run_dir)["train"]}
+
+
+def slow_step(argv: list[str], step: int) -> int:
+    """`pretrain`, in which every rank is long at one step."""
+    from megalite import trainer
+
+    whole_step = trainer.train_step
+
+    def slow(run: trainer.Run) -> str:
+        if run.state.step + 1 == step:
+            time.sleep(600)
+        return whole_step(run)
+
+    trainer.train_step = slow
+    return pretrain(argv)
+
+
+def test_a_kill_in_a_long_step_keeps_the_checkpoint_before_it(settings, straight: Path, tmp_path: Path) -> None:
+    """It is published while the step is under way, not at its end."""
+    argv = settings(tmp_path, *CUT)
+    with Ranks(2, slow_step, argv, 3) as ranks:
+        deadline = time.monotonic() + 30
+        while len(complete(tmp_path)) < 2 or (tmp_path / "checkpoints" / "latest").read_text() != "step-00000002\n":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for rank in range(2):
+            ranks.send(signal.SIGKILL, rank)
+        ranks.wait(30)
+    ended = run_ranks(2, pretrain, argv)
+    assert f"loaded {tmp_path}/checkpoints/step-00000002, at step 2" in ended.out[0]
+    assert losses(tmp_path) == losses(straight)
 
 
 def test_an_unknown_point_is_refused_in_one_line(settings, tmp_path: Path) -> None:

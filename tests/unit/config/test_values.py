@@ -90,6 +90,8 @@ def test_numbers_written_in_odd_ways(key: str, text: str) -> None:
     ("override", "message"),
     [
         ("train.run_dir=", "train.run_dir= names nothing; write a folder to write to, e.g. train.run_dir=runs/mine"),
+        ("train.run_dir='  '", "names nothing"),
+        ("train.run_dir='runs/x '", "train.run_dir='runs/x ' begins or ends with a space; write it without"),
         ("train.run_dir=/", "train.run_dir=/ is the root of the file system"),
         ("train.run_dir=/proc/x", "train.run_dir=/proc/x is in /proc, which is no disk"),
         ("train.run_dir=../../../../../../../../proc/x", "is in /proc, which is no disk"),

@@ -251,7 +251,9 @@ def check(features: Draw, row: dict[str, Any]) -> str:
     except RowError as error:
         refused = str(error)
     if refused or rendered is None:
-        return next(known for known in REFUSALS if known in refused)
+        known = [reason for reason in REFUSALS if reason in refused]
+        assert known, refused
+        return known[0]
     encoding = tokenizer().encode_chat(rendered.text)
     same = [way for way in ways if way[0] == rendered.text]
     assert same, (rendered.text, ways)
@@ -276,6 +278,7 @@ REFUSALS = (
     "cannot render it",
     "cannot be told from the rest",
     "marks as generation what",
+    "marks nothing of this conversation",
     "works on the text of its generation blocks",
 )
 

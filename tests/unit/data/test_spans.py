@@ -88,6 +88,17 @@ QUOTING = (
 # works only where there is a message, as most do that look at messages[0]
 FIRST_LOOKED_AT = "{% if messages[0].role != 'system' %}{{ 'Be good.\n' }}{% endif %}" + TWO_ENDS
 CALL = '{"name": "f", "arguments": {"x": 1}}'
+# switches are taken out of the system message, and the generation block holds the header too
+SWITCHED = (
+    "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% set off = '/no_think' in system %}<|im_start|>system\n"
+    "{% set rest = system.replace('/no_think', '').replace('/think', '').rstrip() %}"
+    "{{ 'Mode: ' + ('off' if off else 'on') + '\n' + (rest or 'Be good.') }}<|im_end|>\n"
+    "{% for m in messages %}{% if m.role == 'user' %}" + HEAD + "{{ m.content }}<|im_end|>\n"
+    "{% elif m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    "{{ '<think>\n\n</think>\n' if off else '' }}{{ m.content.lstrip('\n') }}<|im_end|>\n{% endgeneration %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"default": None}}}]
 
 
@@ -113,6 +124,15 @@ TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"default"
         (HEADLESS, [user("a\n"), said("\nb"), user("c"), said("d")], ["b" + E, "d" + E]),
         (ONE_END, [user("a"), said("b"), user("c"), said("d")], ["b\n", "d\n" + E]),
         (QUOTING, [user("a"), calling("f"), result("9"), said("b")], [CALL + E, "b" + E]),
+        *(
+            (SWITCHED, [*system, user("a"), said("b")], [f"<|im_start|>assistant\n{thought}b{E}\n"])
+            for system, thought in (
+                ([], ""),
+                ([{"role": "system", "content": "Be brief. /no_think"}], "<think>\n\n</think>\n"),
+                ([{"role": "system", "content": "/no_think"}], "<think>\n\n</think>\n"),
+                ([{"role": "system", "content": "/think Be brief."}], ""),
+            )
+        ),
         (FIRST_LOOKED_AT, [said("a"), user("b"), said("c")], ["a" + E, "c" + E]),
     ],
 )  # fmt: skip
