@@ -20,7 +20,7 @@ from megalite.data.controls import Controls, keep_text, unmark
 from megalite.data.conversations import normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.jinja import LimitError
-from megalite.data.masks import require_trained, token_weights, weighted_spans
+from megalite.data.masks import UntrainedError, require_trained, token_weights, weighted_spans
 from megalite.data.messages import Conversation
 from megalite.data.origin import describe_tokenizer
 from megalite.data.report import Report
@@ -54,13 +54,18 @@ class Example(NamedTuple):
 def examples(
     path: str | Path, tokenizer: Tokenizer, template: ChatTemplate, options: Options, report: Report
 ) -> Iterator[Example]:
-    """Every good row of a file, ready; a bad one is a ValueError with its place, or with bad_rows=skip counted."""
+    """Every good row of a file, ready; a bad one is a ValueError with its place, or with bad_rows=skip counted.
+
+    Rows without a trained token are left out and counted.
+    """
     controls = control_pattern(tokenizer) if options.control_tokens != "allow" else None
     for row in read_rows(path):
         try:
             yield _example(row.where, row.value, tokenizer, template, options, report, controls)
         except LimitError:  # of the template, whatever the row
             raise
+        except UntrainedError:
+            report.see("untrained", row.where)
         except ValueError as error:  # of a row, or of a tokenizer that cannot cut its text
             if options.bad_rows == "stop":
                 raise ValueError(f"{row.where}: {error} (data.bad_rows=skip leaves such rows out)") from None
@@ -128,6 +133,12 @@ def write_indexed(
             trained += int(np.count_nonzero(example.weights))
             bar.advance(1, f"{bar.done + 1} conversations")
         if not report.formats:
+            rows, where = report.seen.get("untrained", (0, ""))
+            if rows:
+                raise ValueError(
+                    f"{path}: no token is trained: the answers of {rows} rows are empty or have weight 0 (the first: "
+                    f"{where})"
+                )
             first = f", the first: {report.bad[0]}" if report.bad else ""
             raise ValueError(f"{path}: no conversation in it{first}")
         tokens.sidecar = {

@@ -74,7 +74,11 @@ def token_weights(text: str, encoding: Encoding, spans: Sequence[Weighted]) -> N
     return weights
 
 
+class UntrainedError(RowError):
+    """A row that is well formed and of which no token counts in the loss."""
+
+
 def require_trained(weights: NDArray[np.float64]) -> None:
-    """RowError where no token but the first, which nothing predicts, counts."""
+    """UntrainedError where no token but the first, which nothing predicts, counts."""
     if not weights[1:].any():
-        raise RowError("no token of it is trained: its answers are empty or have weight 0")
+        raise UntrainedError("no token of it is trained: its answers are empty or have weight 0")

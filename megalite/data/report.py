@@ -28,6 +28,7 @@ TOLD = {
     "endless": "the last answer ends without a control token, so that the model does not learn to stop",
     "tools": "the template does not show the tools",
     "unshown": "the template does not show the reasoning of messages, so it is not trained",
+    "untrained": "no token is trained, since the answers are empty or have weight 0; left out",
     "unknown": "the template writes {which}, which is no token of this tokenizer",
 }
 

@@ -169,6 +169,14 @@ def test_the_assistant_may_not_speak_first_where_the_template_has_no_place_for_i
         text({"messages": [*system, ANSWER, USER, ANSWER]}, name)
 
 
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+@pytest.mark.parametrize("turns", [[USER, USER, ANSWER], [USER, ANSWER, ANSWER], [USER, ANSWER, USER, ANSWER, ANSWER]])
+def test_turns_alternate_where_the_template_has_no_place_for_two_in_a_row(name: str, turns: Any) -> None:
+    with pytest.raises(RowError, match=f"{name} has no place for two messages of role (user|assistant) in a row"):
+        text({"messages": turns}, name)
+    assert text({"messages": [USER, ANSWER, USER, ANSWER]}, name)
+
+
 def test_a_system_text_beside_the_messages() -> None:
     assert normalise({"system": "s", "messages": [USER, ANSWER]}).messages[0] == {"role": "system", "content": "s"}
     with pytest.raises(RowError, match="has 'system' and also a message of role system"):

@@ -168,7 +168,9 @@ def test_a_weight_too_small_to_be_trained(tmp_path: Path) -> None:
     small = row("q", "a")
     small["messages"][1]["weight"] = 1e-50
     found = look(tmp_path, [small, row("q", "a")], MISTRAL, TURNS + "</s>" + TAIL)
-    assert next(iter(found.notes())).startswith("skipped 1 bad row (data.bad_rows=skip): chats.jsonl:1: no token of it")
+    assert next(iter(found.notes())).startswith(
+        "no token is trained, since the answers are empty or have weight 0; left out: 1 row"
+    )
 
 
 def test_histogram() -> None:
