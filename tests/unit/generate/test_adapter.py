@@ -10,6 +10,7 @@ import torch
 
 from megalite.build import build
 from megalite.checkpoint.save import save
+from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, TuneConfig, resolve, to_yaml
 from megalite.data.corpus import train_tokenizer
 from megalite.evaluate.measure import log_likelihoods
@@ -41,7 +42,7 @@ MODEL = ModelConfig(
 def write(run_dir: Path, config: Config, state: dict[str, str]) -> None:
     """A checkpoint of drawn weights: of LoRA the factors alone, B too, which training begins at zero."""
     engine = build(config, SoloWorld(), lambda name, shape: drawn(name, shape, config))
-    counters = {"step": 0, "consumed_samples": 0, **state}
+    counters = dataclasses.asdict(State(**state))
     save(run_dir, config, engine.mesh, engine.shards, engine.spans(), {"weight": engine.stored()}, counters)
     (run_dir / "config.yaml").write_text(to_yaml(config))
 
