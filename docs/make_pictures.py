@@ -196,7 +196,7 @@ def pipeline_parallel() -> Figure:
     live.set_title("microbatches whose activations stage 0 keeps", loc="left", fontsize=9.5)
     live.spines[["top", "right"]].set_visible(False)
     live.grid(axis="y", alpha=0.3)
-    live.legend(frameon=False, fontsize=9, loc="upper right")
+    live.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0)
     return figure
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import secrets
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,18 @@ def report(config: Config, resume: Path | None, here: Place) -> Report:
             facts[f"checkpoint.load={config.checkpoint.load}"] = f"holds {_name(find(config.checkpoint.load))}"
     for section, values in dataclasses.asdict(config).items():
         facts |= {f"{section}.{key}": f"is {value}" for key, value in values.items()}
+    return start_report(here) | {"facts": facts}
+
+
+def paths_report(named: Mapping[str, str], here: Place) -> Report:
+    """The same of a tool's arguments, {what: path}: a run folder, a checkpoint, or other files."""
+    facts: dict[str, str] = {}
+    if here.local_rank == 0 and here.local_ranks < here.world_size:
+        for what, name in named.items():
+            path = Path(name)
+            saved = (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
+            if saved or (files := _of("", path)):
+                facts[f"{what}={name}"] = f"holds {_name(find(path)) if saved else fingerprint(files)}"
     return start_report(here) | {"facts": facts}
 
 

@@ -16,7 +16,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        if place().rank > 0:
+        try:
+            rank = place().rank
+        except ValueError:
+            rank = 0  # which is told by whoever asks for it
+        if rank > 0:
             time.sleep(1.0)  # so that the launcher lets the first rank speak
             self.exit(2)
         self.exit(2, f"error: {message}; see {self.prog} --help\n")

@@ -117,20 +117,20 @@ def _samples(microbatch: Microbatch, dataset: Samples) -> str:
     return f"samples {numbers[0]} to {numbers[-1]} ({dataset.describe(numbers)})"
 
 
-def advice(config: Config, samples: range) -> str:
-    """How to get past a batch that every resume meets again."""
+def advice(config: Config, samples: range, dataset: Samples) -> str:
+    """What the batch was, and how to get past it, as every resume meets it again."""
     passed = ",".join(filter(None, (config.train.skip_samples, f"{samples.start}:{samples.stop}")))
     source = Path(config.data.sft or config.data.path or "").name
     name = f" of {source}" if source else ""
-    return (
-        f"the batch was samples {samples.start} to {samples.stop - 1}{name}, and a resumed run meets it again: "
-        f"train.skip_samples={passed} passes over it"
-    )
+    held = f"samples {samples.start} to {samples.stop - 1}{name} ({dataset.describe(samples)})"
+    return f"the batch was {held}, and a resumed run meets it again: train.skip_samples={passed} passes over it"
 
 
-def spike_warning(config: Config, step: int, samples: range, loss: float, ratio: float, norm: float) -> str:
+def spike_warning(
+    config: Config, step: int, samples: range, dataset: Samples, loss: float, ratio: float, norm: float
+) -> str:
     return (
         f"WARNING: step {step}: loss {loss:.4g} is {ratio:,.3g} times the usual of the last steps, gradient norm "
         f"{norm:.3g}; if it does not come back, stop, resume from an older checkpoint and lower optim.lr; "
-        f"{advice(config, samples)}"
+        f"{advice(config, samples, dataset)}"
     )

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import logging
+import os
 import sys
 import tempfile
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 
-from megalite import plan
+from megalite import plan, topology
 from megalite.agree import Report, report
 from megalite.checkpoint import lock
 from megalite.checkpoint.folder import read_manifest
@@ -45,6 +46,7 @@ from megalite.together import (
     hear_signals,
     in_world,
     print_error,
+    require_peers,
 )
 from megalite.watch.metrics import require_tensorboard
 
@@ -69,33 +71,26 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
     logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
     try:
         request = understand(argv, default_preset, tuning)
-        config, why = configure(request)
+        machine = machine_of(request)
+        config, why = configure(request, machine)
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
-        name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
-        say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
-        if config.tune.mode != "full" or config.tune.freeze:
-            say(plan.describe_trained(config))
-        if config.optim.name == "muon":
-            say(plan.describe_muon(config))
-        if warning := context_warning(config):
-            say(warning)
-        need = plan.check_memory(config, WORLD_SIZE, LOCAL_RANKS)
+        introduce(request, config, why)
         if request.dry_run:
-            say(to_yaml(config) + describe(config, need))
-            if RANK == 0:
+            say(to_yaml(config) + describe(config, machine))
+        first_try = not request.preset_named and not request.explicit and request.hardware is None
+        topology.check_memory(config, machine, first_try)
+        if request.dry_run:
+            if RANK == 0 and request.hardware is None:
                 look_at_data(config, request)
             return 0
+        check_threads(config)
         if RANK == 0:
             lock.require_free(Path(config.train.run_dir))
         if config.log.tensorboard:
             require_tensorboard()
-        if not HERE.master:
-            raise ConfigError(
-                f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set: before srun, "
-                f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
-            )
+        require_peers()
         config = with_corpus(config, corpus, request, tuning)
         if tuning and config.data.sft is None:
             raise ConfigError(
@@ -140,15 +135,48 @@ def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Reques
     return with_added_tokens(request)
 
 
-def configure(request: Request) -> tuple[Config, str]:
-    """The resolved and checked configuration, and how its topology was chosen."""
-    config, why = plan.choose_topology(request.config, WORLD_SIZE, LOCAL_RANKS, request.explicit)
-    config = resolve(config, WORLD_SIZE)
-    check(config, WORLD_SIZE)
+def introduce(request: Request, config: Config, why: str) -> None:
+    """Say what is trained, how it is laid out, and what the user may want to know before it starts."""
+    if HERE.note:
+        say(HERE.note)
+    name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
+    say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
+    if config.tune.mode != "full" or config.tune.freeze:
+        say(plan.describe_trained(config))
+    if config.optim.name == "muon":
+        say(plan.describe_muon(config))
+    if warning := context_warning(config):
+        say(warning)
+
+
+def machine_of(request: Request) -> topology.Machine:
+    """What the run, or with world= and gpu= the plan, has."""
+    device, asked = request.config.train.device, request.hardware
+    if asked is None:
+        return topology.this_machine(device, WORLD_SIZE, LOCAL_RANKS)
+    return topology.other_machine(device, asked.world or WORLD_SIZE, asked.per_node, asked.gpu)
+
+
+def configure(request: Request, machine: topology.Machine | None = None) -> tuple[Config, str]:
+    """The resolved and checked configuration for `machine`, else for this one, and how its topology was chosen."""
+    machine = machine or machine_of(request)
+    config, why = topology.choose_topology(request.config, machine, request.explicit)
+    config = resolve(config, machine.ranks)
+    check(config, machine.ranks)
     return config, why
 
 
-def describe(config: Config, need: plan.Memory) -> str:
+def check_threads(config: Config) -> None:
+    """ConfigError for more threads than this machine can have use of: each costs memory, and a place in its table."""
+    threads, cores = config.train.threads, os.cpu_count() or 1
+    if threads > max(16, cores):
+        raise ConfigError(
+            f"train.threads={threads} of each rank on a machine of {cores} cores; use train.threads="
+            f"{max(1, cores // LOCAL_RANKS)} or less, or 0 to share the cores among the ranks"
+        )
+
+
+def describe(config: Config, machine: topology.Machine) -> str:
     """The plan in a few lines: stages, batch, memory, work."""
     p, t = config.parallel, config.train
     pp = p.pp or 1
@@ -163,7 +191,7 @@ def describe(config: Config, need: plan.Memory) -> str:
         f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
         f"  layers by stage: {stages}; {p.schedule}, {microbatches} microbatches, bubble "
         f"{(pp - 1) / (microbatches + pp - 1):.1%}\n"
-        f"  memory of the fullest rank: {need.table()}\n"
+        f"{topology.memory_table(config, machine)}\n"
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
         f"{length} in all"
     )
@@ -233,7 +261,7 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
         done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
     try:
-        status = in_world(config, main, mine)
+        status = in_world(config, main, mine, Path(config.train.run_dir))
     finally:
         if RANK == 0:
             lock.release(Path(config.train.run_dir))

@@ -14,7 +14,7 @@ from typing import Any
 from megalite.checkpoint.folder import complete, read_manifest
 from megalite.config import Config, ConfigError, ModelConfig, Request, from_mapping
 from megalite.config.batch import total_samples
-from megalite.config.load import read_yaml_file
+from megalite.config.read import read_yaml_file
 from megalite.config.tune import is_adapter
 from megalite.data.chat import find_template
 from megalite.data.origin import tokenizer_of_run
@@ -133,6 +133,8 @@ def with_loaded(request: Request, tuning: bool, say: Say) -> Request:
     if load is None:
         return request
     if is_hf(Path(load)) and not complete(Path(load)):
+        if request.config.model.from_hf is not None:
+            return request  # two names for the weights: told by check
         say(f"checkpoint.load={load} is a Hugging Face folder: taken as model.from_hf={load}")
         return replaced(request, checkpoint={"load": None}, model={"from_hf": load})
     source = begin_with(load, Path(request.config.train.run_dir))

@@ -14,10 +14,10 @@ from megalite import disk
 from megalite.checkpoint import lock
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
-from megalite.config import Config, ConfigError, Request, from_mapping, resolve
+from megalite.config import Config, ConfigError, Request, check, from_mapping, resolve
 from megalite.config.batch import steps_for, total_samples
-from megalite.config.load import read_yaml_file
-from megalite.config.schema import OptimConfig
+from megalite.config.read import read_yaml_file
+from megalite.config.schema import MOST_STEPS, OptimConfig
 from megalite.config.tune import check_adapter, is_adapter
 from megalite.data.indexed import paths
 from megalite.data.origin import find_tokenizer_of, made_with, recorded_tokenizer
@@ -150,6 +150,11 @@ def with_epochs(config: Config, request: Request, samples: int, world_size: int,
     begun = continued(config)
     step, used = (0, 0) if begun is None else (begun.step, begun.samples)
     steps = steps_for(config, config.train.epochs * samples, step, used)
+    if steps > MOST_STEPS:
+        raise ConfigError(
+            f"train.epochs={config.train.epochs:g} of {samples} samples are {steps} steps, more than {MOST_STEPS:g}; "
+            f"lower train.epochs"
+        )
     say(f"train.epochs={config.train.epochs:g} of {samples} samples: {steps} steps")
     total, warmup = int(config.train.epochs * samples), config.optim.warmup_samples
     if warmup > total:
@@ -159,7 +164,9 @@ def with_epochs(config: Config, request: Request, samples: int, world_size: int,
         )
     train = dataclasses.replace(config.train, steps=steps, epochs=None)
     optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
-    return resolve(dataclasses.replace(config, train=train, optim=optim), world_size)
+    config = resolve(dataclasses.replace(config, train=train, optim=optim), world_size)
+    check(config, world_size)
+    return config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megalite.agree import Report, report, settle, start_report
-from megalite.config import Config
+from megalite.config import Config, ConfigError
 from megalite.parallel.meet import NotMet, join
 from megalite.parallel.peers import Peers, end_with
 from megalite.place import end, place, tell_launcher, watch_launcher
@@ -26,7 +26,11 @@ if typing.TYPE_CHECKING:
     from megalite.parallel.groups import World
 
 BEGAN = time.monotonic()
-HERE = place()
+try:
+    HERE = place()
+except ValueError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)
 watch_launcher()
 RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
 
@@ -48,7 +52,7 @@ def fail(error: object, meets: bool = True) -> int:
     if RANK == 0:
         print_error(text)
     one_node = LOCAL_RANKS == WORLD_SIZE
-    if WORLD_SIZE == 1 or (RANK == 0 and one_node and "TORCHELASTIC_RUN_ID" in os.environ):
+    if WORLD_SIZE == 1 or HERE.alone or (RANK == 0 and one_node and "TORCHELASTIC_RUN_ID" in os.environ):
         return 2  # torchrun ends the other ranks of its node
     if not meets:
         time.sleep(1.0)  # the launcher lets the first rank speak
@@ -59,6 +63,20 @@ def fail(error: object, meets: bool = True) -> int:
         return print_error(text) if RANK > 0 else 2
     settle(peers, start_report(HERE, text, said=RANK == 0))
     peers.wait_for_end()
+
+
+def require_peers() -> None:
+    """ConfigError where the other ranks cannot be met: nobody has started them, or nobody says where."""
+    if HERE.alone:
+        raise ConfigError(
+            f"WORLD_SIZE={WORLD_SIZE} is set and RANK is not: nobody has started the other ranks; unset WORLD_SIZE for "
+            f"one process, or use torchrun --nproc_per_node {WORLD_SIZE}"
+        )
+    if not HERE.master:
+        raise ConfigError(
+            f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set: before srun, "
+            f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
 
 
 def describe_error(error: object) -> str:
@@ -91,18 +109,21 @@ def hear_signals() -> None:
         signal.signal(number, heard)
 
 
-def in_world(config: Config, main: Callable[[World], None], mine: Report | None = None) -> int:
+def in_world(
+    config: Config, main: Callable[[World], None], mine: Report | None = None, run_dir: Path | None = None
+) -> int:
     """Import torch, start the world, call `main` in it; gives the exit status, every failure told in one line.
 
-    `mine`: what this rank reports to the others; they then also see that all have the same run folder.
+    `mine`: what this rank reports to the others. `run_dir`: a folder that has to be the same for all.
     """
     global _peers
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     store = None
     try:
+        require_peers()
         if WORLD_SIZE > 1:
             _peers, store = meet(config)
-            settle(_peers, mine or start_report(HERE), Path(config.train.run_dir) if mine else None)
+            settle(_peers, mine or start_report(HERE), run_dir)
         from megalite.parallel.launch import environment, start_world
 
         if _peers is not None:

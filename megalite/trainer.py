@@ -166,7 +166,7 @@ def train_step(run: Run) -> str:
         with _save_may_fail(run):
             _saved(run, run.saver.finish())
         where = locate(engine, microbatches, run.data.train, math.isfinite(loss))
-        text = f"{error}. First not finite: {where}; {advice(c, samples)}"
+        text = f"{error}. First not finite: {where}; {advice(c, samples, run.data.train)}"
         run.metrics.write("diverged", step=state.step + 1, error=text)
         raise TrainingError(text) from None
     if learns:
@@ -185,7 +185,7 @@ def train_step(run: Run) -> str:
     _report(run, samples, time.monotonic() - began, figures, why)
     with _save_may_fail(run):
         _saved(run, run.saver.settle(saves_over, saves_failed))
-    return (run.stop.reason or "another rank was told to") if stops else ""
+    return (run.stop.reason or "another rank received a stop signal") if stops else ""
 
 
 def _report(run: Run, samples: range, seconds: float, figures: dict[str, float], why: str) -> None:
@@ -196,7 +196,7 @@ def _report(run: Run, samples: range, seconds: float, figures: dict[str, float],
     usage = run.meter.read(speed)
     spike = run.spikes.ratio(loss) if loss is not None else 0.0
     if loss is not None and run.spikes.begins(spike):
-        run.progress.say(spike_warning(c, state.step, samples, loss, spike, norm))
+        run.progress.say(spike_warning(c, state.step, samples, run.data.train, loss, spike, norm))
     row = {"step": state.step, **figures, "tokens_per_s": speed} | ({"loss_spike": spike} if spike else {})
     run.metrics.write("train", **row, samples=state.consumed_samples, **usage)
     _hear_disk(run)

@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
         add("file", help=".jsonl, .json or .parquet with messages, ShareGPT, Alpaca or prompt/completion rows")
         add("--tokenizer", required=True, metavar="PATH", help="sentencepiece .model, tokenizer.json, or their folder")
         add("--template", metavar="NAME", help=f"{', '.join(template_names())} or a .jinja file; default: tokenizer's")
+        add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help="as model.add_tokens")
         add("--train-on", choices=["assistant", "last", "all"], default="assistant", help="as data.train_on")
         add("--control-tokens", choices=["escape", "warn", "allow"], default="escape", help="as data.control_tokens")
     make.add_argument("--bad-rows", choices=["stop", "skip"], default="stop", help="as data.bad_rows")
@@ -72,7 +73,7 @@ def make(args: argparse.Namespace) -> None:
     existing = [path for path in paths(prefix) if path.exists()]
     if existing and not args.overwrite:
         raise ValueError(f"{existing[0]} exists; pass --overwrite to replace it or choose another --output-prefix")
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer, args.add_tokens)
     template = ChatTemplate(*find_template(args.template, tokenizer), tokenizer)
     options = Options(args.train_on, args.control_tokens, args.bad_rows)
     report = write_indexed(args.file, prefix, tokenizer, template, options)
@@ -86,7 +87,7 @@ def make(args: argparse.Namespace) -> None:
 def inspect(args: argparse.Namespace) -> None:
     if args.seq_len < 1 or args.rows < 0:
         raise ValueError(f"--seq-len {args.seq_len} must be at least 1, and --rows {args.rows} not negative")
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = load_tokenizer(args.tokenizer, args.add_tokens)
     template = ChatTemplate(*find_template(args.template, tokenizer), tokenizer)
     options = Options(args.train_on, args.control_tokens, bad_rows="skip")
     colours = (TRAINED, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite import together
+from megalite.agree import paths_report
 from megalite.arguments import Parser
 from megalite.config import check
 from megalite.data.dataset import check_vocabulary, heldout_windows
 from megalite.data.native import open_indexed
+from megalite.data.origin import made_with
 from megalite.data.preprocess import preprocess
 from megalite.evaluate.rows import (
     choose_shots,
@@ -87,7 +89,10 @@ def main() -> int:
             Path(options.json).touch()  # rather now than after hours
         with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
             prepared = {"loss": loss, "answers": answers, "choices": choices}[options.verb](options, source, scratch)
-            status = together.in_world(prepared[0].config, lambda world: results.update(measure(world, *prepared)))
+            mine = paths_report({"model": options.model, "data": options.data}, together.HERE)
+            status = together.in_world(
+                prepared[0].config, lambda world: results.update(measure(world, *prepared)), mine
+            )
     except (ValueError, OSError) as error:
         return together.fail(error)
     if status == 0 and together.RANK == 0:
@@ -119,6 +124,8 @@ def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Sou
     elif Path(prefix).is_file():
         raise ValueError(f"{prefix}: text is *.jsonl or *.txt; of indexed data name the prefix")
     indexed = open_indexed(prefix)
+    if together.RANK == 0 and not made_with(prefix, source.tokenizer):
+        print(f"note: {prefix} was made with another tokenizer than {source.tokenizer.path}", file=sys.stderr)
     check_vocabulary(indexed, source.config.model.vocab_size)
     seq_len = options.seq_len or min(source.config.train.seq_len, SEQ_LEN)
     if options.seq_len is not None and options.seq_len < 1:

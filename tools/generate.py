@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite import together
+from megalite.agree import paths_report
 from megalite.arguments import Parser
 from megalite.data.rows import decode, filled_lines, kind, parse_json, text_fault
 from megalite.generate.chat import Chat
@@ -89,6 +90,7 @@ def main() -> int:
             replies = [reply(source, chat, options.chat, settings)]
         else:
             replies = [reply(source, None, prompt, settings) for prompt in prompts]
+        mine = paths_report({"model": options.model}, together.HERE)
     except (ValueError, OSError) as error:
         return together.fail(error)
 
@@ -101,7 +103,7 @@ def main() -> int:
         else:
             interact(stage, source, chat, settings)
 
-    return together.in_world(source.config, run)
+    return together.in_world(source.config, run, mine)
 
 
 def read_prompts(path: Path) -> list[str]:

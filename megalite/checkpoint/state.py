@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalite.config.check import LARGEST_LOSS_SCALE
+from megalite.config.schema import LARGEST_LOSS_SCALE
 
 # more samples than any run consumes; up to here positions in the data are exact in 64 bits
 MOST = 10**15

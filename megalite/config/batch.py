@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
-from megalite.config.load import ConfigError
 from megalite.config.schema import Config
+from megalite.config.values import ConfigError, shown
 
 
 def batch_size(config: Config, samples: int) -> int:
@@ -23,28 +24,47 @@ def batch_size(config: Config, samples: int) -> int:
     return max(unit, grown // unit * unit)
 
 
+def _ramp(config: Config, used: int) -> Iterator[tuple[int, int, int]]:
+    """What is left of the ramp as plateaus: (samples before it, samples of each of its steps, number of its steps)."""
+    t, samples = config.train, used
+    while samples < t.ramp_samples:
+        size = batch_size(config, samples)
+        # the first sample at which the rule gives more than `size`
+        unit = t.micro_batch_size * (config.parallel.dp or 1)
+        growth = t.global_batch_size - t.ramp_start
+        more = -(-(size + unit - t.ramp_start) * t.ramp_samples // growth) if growth > 0 else t.ramp_samples
+        steps = max(1, -(-(min(more, t.ramp_samples) - samples) // size))
+        yield samples, size, steps
+        samples += size * steps
+
+
 def steps_for(config: Config, samples: float, steps: int = 0, used: int = 0) -> int:
     """The least number of steps that use at least `samples` samples, where `steps` have used `used` of them."""
-    while used < min(samples, config.train.ramp_samples):
-        used, steps = used + batch_size(config, used), steps + 1
+    for before, size, count in _ramp(config, used):
+        if before + size * count >= samples:
+            return max(1, steps + math.ceil(max(0, samples - before) / size))
+        used, steps = before + size * count, steps + count
     return max(1, steps + math.ceil(max(0, samples - used) / config.train.global_batch_size))
 
 
 def total_samples(config: Config, steps: int = 0, used: int = 0) -> int:
     """Samples of all train.steps steps, where `steps` have used `used` samples already, perhaps by other batches."""
-    while used < config.train.ramp_samples and steps < config.train.steps:
-        used, steps = used + batch_size(config, used), steps + 1
-    return used + max(0, config.train.steps - steps) * config.train.global_batch_size
+    left = max(0, config.train.steps - steps)
+    for before, size, count in _ramp(config, used):
+        if count >= left:
+            return before + left * size
+        left, used = left - count, before + size * count
+    return used + left * config.train.global_batch_size
 
 
 def skipped_ranges(text: str) -> list[range]:
     """`train.skip_samples`, as 320:352,960:992, as ranges; ConfigError where it cannot be read."""
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        ends = re.fullmatch(r"(\d{1,18}):(\d{1,18})", part)
+        ends = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", part)
         if ends is None or int(ends[1]) >= int(ends[2]):
             raise ConfigError(
-                f"train.skip_samples={text}: {part!r} is not FIRST:END with FIRST below END; write e.g. "
+                f"train.skip_samples={shown(text)}: {shown(part)!r} is not FIRST:END with FIRST below END; write e.g. "
                 f"train.skip_samples=320:352 for the samples 320 to 351"
             )
         found.append(range(int(ends[1]), int(ends[2])))

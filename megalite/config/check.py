@@ -6,13 +6,10 @@ import dataclasses
 from collections.abc import Iterable
 
 from megalite.config.batch import skipped_ranges, total_samples
-from megalite.config.groups import parse_groups
-from megalite.config.load import ConfigError
-from megalite.config.schema import Config, ModelConfig, TuneConfig
-from megalite.config.tune import hidden_matrices, trained
-
-# the scaled loss is fp32: a larger scale makes every loss infinite
-LARGEST_LOSS_SCALE = 2.0**127
+from megalite.config.groups import check_groups
+from megalite.config.schema import MOST_BATCH, Config, ModelConfig, TuneConfig
+from megalite.config.tune import adapter_shapes, hidden_matrices, shapes, trained
+from megalite.config.values import ConfigError, check_values, shown
 
 
 def _require(condition: bool, message: str) -> None:
@@ -40,8 +37,13 @@ def resolve(config: Config, world_size: int) -> Config:
 
     parallel.tp and parallel.pp must have been chosen before (megalite.plan). Call `check` on the result.
     """
+    check_values(config)
     model, parallel, optim = config.model, config.parallel, config.optim
-    _require(model.num_heads >= 1, f"model.num_heads={model.num_heads} must be at least 1")
+    _require(
+        model.head_dim is not None or model.hidden_size % model.num_heads == 0,
+        f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}; change one of "
+        f"them, or set model.head_dim",
+    )
     model = dataclasses.replace(
         model,
         num_kv_heads=model.num_kv_heads if model.num_kv_heads is not None else model.num_heads,
@@ -61,81 +63,13 @@ def resolve(config: Config, world_size: int) -> Config:
 
 def check(config: Config, world_size: int) -> None:
     """Raise ConfigError if a resolved `config` cannot run on `world_size` ranks."""
-    _check_ranges(config)
+    check_values(config)
     _check_model(config)
     _check_topology(config, world_size)
     _check_batch(config)
     _check_optim(config)
     _check_tune(config)
     _check_data(config)
-
-
-def _check_ranges(config: Config) -> None:
-    at_least_one = {
-        "model": (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "ffn_hidden_size",
-            "max_positions",
-            "rope_factor",
-            "rope_original_max_positions",
-            "sliding_window",
-        ),
-        "parallel": ("tp", "pp", "dp", "cp"),
-        "train": ("steps", "seq_len", "micro_batch_size", "global_batch_size"),
-        "tune": ("lora_rank",),
-    }
-    for section, names in at_least_one.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            _require(value is None or value >= 1, f"{section}.{name}={value} must be at least 1")
-    not_negative = {
-        "optim": ("lr", "min_lr", "warmup_samples", "decay_samples", "eps", "weight_decay", "clip_grad"),
-        "parallel": ("recompute_layers",),
-        "train": (
-            "ramp_start",
-            "ramp_samples",
-            "threads",
-            "eval_interval",
-            "eval_samples",
-            "patience",
-            "time_limit_s",
-            "seed",
-        ),
-        "checkpoint": ("interval", "keep", "keep_every"),
-        "log": ("trace_step",),
-        "model": ("init_std", "norm_eps", "rope_mscale", "rope_mscale_all_dim"),
-    }
-    for section, names in not_negative.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            _require(value >= 0, f"{section}.{name}={value} must not be negative")
-    frequencies = ("rope_theta", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow")
-    positive = {
-        "model": frequencies,
-        "parallel": ("bucket_mb", "timeout_s"),
-        "log": ("interval",),
-        "tune": ("lora_alpha",),
-    }
-    for section, names in positive.items():
-        for name in names:
-            value = getattr(getattr(config, section), name)
-            _require(value > 0, f"{section}.{name}={value} must be greater than 0")
-    for name in ("beta1", "beta2", "muon_momentum"):
-        value = getattr(config.optim, name)
-        _require(0 <= value < 1, f"optim.{name}={value} must be at least 0 and less than 1, e.g. 0.9")
-    for key, share, example in (
-        ("data.valid_fraction", config.data.valid_fraction, 0.02),
-        ("model.dropout", config.model.dropout, 0.1),
-        ("model.attention_dropout", config.model.attention_dropout, 0.1),
-        ("optim.label_smoothing", config.optim.label_smoothing, 0.1),
-        ("tune.lora_dropout", config.tune.lora_dropout, 0.05),
-    ):
-        _require(0 <= share < 1, f"{key}={share} must be at least 0 and less than 1, e.g. {example}")
 
 
 def _check_model(config: Config) -> None:
@@ -226,7 +160,6 @@ def _check_topology(config: Config, world_size: int) -> None:
             len(p.stages) == p.pp,
             f"parallel.stages={list(p.stages)} names {len(p.stages)} stages, parallel.pp={p.pp}; make them equal",
         )
-        _require(min(p.stages) >= 1, f"parallel.stages={list(p.stages)}: every stage needs at least 1 layer")
         _require(
             total == m.num_layers,
             f"parallel.stages={list(p.stages)} adds up to {total}, model.num_layers={m.num_layers}; make them equal",
@@ -266,10 +199,13 @@ def _check_batch(config: Config) -> None:
     unit = t.micro_batch_size * dp
     if t.global_batch_size % unit:
         lower, upper = t.global_batch_size // unit * unit, -(-t.global_batch_size // unit) * unit
-        fits = f"{lower} or {upper}" if lower else f"{upper}"
+        sizes = [n for n in (lower, upper) if 0 < n <= MOST_BATCH]
+        remedy = (
+            f"use train.global_batch_size={_either(sizes)}" if sizes else "use fewer ranks, or more for each replica"
+        )
         raise ConfigError(
             f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{t.micro_batch_size} x dp {dp} = {unit}; use train.global_batch_size={fits}"
+            f"{t.micro_batch_size} x dp {dp} = {unit}; {remedy}"
         )
     if t.ramp_start or t.ramp_samples:
         _require(
@@ -278,6 +214,12 @@ def _check_batch(config: Config) -> None:
             f"a multiple of micro_batch_size x dp = {unit} of at most train.global_batch_size={t.global_batch_size}; "
             f"use train.ramp_start={unit}, or 0 for both",
         )
+    tokens = t.steps * t.global_batch_size * t.seq_len
+    _require(
+        tokens < 2**63,
+        f"train.steps={t.steps} x train.global_batch_size={t.global_batch_size} x train.seq_len={t.seq_len} = "
+        f"{tokens:.2g} tokens, more than 2^63 - 1 = 9.2e18; lower train.steps",
+    )
     decay, warmup = config.optim.decay_samples, config.optim.warmup_samples
     assert decay is not None
     _require(
@@ -291,20 +233,18 @@ def _check_optim(config: Config) -> None:
     o = config.optim
     _require(o.min_lr <= o.lr, f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}; lower it or raise optim.lr")
     _require(
-        0 < o.wsd_decay_fraction <= 1,
-        f"optim.wsd_decay_fraction={o.wsd_decay_fraction} must be greater than 0 and at most 1, e.g. 0.1",
+        o.lr * o.weight_decay < 1,
+        f"optim.lr={o.lr} x optim.weight_decay={o.weight_decay} = {o.lr * o.weight_decay:g} turns weights around in "
+        f"each step; it must be less than 1: lower one of them",
     )
     _require(
         o.lr_schedule != "inverse_sqrt" or o.warmup_samples > 0,
         "optim.lr_schedule=inverse_sqrt falls as the root of warmup_samples / samples; set optim.warmup_samples",
     )
-    _require(o.loss_scale_window >= 1, f"optim.loss_scale_window={o.loss_scale_window} must be at least 1")
     _require(
-        0 < o.loss_scale_min <= o.loss_scale_initial <= LARGEST_LOSS_SCALE,
-        f"optim.loss_scale_min={o.loss_scale_min} must be greater than 0 and not above optim.loss_scale_initial="
-        f"{o.loss_scale_initial}, and that at most {LARGEST_LOSS_SCALE:.3g}",
+        o.loss_scale_min <= o.loss_scale_initial,
+        f"optim.loss_scale_min={o.loss_scale_min} must not be above optim.loss_scale_initial={o.loss_scale_initial}",
     )
-    parse_groups(o.groups)
 
 
 def _check_tune(config: Config) -> None:
@@ -327,16 +267,16 @@ def _check_tune(config: Config) -> None:
         + " trains none; use optim.name=adamw",
     )
     trained(config)
+    check_groups(config.optim, [*shapes(config.model), *adapter_shapes(config)])
 
 
 def _check_data(config: Config) -> None:
-    d, t = config.data, config.train
+    d = config.data
     _require(
         d.path is None or d.sft is None,
         f"data.path={d.path} and data.sft={d.sft} are both set; a run learns from one of them",
     )
-    _require(t.epochs is None or t.epochs > 0, f"train.epochs={t.epochs} must be greater than 0")
-    skipped_ranges(t.skip_samples)
+    skipped_ranges(config.train.skip_samples)
     _require(
         config.model.from_hf is None or config.checkpoint.load is None,
         f"model.from_hf={config.model.from_hf} and checkpoint.load={config.checkpoint.load} both name the weights to "
@@ -344,6 +284,6 @@ def _check_data(config: Config) -> None:
     )
     for name in config.data.valid:
         _require(
-            name.replace("_", "").replace("-", "").isalnum(),
-            f"data.valid: {name!r} is not a plain name; use letters, digits, - and _",
+            name.replace("_", "").replace("-", "").isalnum() and len(name) <= 100,
+            f"data.valid: {shown(name)!r} is not a plain name; use at most 100 letters, digits, - and _",
         )

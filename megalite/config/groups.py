@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 
-from megalite.config.load import ConfigError
 from megalite.config.schema import OptimConfig
+from megalite.config.values import ConfigError, Range, shown
 
-SETTINGS = ("lr_scale", "weight_decay")
+SETTINGS = {"lr_scale": Range(1e-6, 1000, 0.1, zero=True), "weight_decay": Range(1e-9, 10, 0.1, zero=True)}
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,19 @@ def parse_groups(text: str) -> list[Group]:
         values = {}
         for word in words:
             name, _, number = word.partition("=")
+            if name in values:
+                raise ConfigError(f"optim.groups: {name} of pattern {shown(pattern)} is set twice; keep one")
             try:
                 values[name] = float(number)
             except ValueError:
-                values[name] = -1.0
-            if name not in SETTINGS or not 0 <= values[name] < float("inf"):
+                values[name] = float("nan")
+            if name not in SETTINGS or math.isnan(values[name]):
                 raise ConfigError(
-                    f"optim.groups: {word!r} of pattern {pattern!r} is not a setting; "
+                    f"optim.groups: {shown(word)!r} of pattern {shown(pattern)!r} is not a setting; "
                     f'write e.g. "embed.* lr_scale=0.1 weight_decay=0; layers.0.* lr_scale=0.5"'
                 )
+            if not SETTINGS[name].holds(values[name]):
+                raise ConfigError(f"optim.groups: {shown(word)} of pattern {shown(pattern)} must be {SETTINGS[name]}")
         if not values:
             raise ConfigError(f"optim.groups: pattern {pattern!r} sets nothing; add {' or '.join(SETTINGS)}=NUMBER")
         found.append(Group(pattern, **values))
@@ -52,9 +58,9 @@ def parse_groups(text: str) -> list[Group]:
 def check_groups(c: OptimConfig, names: Collection[str]) -> None:
     """ConfigError if a pattern fits none of `names`, the parameters of the whole model."""
     for group in parse_groups(c.groups):
-        if not any(fnmatchcase(name, group.pattern) for name in names):
-            near = difflib.get_close_matches(group.pattern, list(names), n=1, cutoff=0.0)
-            raise ConfigError(f"optim.groups: no parameter is named {group.pattern}; did you mean {near[0]}?")
+        if not any(map(re.compile(translate(group.pattern)).match, names)):
+            near = difflib.get_close_matches(shown(group.pattern), list(names)[:2000], n=1, cutoff=0.0)
+            raise ConfigError(f"optim.groups: no parameter is named {shown(group.pattern)}; did you mean {near[0]}?")
 
 
 def group_settings(c: OptimConfig, name: str, matrix: bool) -> tuple[float, float]:

@@ -1,8 +1,4 @@
-"""From the command line and YAML to a `Config`: a scalar is read as text and typed by the schema.
-
-YAML's own guesses are switched off: `1e-3` is a number because the key is a float, `no` is refused for a bool,
-`12:30:45` and `010` are not silently other numbers, and a key written twice is an error.
-"""
+"""From the command line and YAML to a `Config`: preset, then file, then overrides, the later winning."""
 
 from __future__ import annotations
 
@@ -10,26 +6,34 @@ import argparse
 import dataclasses
 import difflib
 import re
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import megalite
-from megalite.config.habits import HABITS
+from megalite.config.flags import Unknown, explain
+from megalite.config.read import coerce, read_yaml, read_yaml_file
 from megalite.config.schema import SECTIONS, Config, hints_of
-from megalite.config.show import key_help, type_name
+from megalite.config.show import key_help
+from megalite.config.values import ConfigError, Range, check_values, shown
 
 PRESETS = Path(__file__).parent / "presets"
 Nested = dict[str, dict[str, Any]]
+# whether a value follows
+NO_VALUE = ("--print-config", "--dry-run", "--version", "--help", "-h")
+OPTIONS = {"--preset": True, "--config": True} | dict.fromkeys(NO_VALUE, False)
+HARDWARE = {"world": Range(1, 10**6, 64), "per_node": Range(1, 1024, 8), "gpu": Range(1, 1, 1)}
 
 
-class ConfigError(ValueError):
-    """A mistake of the user's: one line with the value, the rule and a remedy."""
+@dataclass(frozen=True)
+class Hardware:
+    """What a plan is made for in place of this machine; None: as here. `per_node`: ranks of one node."""
+
+    world: int | None = None
+    gpu: str | None = None
+    per_node: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,126 +52,60 @@ class Request:
     typed: frozenset[str] = frozenset()
     file: str | None = None
     preset_named: bool = False
-
-
-class _TextLoader(yaml.SafeLoader):
-    """YAML with no implicit types: a scalar is the text that was written."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
-
-
-def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: a key must be plain text, not {key!r}")
-        if key in result:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is written twice; keep one of them")
-        result[key] = loader.construct_object(value_node, deep=True)
-    return result
-
-
-_TextLoader.add_constructor("tag:yaml.org,2002:map", _no_duplicates)
-
-
-def _read_yaml(text: str, where: str) -> Any:
-    try:
-        # a SafeLoader that knows fewer types still: it builds text, lists and mappings, and no object
-        return yaml.load(text, _TextLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{where} {error}") from None
-
-
-def _all_keys() -> list[str]:
-    return [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
-
-
-def _nearest(key: str) -> str:
-    keys = _all_keys()
-    if habit := HABITS.get(key.rsplit(".", 1)[-1].replace("-", "_")):
-        return f"; here it is {habit}"
-    last = key.rsplit(".", 1)[-1]
-    same_name = [k for k in keys if k.rsplit(".", 1)[-1] == last]
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not close:
-        names = {k.rsplit(".", 1)[-1]: k for k in keys}
-        close = [names[n] for n in difflib.get_close_matches(last, list(names), n=1, cutoff=0.6)]
-    found = (same_name or close)[:1]
-    return f"; did you mean {found[0]}?" if found else "; --help lists every key"
-
-
-def _coerce(key: str, value: Any, hint: Any, choices: Sequence[str]) -> Any:
-    """`value` (text, list or mapping, as YAML gave it) as the type of its key; ConfigError if it is not one."""
-    if typing.get_origin(hint) is types.UnionType:
-        if value is None or (isinstance(value, str) and value in ("null", "~", "", "auto")):
-            return None
-        hint = next(a for a in typing.get_args(hint) if a is not types.NoneType)
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        items = value if isinstance(value, list) else str(value).split(",") if value else []
-        return tuple(_coerce(key, item, typing.get_args(hint)[0], ()) for item in items)
-    if origin is not None:
-        if value in (None, "", "null"):
-            return {}
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise ConfigError(f"{key}={value!r}: expected {type_name(hint)}, e.g. {key}.en=data/en_text_document")
-        return dict(value)
-    if not isinstance(value, str):
-        raise ConfigError(f"{key}={value!r}: expected {type_name(hint)}, not a list or mapping")
-    if hint is str:
-        if choices and value not in choices:
-            near = difflib.get_close_matches(value, choices, n=1, cutoff=0.4)
-            raise ConfigError(
-                f"{key}={value}: must be one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else "")
-            )
-        return value
-    if hint is bool:
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        raise ConfigError(f"{key}={value}: expected bool; write true or false")
-    plain = value.replace("_", "")
-    if hint is int:
-        if re.fullmatch(r"[+-]?(0|[1-9]\d*)", plain):
-            return int(plain)
-        if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE]\+?\d+", plain) and float(plain).is_integer():
-            return int(float(plain))
-        octal = re.fullmatch(r"0\d+", plain)
-        why = "a leading zero is octal to some readers; write it without" if octal else "write a whole number, e.g. 8"
-        raise ConfigError(f"{key}={value}: expected int; {why}")
-    if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", plain):
-        return float(plain)
-    raise ConfigError(f"{key}={value}: expected float; write a number, e.g. 3e-4")
+    hardware: Hardware | None = None
 
 
 def from_mapping(nested: Mapping[str, Any], where: str = "config") -> Config:
-    """A `Config` from {section: {key: text}}; ConfigError for a wrong type or an unknown key, naming the nearest."""
+    """A `Config` from {section: {key: text}}; ConfigError for a wrong type or unknown keys, naming what they are here.
+
+    Ranges are held by `check`.
+    """
+    if unknown := list(_unknown_keys(nested)):
+        raise explain(unknown, _flat(nested), where)
     sections: dict[str, Any] = {}
     for section, values in nested.items():
-        if section not in SECTIONS:
-            raise ConfigError(f"{where}: unknown key {section}{_nearest(section)}")
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where}: {section} is a section; write e.g. {_first_key(section)}=...")
         hints = hints_of(SECTIONS[section])
         metadata = {f.name: f.metadata for f in dataclasses.fields(SECTIONS[section])}
-        kwargs = {}
-        for name, value in values.items():
-            key = f"{section}.{name}"
-            if name not in hints:
-                raise ConfigError(f"{where}: unknown key {key}{_nearest(key)}")
-            if key == "train.steps" and _is_null(value):
-                continue  # train.epochs may say how long the run is
-            kwargs[name] = _coerce(key, value, hints[name], metadata[name]["choices"])
-        sections[section] = SECTIONS[section](**kwargs)
+        # train.epochs may say how long the run is
+        given = {k: v for k, v in values.items() if (section, k) != ("train", "steps") or not _is_null(v)}
+        sections[section] = SECTIONS[section](
+            **{k: coerce(f"{section}.{k}", v, hints[k], metadata[k]["choices"]) for k, v in given.items()}
+        )
     return Config(**sections)
 
 
 def _is_null(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value in ("null", "~", ""))
+
+
+def _unknown_keys(nested: Mapping[str, Any]) -> Iterator[Unknown]:
+    """The keys that the schema does not have; below an unknown section each of its own."""
+    for section, values in nested.items():
+        if section in SECTIONS and isinstance(values, Mapping):
+            names = hints_of(SECTIONS[section])
+            yield from (Unknown(f"{section}.{k}", _words(v)) for k, v in values.items() if k not in names)
+        elif section not in SECTIONS:
+            yield from _leaves(section, values)
+
+
+def _leaves(name: str, value: Any) -> Iterator[Unknown]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(f"{name}.{key}", inner)
+    else:
+        yield Unknown(name, _words(value))
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    """A value of a file as a flag's would be; nothing of what no flag holds."""
+    words = value if isinstance(value, list) else [value]
+    return tuple(shown(w, 200) for w in words[:20]) if all(isinstance(w, str) and w for w in words) else ()
+
+
+def _flat(nested: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{s}.{k}": v for s, values in nested.items() if isinstance(values, Mapping) for k, v in values.items()}
 
 
 def _first_key(section: str) -> str:
@@ -184,35 +122,17 @@ def _merge(base: Nested, extra: Mapping[str, Any]) -> None:
 
 def _override(nested: Nested, text: str) -> str:
     """Apply one `a.b=c` to `nested`; gives back the key."""
-    key, equals, value = text.lstrip("-").partition("=")
-    if not equals:
-        raise ConfigError(f"{text}: not an override; write key=value, e.g. train.steps=20")
+    key, _, value = text.partition("=")
     parts = key.strip().split(".")
-    if len(parts) < 2 or parts[0] not in SECTIONS:
-        raise ConfigError(f"unknown key {key}{_nearest(key)}")
-    parsed = _read_yaml(value, key) if value[:1] in ("[", "{", '"', "'") else value
+    parsed = read_yaml(value, shown(key)) if value[:1] in ("[", "{", '"', "'") else value
+    section = nested.setdefault(parts[0], {})
     if len(parts) == 2:
-        nested.setdefault(parts[0], {})[parts[1]] = parsed
+        section[parts[1]] = parsed
     else:
-        inner = nested.setdefault(parts[0], {}).setdefault(parts[1], {})
-        if len(parts) > 3 or not isinstance(inner, dict) or parts[1] != "valid":
-            raise ConfigError(f"unknown key {key}{_nearest(key)}")
-        inner[parts[2]] = parsed
+        inner = section.get(parts[1]) or {}
+        inner = inner if isinstance(inner, dict) else {}
+        section[parts[1]] = {**inner, parts[2]: parsed}
     return ".".join(parts[:2])
-
-
-def read_yaml_file(path: Path) -> Any:
-    """The nested text of a YAML file; ConfigError with the line where it is not valid."""
-    if not path.is_file():
-        raise ConfigError(f"--config {path}: no such file")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; is it really a YAML file?") from None
-    nested = _read_yaml(text, str(path)) or {}
-    if not isinstance(nested, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:' with keys below, found {type(nested).__name__}")
-    return nested
 
 
 def preset_names() -> list[str]:
@@ -221,12 +141,7 @@ def preset_names() -> list[str]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        flag = re.match(r"unrecognized arguments: --([\w-]+)", message)
-        if flag:
-            raise ConfigError(
-                f"unknown flag --{flag[1]}{_nearest(flag[1].replace('-', '_'))}; keys are set as key=value"
-            )
-        raise ConfigError(f"{message}; --help shows the usage")
+        raise ConfigError(f"{shown(message, 200)}; --help shows the usage")
 
 
 class _Version(argparse.Action):
@@ -240,51 +155,40 @@ def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog:
 
     Raises ConfigError for a mistake; `--help` and `--version` print and raise SystemExit(0).
     """
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} [--preset NAME] [--config FILE.yaml] [section.key=value ...]",
-        description="Train a model. Under torchrun each process is one rank; without it there is one process.",
-        epilog="keys, set in YAML or as section.key=value:" + key_help(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--preset", metavar="NAME", help="one of: " + ", ".join(preset_names()))
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the sections below")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration and plan, and end")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    # people used to other launchers write --train.steps=20 or --train.steps 20: both are taken
-    args: list[str] = []
-    words = iter(argv)
-    for word in words:
-        dotted = word.startswith("--") and word[2:].split("=")[0].split(".")[0] in SECTIONS
-        args.append(word[2:] if dotted and "=" in word else f"{word[2:]}={next(words, '')}" if dotted else word)
-    options = parser.parse_intermixed_args(args)
-
+    words = _sorted_words(argv)
+    options = _parser(prog).parse_args(words.options)
     preset = options.preset or (default_preset if options.config is None else None)
     nested: Nested = {}
     if preset is not None:
         if preset not in preset_names():
-            near = difflib.get_close_matches(preset, preset_names(), n=1, cutoff=0.4)
-            raise ConfigError(
-                f"--preset {preset}: there is {', '.join(preset_names())}"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+            near = difflib.get_close_matches(preset[:80], preset_names(), n=1, cutoff=0.4)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"--preset {shown(preset)}: there is {', '.join(preset_names())}{meant}")
         _merge(nested, read_yaml_file(PRESETS / f"{preset}.yaml"))
-    explicit: set[str] = set()
-    if options.config is not None:
-        from_file = read_yaml_file(Path(options.config))
-        from_mapping(from_file, options.config)
-        _merge(nested, from_file)
-        explicit |= {f"{section}.{key}" for section, values in from_file.items() for key in values}
-    typed = {_override(nested, text) for text in options.overrides}
+    from_file = read_yaml_file(Path(options.config)) if options.config is not None else {}
+    in_file = list(_unknown_keys(from_file))
+    if in_file or words.unknown:
+        known = nested if not in_file else {k: v for k, v in from_file.items() if k in SECTIONS and isinstance(v, dict)}
+        where = options.config if in_file and not words.unknown else "command line" if in_file else ""
+        for text in words.overrides:
+            _override(known := {**known}, text)
+        raise explain([*in_file, *words.unknown], _flat(known), where)
+    from_mapping(from_file, options.config or "")
+    _merge(nested, from_file)
+    explicit = {f"{section}.{key}" for section, values in from_file.items() for key in values}
+    typed = {_override(nested, text) for text in words.overrides}
     train = nested.get("train", {})
     if _is_null(train.get("steps", 0)):
         if _is_null(train.get("epochs")):
             raise ConfigError("train.steps=null: expected int; write a whole number, e.g. 8")
         explicit, typed = explicit - {"train.steps"}, typed - {"train.steps"}
     config = from_mapping(nested, "command line")
+    check_values(config)
+    hardware = _hardware(words.hardware)
+    if hardware and not (options.dry_run or options.print_config):
+        raise ConfigError(
+            f"{' '.join(words.hardware)} is for --dry-run: a run has the ranks that torchrun starts, on their GPUs"
+        )
     return Request(
         config,
         frozenset(explicit | typed),
@@ -294,4 +198,101 @@ def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog:
         frozenset(typed),
         options.config,
         options.preset is not None,
+        hardware,
     )
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [--preset NAME] [--config FILE.yaml] [section.key=value ...]",
+        description="Train a model. Under torchrun each process is one rank; without it there is one process.",
+        epilog="with --dry-run also, to plan for hardware that is not here:\n"
+        "  world=N       ranks in all\n"
+        "  gpu=NAME      or the GiB of one: gpu=h100, gpu=a100-40, gpu=24\n"
+        "  per_node=N    ranks of a node, default 8\n\n"
+        "keys, set in YAML or as section.key=value:" + key_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", metavar="NAME", help="one of: " + ", ".join(preset_names()))
+    parser.add_argument("--config", metavar="FILE", action=_Once, help="YAML file with the sections below")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration and plan, and end")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
+    return parser
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise ConfigError(f"--{self.dest} is given twice; give one, and set keys as section.key=value")
+        setattr(namespace, self.dest, value)
+
+
+@dataclass
+class _Words:
+    """A command line by kind."""
+
+    options: list[str]
+    overrides: list[str]
+    hardware: list[str]
+    unknown: list[Unknown]
+
+
+def _sorted_words(argv: Sequence[str]) -> _Words:
+    """Options, `section.key=value` (also --section.key=value and --section.key value), hardware, and names unknown."""
+    found, words = _Words([], [], [], []), list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.lstrip("-").partition("=")
+        section = name.split(".")[0]
+        if word.split("=")[0] in OPTIONS:
+            found.options.append(word)
+            if OPTIONS[word.split("=")[0]] and not equals and words:
+                found.options.append(words.pop(0))
+        elif name in HARDWARE and (equals or word.startswith("--")):
+            found.hardware.append(f"{name}={value if equals else words.pop(0) if words else ''}")
+        elif section in SECTIONS and "." in name and (equals or word.startswith("--")):
+            text = f"{name}={value if equals else words.pop(0) if words else ''}"
+            if _is_key(name):
+                found.overrides.append(text)
+            else:
+                found.unknown.append(Unknown(name, (text.partition("=")[2],)))
+        elif word.startswith("-") and name:
+            values = [value] if equals else []
+            while words and not equals and not _begins(words[0]):
+                values.append(words.pop(0))
+            found.unknown.append(Unknown(name, tuple(values), word[: len(word) - len(word.lstrip("-"))]))
+        elif equals and name:
+            found.unknown.append(Unknown(name, (value,)))
+        elif word not in ("--", ""):
+            raise ConfigError(f"{shown(word)}: not an override; write key=value, e.g. train.steps=20")
+    return found
+
+
+def _is_key(name: str) -> bool:
+    section, _, rest = name.partition(".")
+    key, _, inner = rest.partition(".")
+    known = key in hints_of(SECTIONS[section])
+    return known and (not inner or (name.startswith("data.valid.") and "." not in inner))
+
+
+def _begins(word: str) -> bool:
+    """Whether `word` begins something new, and is no value of the flag before it."""
+    name = word.split("=")[0]
+    override = "=" in word and (name.split(".")[0] in SECTIONS or name in HARDWARE)
+    return override or bool(re.match(r"--?[A-Za-z]", word))
+
+
+def _hardware(words: Sequence[str]) -> Hardware | None:
+    values = dict(word.split("=", 1) for word in words)
+    if len(values) < len(words):
+        raise ConfigError(f"{' '.join(words)}: one of them is given twice; keep one")
+    if not values:
+        return None
+    counts = {name: coerce(name, values[name], int, ()) for name in ("world", "per_node") if name in values}
+    for name, count in counts.items():
+        if not HARDWARE[name].holds(count):
+            raise ConfigError(f"{name}={count} must be {HARDWARE[name]}, e.g. {HARDWARE[name].example}")
+    return Hardware(counts.get("world"), values.get("gpu"), counts.get("per_node"))

@@ -33,6 +33,7 @@ def key_help() -> str:
         for f in dataclasses.fields(cls):
             default = f.default if f.default is not dataclasses.MISSING else "{}"
             kind = "|".join(f.metadata["choices"]) or type_name(hints[f.name])
+            kind += f" {f.metadata['range'].brief}" if f.metadata["range"] else ""
             lines.append(f"  {section}.{f.name}  ({kind}, default {_scalar(default)})\n      {f.metadata['help']}")
     return "\n".join(lines)
 
@@ -62,8 +63,6 @@ def to_yaml(config: Config) -> str:
 
 
 def _quoted(text: str) -> str:
-    return (
-        text
-        if re.fullmatch(r"[A-Za-z0-9_./-]+", text)
-        else yaml.dump(text, allow_unicode=True, width=10**6).split("\n")[0]
-    )
+    if re.fullmatch(r"[A-Za-z0-9_./][A-Za-z0-9_./-]*", text):
+        return text
+    return yaml.dump(text, allow_unicode=True, default_style='"', width=10**6).strip()

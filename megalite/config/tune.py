@@ -6,14 +6,15 @@ Patterns are written one after another, divided by spaces, with * and ? as in fi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from pathlib import Path
 from typing import Any
 
-from megalite.config.load import ConfigError
 from megalite.config.schema import Config, ModelConfig
+from megalite.config.values import ConfigError, shown
 
 Shape = tuple[int, ...]
 
@@ -83,20 +84,18 @@ def adapted(config: Config) -> dict[str, tuple[Projection, ...]]:
     if config.tune.mode != "lora":
         return {}
     patterns, found = config.tune.lora_targets.split(), {}
-    used: set[str] = set()
-    known: set[str] = set()
+    fits = _matcher(patterns)
+    known: dict[str, None] = {}
+    linears = projections(config.model)
     for layer in range(config.model.num_layers):
-        for linear, inside in projections(config.model).items():
-            chosen = []
-            for projection in inside:
-                names = (f"layers.{layer}.{linear}", linear, projection.there)
-                fits = {p for p in patterns if any(fnmatchcase(name, p) for name in names)}
-                known |= set(names)
-                used |= fits
-                chosen += [projection] if fits or not patterns else []
+        for linear, inside in linears.items():
+            whole = f"layers.{layer}.{linear}"
+            known |= dict.fromkeys((whole, linear, *(p.there for p in inside)))
+            every = not patterns or fits(whole) or fits(linear)
+            chosen = tuple(p for p in inside if every or fits(p.there))
             if chosen:
-                found[f"layers.{layer}.{linear}"] = tuple(chosen)
-    _require_all_used("tune.lora_targets", patterns, used, known)
+                found[whole] = chosen
+    _require_all_used("tune.lora_targets", patterns, known)
     return found
 
 
@@ -126,11 +125,13 @@ def trained(config: Config) -> dict[str, Shape]:
             "give them, as in Qwen2 and GPT-2); use tune.mode=lora or ffn_only"
         )
     patterns = config.tune.freeze.split()
-    used = {p for p in patterns if any(fnmatchcase(name, p) for name in (*model, *adapters))}
-    _require_all_used("tune.freeze", patterns, used, [*model, *adapters])
-    left = {name: shape for name, shape in chosen.items() if not any(fnmatchcase(name, p) for p in patterns)}
+    _require_all_used("tune.freeze", patterns, [*model, *adapters])
+    frozen = _matcher(patterns)
+    left = {name: shape for name, shape in chosen.items() if not frozen(name)}
     if not left:
-        raise ConfigError(f"tune.freeze={config.tune.freeze} leaves nothing of tune.mode={mode} to train; freeze less")
+        raise ConfigError(
+            f"tune.freeze={shown(config.tune.freeze)} leaves nothing of tune.mode={mode} to train; freeze less"
+        )
     return left
 
 
@@ -140,11 +141,17 @@ def hidden_matrices(config: Config) -> list[str]:
     return [name for name in trained(config) if name in model and name.startswith("layers.") and len(model[name]) == 2]
 
 
-def _require_all_used(key: str, patterns: Collection[str], used: Collection[str], names: Collection[str]) -> None:
+def _matcher(patterns: Collection[str]) -> Callable[[str], object]:
+    """Whether a name fits one of `patterns`."""
+    # one expression: fnmatch keeps few compiled, and a deep model has thousands of names
+    return re.compile("|".join(map(translate, patterns)) or r"(?!)").match
+
+
+def _require_all_used(key: str, patterns: Collection[str], names: Collection[str]) -> None:
     for pattern in patterns:
-        if pattern not in used:
-            near = difflib.get_close_matches(pattern, sorted(names), n=3, cutoff=0.0)
-            raise ConfigError(f"{key}: nothing is named {pattern}; near to it: {', '.join(near)}")
+        if not any(map(re.compile(translate(pattern)).match, names)):
+            near = difflib.get_close_matches(shown(pattern), sorted(names)[:2000], n=3, cutoff=0.0)
+            raise ConfigError(f"{key}: nothing is named {shown(pattern)}; near to it: {', '.join(near)}")
 
 
 def is_adapter(manifest: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """Chat templates: a conversation as one text, and which characters of it the assistant says.
 
-Jinja in Hugging Face's dialect, in a sandbox. `{% generation %} ... {% endgeneration %}` surrounds what is trained; in
-templates without it the assistant's turns are what a longer conversation adds to the prompt that a shorter one is.
+`{% generation %} ... {% endgeneration %}` surrounds what is trained; in templates without it the turns of the assistant
+are found in the rendered text.
 """
 
 from __future__ import annotations
@@ -10,30 +10,34 @@ import datetime
 import difflib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from megalite.data.controls import control_pattern as control_pattern
-from megalite.data.conversations import CLOSE, OPEN, Conversation, Message, RowError
+from megalite.data.jinja import CLOSE, OPEN, LimitError, Template
+from megalite.data.messages import Conversation, Message, RowError
+from megalite.data.shown import check_calls, check_contents, hidden_reasoning
+from megalite.data.spans import Span, Turns
 from megalite.data.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parent / "templates"
 
 
-class Span(NamedTuple):
-    """Characters [start, stop) that message number `message` of the conversation makes the assistant say."""
-
-    start: int
-    stop: int
-    message: int
-
-
 @dataclass(frozen=True)
 class Rendered:
+    """`spans`: what the assistant says, in order. `refused`: messages whose span is not known, and why.
+
+    `changed`: messages of the assistant that the text does not show as they are, and why. `unshown`: how many messages
+    have reasoning that it does not show.
+    """
+
     text: str
     spans: list[Span]
+    refused: dict[int, str] = field(default_factory=dict)
+    changed: dict[int, str] = field(default_factory=dict)
+    unshown: int = 0
 
 
 def template_names() -> list[str]:
@@ -78,113 +82,132 @@ class ChatTemplate:
 
     def __init__(self, name: str, source: str, tokenizer: Tokenizer) -> None:
         self.name, self.source = name, source
-        environment = _environment()
-        import jinja2
-
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"chat template {name}, line {error.lineno}: {error.message}") from None
-        self.marked = bool(re.search(r"\{%-?\s*generation\b", source))
+        self._template = Template(name, source)
         # a built-in template takes a token that the tokenizer has not for nothing; another fails, as in transformers
         missing = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "") if name in template_names() else {}
         self.tokens = missing | tokenizer.named
-        self._controls = tokenizer.controls
+        longest_first = sorted(tokenizer.controls, key=len, reverse=True)
+        self._controls = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
         """The text after which the assistant speaks."""
-        return self._render(messages, tools, prompt=True).replace(OPEN, "").replace(CLOSE, "")
+        return self._render(messages, tools, datetime.datetime.now(), prompt=True)
 
     def render(self, conversation: Conversation) -> Rendered:
-        """The conversation as one text, with the spans of the assistant; RowError where they cannot be told."""
-        messages, tools = conversation.messages, conversation.tools
-        text = self._render(messages, tools)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not self.marked:
-            return Rendered(text, [self._added(text, messages, tools, turn) for turn in turns])
-        parts = re.split(f"([{OPEN}{CLOSE}])", text)
-        spans, starts, position = [], list[int](), 0
+        """The conversation as one text, with the spans of the assistant; RowError where it cannot show the row."""
+        refused = None
+        for messages in _forms(conversation.messages):
+            try:
+                return self._rendered(messages, conversation.tools)
+            except RowError as error:
+                refused = refused or error
+        assert refused is not None
+        raise refused
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> Rendered:
+        # one time of day for all renderings of a row
+        now = datetime.datetime.now()
+
+        def render(some: Sequence[Message], prompt: bool) -> str:
+            return self._render(some, tools, now, prompt)
+
+        text = render(messages, False)
+        turns = Turns(text, messages, render, self._controls)
+        check_calls(turns, render, self.name)
+        changed = check_contents(turns, self.name)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        unshown = hidden_reasoning(turns)
+        if self._template.marked:
+            marked = self._render(messages, tools, now, marks=True)
+            spans = self._marked_spans(marked, turns, answers)
+            nothing = f"template {self.name} marks nothing of this conversation as generation"
+            return Rendered(text, spans, {} if spans else {answers[-1]: nothing}, changed, unshown)
+        spans, refused = [], {}
+        for answer in answers:
+            try:
+                spans.append(turns.span(answer))
+            except RowError as error:
+                remedy = "mark what is trained with {% generation %} and {% endgeneration %}"
+                refused[answer] = f"{error}; {remedy} in template {self.name}"
+        return Rendered(text, spans, refused, changed, unshown)
+
+    def _marked_spans(self, marked: str, turns: Turns, answers: Sequence[int]) -> list[Span]:
+        """The generation blocks of a text, each with the messages it makes the assistant say."""
+        blocks, opened, position = list[tuple[int, int]](), list[int](), 0
+        parts = re.split(f"([{OPEN}{CLOSE}])", marked)
         for part in parts:
             if part == OPEN:
-                starts.append(position)
-            elif part == CLOSE:
-                spans.append((starts.pop(), position))
-            else:
+                opened.append(position)
+            elif part != CLOSE:
                 position += len(part)
-        if len(spans) != len(turns):
-            raise RowError(
-                f"template {self.name} marks {len(spans)} spans of generation, the assistant has {len(turns)} messages"
-            )
-        return Rendered(
-            "".join(part for part in parts if part not in (OPEN, CLOSE)),
-            [Span(start, stop, turn) for (start, stop), turn in zip(spans, turns)],
-        )
+            elif (start := opened.pop()) < position and not opened:  # blocks inside a block are part of it
+                blocks.append((start, position))
+        if "".join(part for part in parts if part not in (OPEN, CLOSE)) != turns.text:
+            raise RowError(f"template {self.name} works on the text of its generation blocks; mark what it writes last")
+        if len(blocks) == len(answers) and not all(turns.of(answer) for answer in answers):
+            return [Span(*block, answer, answer) for block, answer in zip(blocks, answers)]
+        spans = []
+        for start, stop in blocks:
+            inside = turns.answers_in(start, stop)
+            if not inside:
+                raise RowError(f"template {self.name} marks as generation what no message of the assistant says")
+            spans.append(Span(start, stop, inside[-1], inside[0]))
+        return spans
 
-    def _added(self, text: str, messages: Sequence[Message], tools: Sequence[Any] | None, turn: int) -> Span:
-        """What message `turn` adds to the prompt before it, up to the control token that ends it."""
-        remedy = f"mark them in template {self.name} with {{% generation %}} and {{% endgeneration %}}"
-        prompt = self._render(messages[:turn], tools, prompt=True)
-        after = self._render(messages[: turn + 1], tools)
-        if not (text.startswith(after) and after.startswith(prompt)):
-            raise RowError(
-                f"message {turn + 1}: what the assistant says cannot be told from the rest, for the conversation up to "
-                f"it is not how the whole one begins; {remedy}"
-            )
-        # a template that has no prompt of its own must come to the point at once
-        if self._render(messages[:turn], tools) == prompt:
-            said = messages[turn]["content"].lstrip()
-            if not said or not after[len(prompt) :].lstrip().startswith(said[:1]):
-                raise RowError(
-                    f"message {turn + 1}: the template writes more before what the assistant says and does not know "
-                    f"add_generation_prompt; {remedy}"
-                )
-        ended = after.rstrip()
-        stop = len(ended) if any(ended.endswith(control) for control in self._controls) else len(after)
-        return Span(len(prompt), stop, turn)
-
-    def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, prompt: bool = False) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        now: datetime.datetime,
+        prompt: bool = False,
+        marks: bool = False,
+    ) -> str:
         import jinja2
 
         try:
             return self._template.render(
-                messages=list(messages), tools=tools, documents=None, add_generation_prompt=prompt, **self.tokens
+                now,
+                marks,
+                (len(messages), sum(len(message["content"] or "") for message in messages)),
+                messages=list(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                **self.tokens,
             )
+        except LimitError:
+            raise
         except jinja2.TemplateError as error:
             raise RowError(f"template {self.name}: {error.message or error}") from None
         except Exception as error:
             # whatever an expression of the template can raise over this row
-            raise RowError(f"template {self.name} cannot render it: {error}") from None
+            raise RowError(f"template {self.name} cannot render it: {str(error) or type(error).__name__}") from None
 
 
-def _environment() -> Any:
-    """Jinja as Hugging Face configures it, and the generation tag."""
-    try:
-        from jinja2 import TemplateError, nodes
-        from jinja2.ext import Extension
-        from jinja2.ext import loopcontrols as loops
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ValueError("chat templates need jinja2; pip install 'megalite[sft]'") from error
+class _Arguments(dict[str, Any]):
+    """The arguments of a tool call: a template that writes them without `tojson` wants them as JSON."""
 
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 - as in the base class
+    def __str__(self) -> str:
+        raise TypeError("the arguments of a tool call are no text")
 
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
-        def mark(self, caller: Any) -> str:
-            return OPEN + caller() + CLOSE
+def _forms(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+    """The ways to write tool calls that templates expect: arguments an object or JSON, no content empty or null."""
+    if not any(message.get("tool_calls") for message in messages):
+        yield messages
+        return
+    for empty in ("", None):
+        for as_text in (False, True):
+            yield [_form(message, as_text, empty) if message.get("tool_calls") else message for message in messages]
 
-    def raise_exception(message: str) -> NoReturn:
-        raise TemplateError(message)
 
-    def tojson(value: Any, **options: Any) -> str:
-        return json.dumps(value, **{"ensure_ascii": False, **options})
+def _form(message: Message, as_text: bool, empty: str | None) -> Message:
+    calls = [_call_form(call, as_text) for call in message["tool_calls"]]
+    return {**message, "content": message["content"] or empty, "tool_calls": calls}
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loops])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+
+def _call_form(call: Message, as_text: bool) -> Message:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _call_form(call["function"], as_text)}
+    found = call["arguments"]
+    return {**call, "arguments": json.dumps(found, ensure_ascii=False) if as_text else _Arguments(found)}

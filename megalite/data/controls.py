@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megalite.data.conversations import Conversation, Message, RowError
 from megalite.data.encoding import Range, Tokenizer
+from megalite.data.messages import Conversation, Message, RowError
 
 # before and behind a control string that is text, while a template renders it; no text may hold them
 BEGIN, END = "\ufdd2", "\ufdd3"

@@ -4,15 +4,14 @@ Told apart by their keys, row by row: `messages` (OpenAI, TRL), `conversations` 
 `prompt` with `completion`.
 """
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalite.data.messages import RESERVED, Conversation, Message, RowError, conversation, kind_of, parse
 from megalite.data.rows import DEEPEST, NotJSONError, filled_lines, parse_json, text_fault
 
-ROLES = ("system", "user", "assistant", "tool")
 # ShareGPT's names of them
 SPEAKERS = {
     "human": "user",
@@ -22,16 +21,9 @@ SPEAKERS = {
     "system": "system",
     "observation": "tool",
     "tool": "tool",
+    "function": "tool",
     "function_call": "assistant",
 }
-# Unicode's noncharacters, which no text may have: chat templates mark the spans of the assistant with them
-OPEN, CLOSE = "\ufdd0", "\ufdd1"
-
-Message = dict[str, Any]
-
-
-class RowError(ValueError):
-    """What is wrong with one row, without where it stands."""
 
 
 @dataclass(frozen=True)
@@ -40,19 +32,6 @@ class Row:
 
     where: str
     value: Any | RowError
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """`messages`: each with a role of ROLES and `content`, text; those of the assistant may have `tool_calls`.
-
-    `weights`: of each message in the loss, None where the row says nothing. `tools`: JSON schemas, as given.
-    """
-
-    format: str
-    messages: list[Message]
-    weights: list[float | None]
-    tools: list[Any] | None = field(default=None)
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
@@ -103,12 +82,30 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
     number = 0
     try:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
+            for value in _values(batch):
                 number += 1
-                # every row has every column: those it has not are null
-                yield Row(f"{file}:row {number}", {key: item for key, item in value.items() if item is not None})
-    except (ArrowException, OSError) as error:
+                yield Row(f"{file}:row {number}", _without_nulls(value))
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a Parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _values(batch: Any) -> list[Any]:
+    """The rows of a batch; those whose text is not UTF-8 as RowErrors."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError as error:
+        if batch.num_rows == 1:
+            return [RowError(f"not UTF-8 ({error.reason} at byte {error.start}); write it as UTF-8")]
+        return [value for row in range(batch.num_rows) for value in _values(batch.slice(row, 1))]
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object the keys of all rows: a null is a key that this one does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def normalise(row: Any) -> Conversation:
@@ -116,7 +113,7 @@ def normalise(row: Any) -> Conversation:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
-        raise RowError(f"is {_kind(row)}, expected an object")
+        raise RowError(f"is {kind_of(row)}, expected an object")
     _check_text(row, "row", 0)
     for key, read in READERS.items():
         if row.get(key) is not None:
@@ -127,14 +124,12 @@ def normalise(row: Any) -> Conversation:
         raise RowError(f"has none of the keys {', '.join(READERS)} that tell a format; its keys are {keys}")
     if not found.messages:
         raise RowError("holds no message")
+    # JSON that stood in a string is read only now
+    _check_text([message.get("tool_calls") for message in found.messages], "a tool call", 0)
+    _check_text(found.tools, "'tools'", 0)
     if not any(message["role"] == "assistant" for message in found.messages):
         raise RowError("has no message of the assistant: there is nothing to train on")
     return found
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _check_text(value: Any, name: str, depth: int) -> None:
@@ -143,8 +138,8 @@ def _check_text(value: Any, name: str, depth: int) -> None:
     if isinstance(value, str):
         if fault := text_fault(value):
             raise RowError(f"{name} {fault}")
-        if OPEN in value or CLOSE in value:
-            raise RowError(f"{name} holds U+FDD0 or U+FDD1, which Unicode reserves for programs; remove it")
+        if found := RESERVED.search(value):
+            raise RowError(f"{name} holds U+{ord(found[0]):04X}, which Unicode reserves for programs; remove it")
     elif isinstance(value, dict):
         for key, item in value.items():
             _check_text(key, f"a key of {name}", depth + 1)
@@ -159,138 +154,94 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if not isinstance(value, str):
-        raise RowError(f"{key!r} is " + (f"{_kind(value)}, expected text" if key in row else "missing"))
+        raise RowError(f"{key!r} is " + (f"{kind_of(value)}, expected text" if key in row else "missing"))
     return value
 
 
 def _list(row: dict[str, Any], key: str) -> list[Any]:
     value = row.get(key)
     if not isinstance(value, list):
-        raise RowError(f"{key!r} is " + (f"{_kind(value)}, expected a list" if key in row else "missing"))
+        raise RowError(f"{key!r} is " + (f"{kind_of(value)}, expected a list" if key in row else "missing"))
     return value
 
 
 def _tools(row: dict[str, Any]) -> list[Any] | None:
-    tools = row.get("tools")
+    """The row's JSON schemas: `tools`, or OpenAI's older `functions`."""
+    key = "functions" if row.get("tools") is None else "tools"
+    tools = row.get(key)
     if isinstance(tools, str):
-        tools = _parse(tools, "'tools'") if tools.strip() else None
+        tools = parse(tools, f"{key!r}") if tools.strip() else None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError(f"'tools' is {_kind(tools)}, expected a list of JSON schemas")
+        raise RowError(f"{key!r} is {kind_of(tools)}, expected a list of JSON schemas")
+    if tools and key == "functions":
+        tools = [{"type": "function", "function": tool} for tool in tools]
     return tools or None
 
 
-def _parse(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise RowError(f"{what} is not JSON: {text[:60]!r}") from None
-
-
 def _messages(row: dict[str, Any]) -> Conversation:
-    return _conversation("messages", _list(row, "messages"), _tools(row))
+    given = _list(row, "messages")
+    return conversation("messages", _with_system(row, given), _tools(row))
 
 
-def _conversation(name: str, given: list[Any], tools: list[Any] | None) -> Conversation:
-    messages, weights = [], []
-    for number, message in enumerate(given, start=1):
-        where = f"message {number}"
-        if not isinstance(message, dict):
-            raise RowError(f"{where} is {_kind(message)}, expected an object with role and content")
-        role = message.get("role")
-        if role not in ROLES:
-            shown = f"{role[:40]!r}" if isinstance(role, str) else "missing" if role is None else _kind(role)
-            raise RowError(f"{where}: its role is {shown}, expected {', '.join(ROLES)}")
-        calls = message.get("tool_calls")
-        if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-            raise RowError(f"{where}: 'tool_calls' is no list of objects")
-        kept = {key: value for key, value in message.items() if key != "weight" and value is not None}
-        kept |= {"role": role, "content": _content(message, where, may_lack=bool(calls))}
-        if calls:
-            kept["tool_calls"] = [_with_arguments(call) for call in calls]
-        messages.append(kept)
-        weights.append(_weight(message.get("weight"), where))
-    return Conversation(name, messages, weights, tools)
-
-
-def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call whose arguments are an object: OpenAI writes them as JSON in a string, templates want the object."""
-    if isinstance(call.get("function"), dict):
-        return {**call, "function": _with_arguments(call["function"])}
-    arguments = call.get("arguments")
-    if isinstance(arguments, str):
-        return {**call, "arguments": _parse(arguments, "the arguments of a tool call")}
-    return call
-
-
-def _content(message: Message, where: str, may_lack: bool) -> str:
-    content = message.get("content")
-    if isinstance(content, list):  # OpenAI's parts, of which text is the kind a language model reads
-        parts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
-        if len(parts) < len(content):
-            raise RowError(f"{where}: a part of its content is no text")
-        return "".join(parts)
-    if content is None and may_lack:
-        return ""
-    if not isinstance(content, str):
-        raise RowError(f"{where}: its content is {_kind(content) if content is not None else 'missing'}, expected text")
-    return content
-
-
-def _weight(value: Any, where: str) -> float | None:
-    if value is None:
-        return None
-    if not isinstance(value, (int, float)) or not 0 <= value < 1e6:
-        raise RowError(f"{where}: its weight is {value!r}, expected a number of 0 or more")
-    return float(value)
+def _with_system(row: dict[str, Any], given: list[Any]) -> list[Any]:
+    """Messages behind the system text that stands beside them in the row."""
+    system = _text(row, "system", "")
+    if not system:
+        return given
+    if any(isinstance(message, dict) and message.get("role", message.get("from")) == "system" for message in given):
+        raise RowError("has 'system' and also a message of role system; keep one of them")
+    return [{"role": "system", "content": system}, *given]
 
 
 def _sharegpt(row: dict[str, Any]) -> Conversation:
-    given = _list(row, "conversations")
-    system = _text(row, "system", "")
-    messages: list[Any] = [{"role": "system", "content": system}] if system else []
-    for number, turn in enumerate(given, start=1):
+    messages = []
+    for number, turn in enumerate(_list(row, "conversations"), start=1):
         if not isinstance(turn, dict):
-            raise RowError(f"message {number} is {_kind(turn)}, expected an object with from and value")
+            raise RowError(f"message {number} is {kind_of(turn)}, expected an object with from and value")
         if "role" in turn and "from" not in turn:
             messages.append(turn)  # some name the list conversations and write it as messages
             continue
         speaker = turn.get("from")
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise RowError(f"message {number}: 'from' is {str(speaker)[:40]!r}, expected {', '.join(SPEAKERS)}")
-        message = {"role": SPEAKERS[speaker], "content": turn.get("value"), "weight": turn.get("weight")}
+        rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        message = {**rest, "role": SPEAKERS[speaker], "content": turn.get("value")}
         if speaker == "function_call":
-            calls = _parse(_text(turn, "value"), f"message {number}: the function call")
+            calls = parse(_text(turn, "value"), f"message {number}: the function call")
             calls = calls if isinstance(calls, list) else [calls]
             if not all(isinstance(call, dict) and "name" in call for call in calls):
                 raise RowError(f"message {number}: the function call has no name")
             message["content"] = None
             message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
         messages.append(message)
-    return _conversation("ShareGPT", messages, _tools(row))
+    return conversation("ShareGPT", _with_system(row, messages), _tools(row))
 
 
 def _alpaca(row: dict[str, Any]) -> Conversation:
-    messages = []
+    messages: list[Message] = []
     if system := _text(row, "system", ""):
         messages.append({"role": "system", "content": system})
     for number, turn in enumerate(_list(row, "history") if row.get("history") else [], start=1):
         if not (isinstance(turn, list) and len(turn) == 2):
             raise RowError(f"turn {number} of its history is no pair of an instruction and an answer")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    question = "\n".join(filter(None, (_text(row, "instruction"), _text(row, "input", ""))))
-    messages += [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row, "output")}]
-    return _conversation("Alpaca", messages, None)
+    instruction, given = _text(row, "instruction"), _text(row, "input", "")
+    question: Message = {"role": "user", "content": "\n".join(filter(None, (instruction, given)))}
+    if given:  # apart as well: Alpaca's own prompt has a place for each
+        question |= {"instruction": instruction, "input": given}
+    messages += [question, {"role": "assistant", "content": _text(row, "output")}]
+    return conversation("Alpaca", messages, None)
 
 
 def _completion(row: dict[str, Any]) -> Conversation:
     if isinstance(row["prompt"], list):  # TRL's conversational form: both are lists of messages
-        prompt = _conversation("prompt/completion", _list(row, "prompt"), _tools(row))
-        answer = _conversation("prompt/completion", _list(row, "completion"), None)
+        prompt = conversation("prompt/completion", _list(row, "prompt"), _tools(row))
+        answer = conversation("prompt/completion", _list(row, "completion"), None)
         weights = [0.0] * len(prompt.messages) + answer.weights
         return Conversation("prompt/completion", prompt.messages + answer.messages, weights, prompt.tools)
     question, answer_text = _text(row, "prompt"), _text(row, "completion")
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer_text}]
-    return _conversation("prompt/completion", messages, None)
+    return conversation("prompt/completion", messages, None)
 
 
 READERS = {"messages": _messages, "conversations": _sharegpt, "instruction": _alpaca, "prompt": _completion}

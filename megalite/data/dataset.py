@@ -1,6 +1,6 @@
 """Fixed-length training and evaluation windows over one indexed token stream."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -139,7 +139,7 @@ class WindowDataset:
             ends = (window * self.seq_len, min((window + 1) * self.seq_len, self.indexed.num_tokens - 1))
             first, last = np.searchsorted(self.indexed.document_starts, ends, side="right") - 1
             found |= set(range(int(first), int(last) + 1))
-        return numbered("document", found)
+        return numbered("document", sorted(found))
 
     def _layout(self, windows: Sequence[int]) -> Layout:
         query = np.arange(self.seq_len)
@@ -191,10 +191,10 @@ def heldout_windows(indexed: IndexedDataset, seq_len: int, *, isolate_documents:
     return WindowDataset(indexed, seq_len, isolate_documents=isolate_documents)
 
 
-def numbered(noun: str, numbers: Collection[int]) -> str:
+def numbered(noun: str, places: Sequence[object]) -> str:
     """`document 3`, or `documents 3, 7, 8`, at most eight of them."""
-    first = [str(number) for number in sorted(numbers)[:8]]
-    return f"{noun}{'s' * (len(numbers) != 1)} {', '.join(first)}" + ", ..." * (len(numbers) > len(first))
+    first = [str(each) for each in places[:8]]
+    return f"{noun}{'s' * (len(places) != 1)} {', '.join(first)}" + ", ..." * (len(places) > len(first))
 
 
 class Spread:

@@ -8,24 +8,27 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.chat import ChatTemplate, Rendered, control_pattern
+from megalite.data.chat import ChatTemplate, control_pattern
 from megalite.data.controls import Controls, keep_text, unmark
-from megalite.data.conversations import Conversation, normalise, read_rows
+from megalite.data.conversations import normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
+from megalite.data.jinja import LimitError
 from megalite.data.masks import require_trained, token_weights, weighted_spans
+from megalite.data.messages import Conversation
 from megalite.data.origin import describe_tokenizer
 from megalite.data.report import Report
 from megalite.data.tokenizer import Encoding, Tokenizer
 from megalite.watch.progress import Bar
 
 # Raised whenever the same rows would give other files, so that old caches are not taken for new ones.
-RECIPE = 2
+RECIPE = 3
 # within so many seconds a refusal of the same file is another rank's
 SAME_RUN_S = 10.0
 
@@ -56,6 +59,8 @@ def examples(
     for row in read_rows(path):
         try:
             yield _example(row.where, row.value, tokenizer, template, options, report, controls)
+        except LimitError:  # of the template, whatever the row
+            raise
         except ValueError as error:  # of a row, or of a tokenizer that cannot cut its text
             if options.bad_rows == "stop":
                 raise ValueError(f"{row.where}: {error} (data.bad_rows=skip leaves such rows out)") from None
@@ -80,14 +85,20 @@ def _example(
     marked = template.render(conversation)
     there = unmark(marked.text)
     spans = [span._replace(start=there.at(span.start), stop=there.at(span.stop)) for span in marked.spans]
-    rendered = Rendered(there.text, spans)
+    rendered = replace(marked, text=there.text, spans=spans)
     encoding = tokenizer.encode_chat(rendered.text, there.ranges)
     weights = token_weights(rendered.text, encoding, weighted_spans(conversation, rendered, options.train_on))
     require_trained(weights.astype(np.float32))  # as training has them: the smallest become 0
     kept = conversation if changed else given
     report.look(where, kept, rendered.text, encoding, weights, tokenizer)
     report.controls += found
-    for what in ["controls"] * (found > 0) + ["changed"] * (changed > 0):
+    told = {
+        "controls": found,
+        "changed": changed,
+        "unshown": rendered.unshown,
+        "dropped assistant": len(rendered.changed),
+    }
+    for what in (what for what, count in told.items() if count):
         report.see(what, where)
     return Example(where, kept, rendered.text, encoding, weights)
 

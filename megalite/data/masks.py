@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalite.data.chat import Rendered
-from megalite.data.conversations import Conversation, RowError
+from megalite.data.messages import Conversation, RowError
 from megalite.data.tokenizer import Encoding
 
 Weighted = tuple[int, int, float]
@@ -16,12 +16,34 @@ def weighted_spans(conversation: Conversation, rendered: Rendered, train_on: str
     """Spans of characters and what each of their tokens counts.
 
     train_on: `assistant`, all its messages, each by its own weight where the row gives one; `last`, of these the last
-    message alone; `all`, the whole text evenly.
+    message alone; `all`, the whole text evenly. RowError where a message that is asked for is not shown as it is, or
+    cannot be told from the rest.
     """
+    messages, weights = conversation.messages, [_or_one(weight) for weight in conversation.weights]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    asked = answers[-1:] if train_on == "last" else answers
+    for answer in asked:
+        if weights[answer] or train_on == "all":
+            reason = rendered.changed.get(answer) or (train_on != "all" and rendered.refused.get(answer))
+            if reason:
+                raise RowError(reason)
     if train_on == "all":
         return [(0, len(rendered.text), 1.0)]
-    spans = rendered.spans if train_on == "assistant" else rendered.spans[-1:]
-    return [(span.start, span.stop, _or_one(conversation.weights[span.message])) for span in spans]
+    found = list[Weighted]()
+    for span in rendered.spans:
+        if span.message not in asked:
+            continue
+        inside = [answer for answer in answers if span.since <= answer <= span.message]
+        if len({weights[answer] if answer in asked else 0.0 for answer in inside}) > 1:
+            raise RowError(
+                f"the template marks messages {span.since + 1} to {span.message + 1} as one block of generation; they "
+                f"cannot count differently"
+            )
+        if found and found[-1][1] == span.start and found[-1][2] == weights[span.message]:
+            found[-1] = (found[-1][0], span.stop, found[-1][2])
+        else:
+            found.append((span.start, span.stop, weights[span.message]))
+    return found
 
 
 def _or_one(weight: float | None) -> float:

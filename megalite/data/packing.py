@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from megalite.data.dataset import Batch, Layout, numbered
 from megalite.data.indexed import IndexedDataset
 from megalite.data.instructions import weights_prefix
 from megalite.data.order import EpochOrder
+from megalite.data.report import from_sidecar, place
 
 
 class Piece(NamedTuple):
@@ -75,9 +76,23 @@ class Conversations:
             raise ValueError(
                 f"{prefix}: is not instruction data with its weights; make it with tools/data.py sft, or set data.path"
             )
-        self.table = np.array(self.sidecar["weights"], dtype=np.float32)
+        weights = self.sidecar["weights"]
+        if not (
+            isinstance(weights, list) and weights and all(type(w) in (int, float) and 0 <= w < 1e6 for w in weights)
+        ):
+            raise ValueError(f"{prefix}.json: its weights are no list of numbers of 0 or more; make the data again")
+        self.table = np.array(weights, dtype=np.float32)
         self.starts: NDArray[np.int64] = np.asarray(self.tokens.offsets, dtype=np.int64) // self.tokens.dtype.itemsize
         self.lengths: NDArray[np.int64] = np.asarray(self.tokens.lengths, dtype=np.int64)
+
+    def weigh(self, places: NDArray[Any]) -> NDArray[np.float32]:
+        """The weights that stand at `places` of the list in the sidecar."""
+        if places.size and int(places.max()) >= len(self.table):
+            raise ValueError(
+                f"{self.weights.bin_path}: holds {places.max()}, and the sidecar has {len(self.table)} weights; "
+                f"make the data again"
+            )
+        return self.table[places]
 
 
 class SftDataset:
@@ -132,7 +147,7 @@ class SftDataset:
                 stream = self.data.tokens.tokens(start, start + length + 1)
                 here = slice(at, at + length)
                 tokens[b, here], labels[b, here] = stream[:-1], stream[1:]
-                loss_mask[b, here] = self.data.table[self.data.weights.tokens(start + 1, start + length + 1)]
+                loss_mask[b, here] = self.data.weigh(self.data.weights.tokens(start + 1, start + length + 1))
                 at += length
         return Batch(tokens, labels, loss_mask, *self.layout(indices))
 
@@ -150,6 +165,12 @@ class SftDataset:
         return Layout(query - first, np.stack([first, np.broadcast_to(query + 1, first.shape)], axis=-1))
 
     def describe(self, indices: Sequence[int]) -> str:
-        """The conversations in the rows of `indices`, counted from 0 as they were kept of the file."""
+        """The conversations in the rows of `indices` by their places in the file; else by number, counted from 0."""
         starts = [self.pieces[i].start for index in indices for i in self.row(index)]
-        return numbered("conversation", set((np.searchsorted(self.data.starts, starts, side="right") - 1).tolist()))
+        numbers = sorted(set((np.searchsorted(self.data.starts, starts, side="right") - 1).tolist()))
+        side = self.data.sidecar
+        if "report" not in side:
+            return numbered("conversation", numbers)
+        path = side["sources"][0]
+        report = from_sidecar(side["report"], path)
+        return numbered("row", [place(report, number, path) for number in numbers])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.conversations import Conversation
+from megalite.data.messages import Conversation
 from megalite.data.tokenizer import Encoding, Tokenizer
 
 SHOWN_ROWS = 5
@@ -27,6 +27,7 @@ TOLD = {
     "dropped": "the template drops or changes messages of role {which}",
     "endless": "the last answer ends without a control token, so that the model does not learn to stop",
     "tools": "the template does not show the tools",
+    "unshown": "the template does not show the reasoning of messages, so it is not trained",
     "unknown": "the template writes {which}, which is no token of this tokenizer",
 }
 
@@ -69,9 +70,6 @@ class Report:
         names = (str(tool.get("function", tool).get("name")) for tool in conversation.tools or [])
         if not all(name in text for name in names):
             self.see("tools", where)
-        contents = [(message["role"], message["content"].strip()) for message in conversation.messages]
-        for role in sorted({role for role, content in contents if content not in text}):
-            self.see(f"dropped {role}", where)
         for written in _unknown(text, conversation, encoding, t):
             self.see(f"unknown {written}", where)
 

@@ -36,8 +36,8 @@ class Survey:
     trained: int
 
     def summary(self) -> str:
-        side = self.data.sidecar
-        formats = ", ".join(f"{count} {name}" for name, count in side["report"]["formats"].items())
+        side, report = self.data.sidecar, from_sidecar(self.data.sidecar["report"], self.path)
+        formats = ", ".join(f"{count} {name}" for name, count in report.formats.items())
         share = 100 * self.trained / max(1, self.tokens)
         return f"{formats} rows, template {side['template_name']}, {share:.1f} % of {self.tokens} tokens trained"
 
@@ -64,7 +64,7 @@ class Survey:
             raise ValueError(
                 f"{key}: template {self.data.sidecar['template_name']} writes {names} (the first in {first}), and the "
                 f"tokenizer has no such token, so that the model cannot learn where a turn ends; add them with "
-                f"model.add_tokens, or choose a template for this tokenizer with data.template"
+                f"model.add_tokens='[{names}]', or choose a template for this tokenizer with data.template"
             )
         if len(self.chosen) == (len(self.longer) if self.overlong == "drop" else 0):
             (*_, last) = self.notes()
@@ -78,7 +78,7 @@ def survey(data: Conversations, path: str, seq_len: int, overlong: str) -> Surve
     tokens, trained = int(data.sidecar["tokens"]), int(data.sidecar["trained_tokens"])
     untrained = []
     for number in longer.tolist():
-        weights = data.table[data.weights[number]]
+        weights = data.weigh(data.weights[number])
         part = kept_part(len(weights), seq_len, overlong)
         learned = int(np.count_nonzero(weights[part]))
         # the first token of what is kept is predicted by nothing
@@ -98,7 +98,8 @@ def _are(count: int) -> str:
 
 def shown_path(data: Conversations, path: str) -> str:
     """The file that conversations were made of, as far as it is known."""
-    return path if Path(path).is_file() else str(data.sidecar["sources"][0])
+    sources = data.sidecar["sources"]
+    return path if Path(path).is_file() or not sources else str(sources[0])
 
 
 def histogram(lengths: list[int], width: int = 40) -> Iterator[str]:

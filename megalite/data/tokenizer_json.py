@@ -111,6 +111,12 @@ class HuggingFaceTokenizer(Tokenizer):
                 inside = text[start:stop]
                 left = len(inside) - len(inside.lstrip())
                 spans[i] = (start + left, max(start + left, start + len(inside.rstrip())))
+        if spans and spans[-1][1] < len(text.rstrip()):
+            # the library counts characters by tokens, so that those behind a lost one are at the wrong place
+            raise ValueError(
+                f"{self.path}: leaves out characters of a text that it does not know, so that it cannot be told which "
+                f"tokens an answer has; use a tokenizer with a token for unknown characters, or with bytes"
+            )
         return Encoding(ids, spans)
 
     @cached_property

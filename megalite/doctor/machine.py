@@ -39,7 +39,7 @@ def cores() -> Findings:
 
 
 def memory() -> Findings:
-    from megalite.plan import available_memory
+    from megalite.topology import available_memory
 
     total, free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), available_memory()
     remedy = "end other programs, or ask for more memory: one rank of a small model takes 0.5 GiB"

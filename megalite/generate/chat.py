@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megalite.data.chat import ChatTemplate, control_pattern, find_template
 from megalite.data.controls import keep_text, unmark
-from megalite.data.conversations import Conversation, Message
+from megalite.data.messages import Conversation, Message
 from megalite.data.tokenizer import Tokenizer
 
 

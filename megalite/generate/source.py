@@ -15,7 +15,7 @@ from megalite.data.origin import tokenizer_of_run
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.hf.fields import read_json
 from megalite.hf.folder import HFFolder, find_tokenizer, open_folder
-from megalite.plan import device_memory
+from megalite.topology import device_memory
 from megalite.tune.base import base_of
 
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from megalite.config.schema import LARGEST_SEED
 from megalite.data.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -34,7 +35,10 @@ class Settings:
                 not self.repetition_penalty > 0,
                 f"repetition_penalty={self.repetition_penalty} must be greater than 0; 1 is none",
             ),
-            (self.seed < 0, f"seed={self.seed} must not be negative"),
+            (
+                not 0 <= self.seed <= LARGEST_SEED,
+                f"seed={self.seed} must be at least 0 and at most {LARGEST_SEED}, e.g. 1234",
+            ),
             ("" in self.stop, "an empty stop string ends every text before it begins; leave it out"),
         ):
             if wrong:

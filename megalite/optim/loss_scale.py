@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from megalite.batches import TrainingError
 from megalite.config import Config
-from megalite.config.check import LARGEST_LOSS_SCALE
+from megalite.config.schema import LARGEST_LOSS_SCALE
 
 
 def first_scale(config: Config) -> float:

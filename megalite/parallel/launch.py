@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.config import Config
+from megalite.config.schema import MOST_THREADS
 from megalite.parallel.groups import DistWorld, SoloWorld, World
 from megalite.parallel.meet import join
 from megalite.parallel.peers import Peers
@@ -32,6 +34,16 @@ def keep_freed_memory() -> None:
         return  # not glibc: nothing to tell
 
 
+def _threads_asked(text: str) -> int:
+    """The threads of OMP_NUM_THREADS, of the outermost level where it names several, as 4,2."""
+    found = re.fullmatch(r" *([0-9]{1,9}) *(,[0-9, ]*)?", text)
+    if not found or not 1 <= int(found[1]) <= MOST_THREADS:
+        raise ValueError(
+            f"OMP_NUM_THREADS={text[:80]!r} in the environment: write a number of threads from 1 to {MOST_THREADS}"
+        )
+    return int(found[1])
+
+
 def set_threads(threads: int, local_ranks: int) -> int:
     """CPU threads of this rank: `threads`, else what OMP_NUM_THREADS says, else cores / local ranks.
 
@@ -41,7 +53,7 @@ def set_threads(threads: int, local_ranks: int) -> int:
     by_user = asked is not None and not (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
     if not threads:
         cores = len(os.sched_getaffinity(0))
-        threads = int(asked) if by_user and asked is not None else max(1, cores // local_ranks)
+        threads = _threads_asked(asked) if by_user and asked is not None else max(1, cores // local_ranks)
     torch.set_num_threads(threads)
     return threads
 

@@ -59,7 +59,7 @@ def join(here: Place, timeout_s: float, began: float) -> tuple[Peers, Any]:
     timeout_s = min(timeout_s, LONGEST_S)
     deadline = max(began + timeout_s, time.monotonic() + timeout_s / 2)
     late = NotMet(here, f"no answer from {here.master}:{here.port} within {timeout_s:g} s (parallel.timeout_s)")
-    with _limit(deadline, late.line):
+    with _limit(deadline, late):
         if not served():
             token = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_STEP_ID', '')}.{here.world_size}"
             hub = Hub(_listen(here), here.world_size, token, timeout_s, deadline) if here.rank == 0 else None
@@ -77,9 +77,9 @@ def join(here: Place, timeout_s: float, began: float) -> tuple[Peers, Any]:
 
 
 @contextmanager
-def _limit(deadline: float, line: str) -> Iterator[None]:
+def _limit(deadline: float, late: NotMet) -> Iterator[None]:
     """End the process a moment after `deadline`: a call into a store whose server is stopped has no end of its own."""
-    timer = threading.Timer(max(0.0, deadline + 1.0 - time.monotonic()), end_with, (line, 1))
+    timer = threading.Timer(max(0.0, deadline + 1.0 - time.monotonic()), end_with, (late.line, 1, late.speaks))
     timer.daemon = True
     timer.start()
     try:

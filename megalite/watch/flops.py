@@ -1,10 +1,4 @@
-"""What a GPU can do at most, by its name, and how much of that a run uses.
-
-Figures are dense, without sparsity, in TFLOP/s of one device as torch counts devices, from the vendors' data sheets:
-NVIDIA A100, A800, A10, A30, A40, L4, L40, L40S, T4, V100, H100 (SXM, PCIe, NVL), H200, H20, GH200, HGX B100/B200 and
-GB200 NVL72; the architecture white papers of GA102, AD102 and GB202 for RTX (fp32 accumulation); AMD Instinct MI210,
-MI250, MI250X, MI300X, MI325X and MI355X. Where a sheet gives only the figure with sparsity, half of it.
-"""
+"""What a GPU can do at most, by its name, and how much of that a run uses."""
 
 from __future__ import annotations
 
@@ -14,49 +8,8 @@ import sys
 
 import torch
 
-# name: fp16, bf16, tf32, fp32 (matrix cores where torch uses them for fp32); None: not there, or not published
-PEAKS: dict[str, tuple[float | None, float | None, float | None, float | None]] = {
-    "V100": (112, None, None, 14.0),  # PCIe, the slowest
-    "V100-SXM2": (125, None, None, 15.7),
-    "V100-SXM3": (125, None, None, 15.7),
-    "V100S": (130, None, None, 16.4),
-    "T4": (65, None, None, 8.1),
-    "A10": (125, 125, 62.5, 31.2),
-    "A10G": (70, 70, 35, 31.5),
-    "A30": (165, 165, 82, 10.3),
-    "A40": (149.7, 149.7, 74.8, 37.4),
-    "A100": (312, 312, 156, 19.5),
-    "A800": (312, 312, 156, 19.5),
-    "RTX A6000": (154.8, 154.8, 77.4, 38.7),
-    "RTX 6000 Ada": (364.2, 364.2, 182.1, 91.1),
-    "RTX 3090": (71, 71, 35.6, 35.6),
-    "RTX 3090 Ti": (80, 80, 40, 40),
-    "RTX 4090": (165.2, 165.2, 82.6, 82.6),
-    "RTX 4090 D": (147.1, 147.1, 73.5, 73.5),
-    "RTX 5090": (209.5, 209.5, 104.8, 104.8),
-    "L4": (121, 121, 60, 30.3),
-    "L40": (181, 181, 90.5, 90.5),
-    "L40S": (362, 362, 183, 91.6),
-    "H20": (148, 148, 74, 44),
-    "H100": (989.4, 989.4, 494.7, 66.9),
-    "H100 PCIe": (756.5, 756.5, 378, 51.2),
-    "H100 NVL": (835.5, 835.5, 417.5, 60),
-    "H800": (989.4, 989.4, 494.7, 66.9),
-    "H800 PCIe": (756.5, 756.5, 378, 51.2),
-    "H200": (989.4, 989.4, 494.7, 66.9),
-    "H200 NVL": (835.5, 835.5, 417.5, 60),
-    "GH200": (989.4, 989.4, 494.7, 66.9),
-    "B100": (1750, 1750, 875, 60),
-    "B200": (2250, 2250, 1125, 75),
-    "GB200": (2500, 2500, 1250, 80),
-    "MI210": (181, 181, None, 45.3),
-    # one device is one of the card's two dies
-    "MI250": (181, 181, None, 45.3),
-    "MI250X": (191.5, 191.5, None, 47.9),
-    "MI300X": (1307.4, 1307.4, 653.7, 163.4),
-    "MI325X": (1307.4, 1307.4, 653.7, 163.4),
-    "MI355X": (2516.6, 2516.6, None, 157.3),
-}
+from megalite.watch.hardware import GPUS
+
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
 # a slice of a GPU, or one held back by its case: the name says nothing of its speed
 NOT_WHOLE = re.compile(r"\b(MIG|vGPU|GRID|Laptop|Max-Q)\b", re.IGNORECASE)
@@ -72,8 +25,8 @@ def peak_flops(name: str, precision: str) -> float | None:
     """
     if precision not in PRECISIONS or NOT_WHOLE.search(name):
         return None
-    fits = [known for known in PEAKS if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE)]
-    peak = PEAKS[max(fits, key=len)][PRECISIONS.index(precision)] if fits else None
+    fits = [known for known in GPUS if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE)]
+    peak = GPUS[max(fits, key=len)][1][PRECISIONS.index(precision)] if fits else None
     return peak * 1e12 if peak is not None else None
 
 

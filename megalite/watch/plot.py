@@ -22,7 +22,7 @@ def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Pa
         return None
     metrics = read_metrics(run_dir)
     rows = [row for row in metrics.get("train", []) if "loss" in row]  # a batch without a trained token has none
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     steps = [row["step"] for row in rows]
     losses = [row["loss"] for row in rows]
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
@@ -38,18 +38,27 @@ def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Pa
             color=f"C{number}",
             label=f"held out: {name}",
         )
+    low, high = axes.get_ylim()
     for name, value in (references or {}).items():
+        # a loss falls from the upper left to the lower right: the other two corners are free
+        above = value > (low + high) / 2
         axes.axhline(value, linestyle="--", linewidth=1, color="gray")
-        axes.annotate(name, (0.99, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        style: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        style |= {"va": "bottom", "fontsize": 8}
+        style["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
+        axes.annotate(name, (0.99 if above else 0.01, value), (0, 2), ha="right" if above else "left", **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.name)
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper right", frameon=False)
+    # below the axes, where no line can run through it
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=min(4, 1 + len(held_out)), frameon=False)
     if rows and "lr" in rows[0]:
         rate = axes.twinx()
+        # behind the losses and the names of the lines
+        rate.set_zorder(axes.get_zorder() - 1)
+        axes.patch.set_visible(False)
         rate.plot(steps, [row["lr"] for row in rows], color="black", alpha=0.25, linewidth=1)
         rate.set_ylabel("learning rate (thin line)")
         rate.set_ylim(bottom=0)
-    figure.tight_layout()
     path = run_dir / "loss.png"
     figure.savefig(path)
     pyplot.close(figure)

@@ -14,8 +14,10 @@ import pytest
 import torch
 from assets import asset
 from ranks import COMMON, REPOSITORY, Ended, Ranks, pretrain, pretrain_at, run_ranks
+from test_generate import tool
 
 from megalite.checkpoint.folder import complete
+from megalite.data.corpus import train_tokenizer
 from megalite.data.indexed import IndexedWriter
 
 SHARED = "train.run_dir has to be on a file system that all nodes share"
@@ -209,3 +211,20 @@ def test_a_hugging_face_folder_that_differs(settings, nodes: list[Path], tmp_pat
     argv = settings(tmp_path / "run", "data.path=text", "model.from_hf=hf", "parallel.dp=2")
     argv = [word for word in argv if not word.startswith("model.") or "from_hf" in word]
     assert told(two_nodes(nodes, argv)).startswith("model.from_hf=hf holds ")
+
+
+def generate_at(folders: list[Path], argv: list[str]) -> int:
+    os.chdir(folders[int(os.environ["RANK"])])
+    return tool("generate.py", argv)
+
+
+def test_a_model_that_differs_for_a_tool(settings, nodes: list[Path]) -> None:
+    with (REPOSITORY / "examples" / "corpus" / "kjv.jsonl").open() as rows:
+        tokenizer = train_tokenizer([json.loads(row)["text"] for row in rows][::20], 400)
+    for seed, node in enumerate(nodes):
+        run_ranks(1, pretrain, settings(node / "run", "model.vocab_size=400", "train.steps=1", f"train.seed={seed}"))
+        (node / "run" / "tokenizer.model").write_bytes(tokenizer)
+    argv = ["run", "--prompt", "a", "--tp", "2", "--device", "cpu"]
+    with Ranks(2, generate_at, nodes, argv, nodes=2) as running:
+        ended = running.wait()
+    assert told(ended).startswith("model=run holds step-00000001 (")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from ranks import finetune, run_ranks
 
-from megalite.config.load import read_yaml_file
+from megalite.config.read import read_yaml_file
 from megalite.data.questions import prepare_questions
 from megalite.watch.metrics import read_metrics
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from ranks import Ended, Ranks, different, pretrain, pretrain_with, run_ranks, whole_tensors
+from test_faults_campaign import pretrain_hit
 
 from megalite.checkpoint.folder import complete
 from megalite.watch.metrics import read_metrics
@@ -81,6 +82,33 @@ def stopped_and_goes_on(settings, run_dir: Path, ended: Ended, reason: str) -> N
     assert [folder.name for folder in complete(run_dir)] == [f"step-{step:08d}"]
     run_ranks(RANKS, pretrain, settings(run_dir, *CUT, f"train.steps={step + 2}", "optim.decay_samples=96"))
     assert [row["step"] for row in read_metrics(run_dir)["train"]] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_signal_while_a_run_starts_stops_it_before_the_first_step(
+    settings, straight: Path, tmp_path: Path, rank: int
+) -> None:
+    argv, run_dir = settings(tmp_path / "run", *CUT), tmp_path / "run"
+    ended = run_ranks(RANKS, pretrain_hit, argv, rank, "weights", signal.SIGTERM, tmp_path / "clock")
+    reason = "SIGTERM" if rank == 0 else "another rank received a stop signal"
+    assert f"stopped before step 1: {reason}; the same command goes on from here" in ended.out[0]
+    assert "".join(ended.err) == ""
+    assert complete(run_dir) == []
+    assert (run_dir / "REQUEUE").read_text().startswith(f"step 0\nreason {reason}\n")
+    run_ranks(RANKS, pretrain, argv)
+    assert losses(run_dir) == losses(straight)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_before_there_is_a_world_ends_all(settings, tmp_path: Path, rank: int) -> None:
+    argv = settings(tmp_path / "run", *CUT, "parallel.timeout_s=10")
+    with Ranks(RANKS, pretrain_hit, argv, rank, "reports", signal.SIGTERM, tmp_path / "clock") as ranks:
+        ended = ranks.wait(30)
+    assert ended.codes[rank] == 128 + signal.SIGTERM, ended
+    assert set(ended.codes) == {1, 128 + signal.SIGTERM}, ended
+    assert "Traceback" not in str(ended)
+    assert 1 <= "".join(ended.err).count("\n") <= 2
+    assert "".join(ended.out).count("step ") == 0
 
 
 def test_a_second_interrupt_ends_at_once(settings, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, ch
 from megalite.data.dataset import PretrainDataset, heldout_windows
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.instructions import weights_prefix
-from megalite.data.packing import NEEDED, Conversations, SftDataset
+from megalite.data.packing import Conversations, SftDataset
 from megalite.divergence import Spikes, advice, locate
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
@@ -178,7 +178,7 @@ def test_where_samples_lie(tmp_path: Path, dataset: PretrainDataset) -> None:
         for length in (7, 3, 9, 4, 30):
             tokens.add_document(range(length))
             weights.add_document([1] * length)
-        tokens.sidecar = {**dict.fromkeys(NEEDED), "weights": [0.0, 1.0]}
+        tokens.sidecar = {"weights": [0.0, 1.0]}
     sft = SftDataset(Conversations(prefix), np.array([0, 1, 3, 4]), 9, overlong="truncate_left")
     assert [sft.describe([row]) for row in range(len(sft))] == [
         "conversation 4",
@@ -187,15 +187,15 @@ def test_where_samples_lie(tmp_path: Path, dataset: PretrainDataset) -> None:
     ]
 
 
-def test_the_batch_is_passed_over_beside_others() -> None:
+def test_the_batch_is_passed_over_beside_others(dataset: PretrainDataset) -> None:
     c = config()
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, path="data/corpus_text_document"))
-    assert advice(c, range(320, 352)) == (
-        "the batch was samples 320 to 351 of corpus_text_document, and a resumed run meets it again: "
-        "train.skip_samples=320:352 passes over it"
+    assert advice(c, range(8, 12), dataset) == (
+        "the batch was samples 8 to 11 of corpus_text_document (documents 4, 5, 6), and a resumed run meets it again: "
+        "train.skip_samples=8:12 passes over it"
     )
     c = dataclasses.replace(c, train=dataclasses.replace(c.train, skip_samples="32:64"))
-    assert "train.skip_samples=32:64,320:352 passes" in advice(c, range(320, 352))
+    assert "train.skip_samples=32:64,8:12 passes" in advice(c, range(8, 12), dataset)
 
 
 def test_a_spike_is_told_once_and_not_before_there_is_a_usual() -> None:

@@ -15,11 +15,11 @@ from assets import asset
 
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
-from megalite.config import Request, parse_command_line
+from megalite.config import ConfigError, Request, parse_command_line, resolve
 from megalite.config.tune import shapes
 from megalite.data.indexed import IndexedWriter
 from megalite.entry import configure
-from megalite.request import PROBE, apart, one_length, resume_from, with_tokenizer
+from megalite.request import PROBE, apart, one_length, resume_from, with_epochs, with_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "pretrain_7b.py"
@@ -72,6 +72,11 @@ def refusal(tmp_path: Path, *argv: str, seconds: float = 3.0, script: Path = SCR
         ([*ONE, "parallel.dp=2"], "= 2 ranks, but the world size is 1"),
         (["parallel.tp=1", "parallel.pp=5"], "parallel.pp=5 stages need at least 5 layers, model.num_layers=4"),
         ([*ONE, "train.global_batch_size=12"], "train.global_batch_size=12 is not a multiple of"),
+        ([*ONE, "train.threads=1000"], "train.threads=1000 of each rank on a machine of"),
+        (
+            [*ONE, "optim.groups=embedding.weight lr_scale=0"],
+            "optim.groups: no parameter is named embedding.weight; did",
+        ),
         ([*ONE, "data.path=missing/text"], "missing/text.idx: no such file"),
         ([*ONE, "checkpoint.resume=must"], "checkpoint.resume=must, but"),
         ([*ONE, "checkpoint.load=missing"], "missing: no such folder; name a run folder"),
@@ -195,6 +200,16 @@ def test_steps_or_epochs_and_a_folder_of_its_own() -> None:
     assert asked().config.train.run_dir == "runs/sft-7b"
     assert asked("--preset", "tiny").config.train.run_dir == "runs/sft-tiny"
     assert asked("--preset", "tiny", "train.run_dir=here").config.train.run_dir == "here"
+
+
+def test_epochs_that_never_end(capsys: pytest.CaptureFixture[str]) -> None:
+    request = parse_command_line(["train.epochs=1000000"], default_preset="tiny", prog="test")
+    config = resolve(request.config, 4)
+    with pytest.raises(
+        ConfigError, match=r"train\.epochs=1e\+06 of 1000000 samples are 31250000000 steps, more than 1e\+09"
+    ):
+        with_epochs(config, request, 10**6, 4, print)
+    assert with_epochs(config, request, 64, 4, print).train.steps == 2 * 10**6
 
 
 def test_a_bad_row_is_named(tmp_path: Path) -> None:

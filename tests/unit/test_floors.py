@@ -17,7 +17,7 @@ FLOORS = {
     5: ("trainer", "restore", "run_folder", "generate", "evaluate", "divergence", "together"),
     4: ("build",),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "loaded", "agree"),
-    2: ("parallel", "data", "watch", "plan", "activations", "batches"),
+    2: ("parallel", "data", "watch", "plan", "topology", "activations", "batches"),
     1: ("config", "ops", "place", "arguments", "disk"),
     0: ("megalite",),  # the version alone
 }
@@ -35,6 +35,7 @@ NEVER = [
             "config",
             "place",
             "plan",
+            "topology",
             "activations",
             "generate.text",
             "generate.source",

@@ -27,7 +27,7 @@ from megalite.checkpoint.save import own_parts, write_whole
 from megalite.checkpoint.state import State
 from megalite.checkpoint.verify import verify
 from megalite.config import Config, ModelConfig, from_mapping
-from megalite.config.load import read_yaml_file
+from megalite.config.read import read_yaml_file
 from megalite.config.tune import shapes
 from megalite.parallel.cuts import even
 from tools.checkpoint import main

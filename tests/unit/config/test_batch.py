@@ -1,5 +1,8 @@
 """The ramp of the global batch: a pure function of consumed samples, so a resumed run takes the same steps."""
 
+import random
+import time
+
 from megalite.config import Config, ParallelConfig, TrainConfig, resolve
 from megalite.config.batch import batch_size, steps_for, total_samples
 
@@ -52,3 +55,25 @@ def test_the_fewest_steps_for_so_many_samples() -> None:
             steps = steps_for(config(**ramp), samples)
             assert total_samples(config(steps=steps, **ramp)) >= samples
             assert steps == 1 or total_samples(config(steps=steps - 1, **ramp)) < samples
+
+
+def test_whole_plateaus_are_counted_as_their_steps_would_be() -> None:
+    drawn = random.Random(0)
+    for _ in range(300):
+        unit = drawn.choice((1, 2, 3))
+        whole = unit * drawn.randint(1, 20)
+        ramp = {"ramp_start": unit * drawn.randint(1, whole // unit), "ramp_samples": drawn.randint(1, 400)}
+        steps = drawn.randint(1, 90)
+        c = config(steps=steps, micro_batch_size=unit, global_batch_size=whole, **ramp)
+        assert total_samples(c) == sum(sizes(c))
+        samples = drawn.choice((drawn.randint(1, 900), drawn.random() * 900))
+        assert steps_for(c, samples) == next(n for n in range(1, 10000) if sum(sizes(c, steps=n)) >= samples)
+
+
+def test_the_longest_ramp_is_counted_at_once() -> None:
+    began = time.process_time()
+    c = config(steps=10**9, micro_batch_size=1, global_batch_size=10**5, ramp_start=1, ramp_samples=10**9, seq_len=1)
+    assert c.optim.decay_samples is not None
+    assert 10**13 < c.optim.decay_samples < 10**14
+    assert steps_for(c, 10**12) > 10**7
+    assert time.process_time() - began < 5

@@ -32,8 +32,10 @@ def test_none_is_none() -> None:
     ("text", "message"),
     [
         ("embed.* lr=0.1", "optim.groups: 'lr=0.1' of pattern 'embed.*' is not a setting; write e.g."),
-        ("embed.* lr_scale=-1", "'lr_scale=-1' of pattern"),
+        ("embed.* lr_scale=-1", "lr_scale=-1 of pattern embed.* must be 0, or at least 1e-6 and at most 1000"),
         ("embed.* lr_scale=nan", "'lr_scale=nan' of pattern"),
+        ("embed.* lr_scale=inf", "lr_scale=inf of pattern embed.* must be"),
+        ("embed.* lr_scale=1 lr_scale=2", "optim.groups: lr_scale of pattern embed.* is set twice; keep one"),
         ("embed.* lr_scale", "'lr_scale' of pattern"),
         ("embed.*", "optim.groups: pattern 'embed.*' sets nothing; add lr_scale or weight_decay=NUMBER"),
     ],

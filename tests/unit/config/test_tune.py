@@ -75,7 +75,8 @@ def test_mistakes() -> None:
     assert "tune.lora_targets=q_proj has no effect with tune.mode=full" in refused(
         config("full", lora_targets="q_proj")
     )
-    assert "tune.lora_rank=0 must be at least 1" in refused(config(lora_rank=0))
+    with pytest.raises(ConfigError, match=r"tune\.lora_rank=0 must be at least 1"):
+        config(lora_rank=0)
     muon = dataclasses.replace(config(), optim=OptimConfig(name="muon", decay_samples=10))
     assert "optim.name=muon is for hidden matrices, and tune.mode=lora trains none" in refused(muon)
 

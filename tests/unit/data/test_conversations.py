@@ -10,8 +10,9 @@ import pytest
 from assets import asset
 
 from megalite.data.chat import ChatTemplate, find_template
-from megalite.data.conversations import Conversation, RowError, normalise, read_rows
+from megalite.data.conversations import normalise, read_rows
 from megalite.data.instructions import Options, Report, examples
+from megalite.data.messages import Conversation, RowError
 from megalite.data.tokenizer import load_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

@@ -14,15 +14,17 @@ from assets import asset
 
 from megalite.data.chat import ChatTemplate, Rendered, Span, control_pattern, find_template
 from megalite.data.controls import escape_controls
-from megalite.data.conversations import Conversation, RowError, normalise, read_rows
+from megalite.data.conversations import normalise, read_rows
 from megalite.data.instructions import Options, Report, examples
 from megalite.data.masks import require_trained, token_weights, weighted_spans
+from megalite.data.messages import Conversation, RowError
 from megalite.data.tokenizer import Encoding, Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).with_name("golden")
 TOKENIZERS = {"smollm2": "smollm2", "deepseek": "deepseek/tokenizer.json", "mistral-v3": "mistral-v3/tokenizer.model"}
 ROWS: dict[str, Any] = json.loads((GOLDEN / "conversations.json").read_text("utf-8"))
 MASKS: dict[str, Any] = json.loads((GOLDEN / "masks.json").read_text("utf-8"))
+TURNS = ("user", "assistant") * 2
 CASES = [(which, name) for which in TOKENIZERS for name in ROWS]
 
 
@@ -185,22 +187,25 @@ def test_generation_in_a_macro_and_a_set_block() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        # what a message is shown as depends on what follows: no prefix of the text is a shorter conversation
-        ("{% for m in messages %}{{ loop.revindex }}{{ m.content }}{% endfor %}", "cannot be told from the rest"),
         # a header that a prompt would not have
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "writes more before what the assistant"),
+        ("{% for m in messages|reverse %}{{ m.content }}{% endfor %}", "cannot be told from the rest"),
         (
-            "{% generation %}{{ messages[0].content }}{% endgeneration %}",
-            "marks 1 spans of generation, the assistant has 2",
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+            "marks as generation what no message of the assistant says",
         ),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}", "message 3: .* does not show its content"),
         ("{{ raise_exception('Only one turn!') }}", "template mine: Only one turn!"),
         ("{{ messages[7].content }}", "has no element 7"),
         ("{{ 'a' + 1 }}", "cannot render it"),
     ],
 )
 def test_a_template_that_cannot_be_masked_is_refused(source: str, message: str) -> None:
+    conversation = normalise({"messages": [{"role": r, "content": c} for r, c in zip(TURNS, "abcd")]})
     with pytest.raises(RowError, match=message):
-        ChatTemplate("mine", source, tokenizer("smollm2")).render(normalise(ROWS["same words"]))
+        weighted_spans(
+            conversation, ChatTemplate("mine", source, tokenizer("smollm2")).render(conversation), "assistant"
+        )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +265,7 @@ def test_a_token_across_the_border_of_a_span() -> None:
 
 def test_last_and_weights() -> None:
     conversation = normalise(ROWS["weights"])
-    rendered = Rendered("abcdef", [Span(0, 1, 1), Span(2, 3, 3), Span(4, 5, 5)])
+    rendered = Rendered("abcdef", [Span(0, 1, 1, 1), Span(2, 3, 3, 3), Span(4, 5, 5, 5)])
     assert weighted_spans(conversation, rendered, "assistant") == [(0, 1, 0.0), (2, 3, 0.5), (4, 5, 1.0)]
     assert weighted_spans(conversation, rendered, "last") == [(4, 5, 1.0)]
     assert weighted_spans(conversation, rendered, "all") == [(0, 6, 1.0)]

@@ -166,6 +166,24 @@ def sizes(data: DataSets) -> dict[str, int]:
     return {"train": len(data.train.pieces)} | {name: len(each.pieces) for name, each in data.heldout.items()}
 
 
+def test_samples_are_found_in_the_file(chats: Path, corpus: Corpus, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = chats.read_text("utf-8").splitlines()
+    copy = tmp_path / "copy.jsonl"
+    # an empty line and one that is no conversation
+    copy.write_text("\n".join([lines[0], "", "{}", *lines[1:]]) + "\n", "utf-8")
+    settings = {"bad_rows": "skip", "valid_fraction": 0.0, "packing": False}
+    data = open_data(config(copy, corpus, tmp_path, **settings)).train
+    seen = set()
+    for sample in range(len(data)):
+        name, line = data.describe([sample]).rsplit(":", 1)
+        assert name == "row copy.jsonl"
+        answer = json.loads(copy.read_text("utf-8").splitlines()[int(line) - 1])["messages"][1]["content"]
+        assert answer in tokenizer.decode(data.batch([sample]).tokens[0].tolist())
+        seen.add(int(line))
+    assert len(seen) == len(data)
+    assert data.describe([0, 1]).startswith("rows copy.jsonl:")
+
+
 def test_open_data(chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "megalite")
     opened = open_data(config(chats, corpus, tmp_path))

@@ -13,7 +13,7 @@ from megalite.data import preprocess as module
 from megalite.data.documents import Row
 from megalite.data.indexed import IndexedDataset, paths
 from megalite.data.preprocess import preprocess
-from megalite.data.tokenizer import Tokenizer
+from megalite.data.tokenizer import Tokenizer, load_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
 TEXTS = [f"verse {i}\nof 山 chapter {i * i}" for i in range(200)]
@@ -175,3 +175,33 @@ def test_command_line_names_the_bad_row(bad_source: Path, tokenizer: Tokenizer, 
     assert skipped.returncode == 0
     assert "skipped 1 bad rows" in skipped.stderr
     assert "left out 1 empty texts" in skipped.stderr
+
+
+def test_documents_that_begin_with_a_token(source: Path, tokenizer: Tokenizer, tmp_path: Path):
+    """Megatron's Llama2Tokenizer begins every document with <s>."""
+    common = ("--input", source, "--tokenizer-model", tokenizer.path, "--append-eod")
+    plain = run(*common, "--output-prefix", tmp_path / "plain", "--tokenizer-type", "SentencePieceTokenizer")
+    assert plain.returncode == 0, plain.stderr
+    for name, extra in (("llama2", ["--tokenizer-type", "Llama2Tokenizer"]), ("asked", ["--prepend-bos"])):
+        done = run(*common, "--output-prefix", tmp_path / name, *extra)
+        assert done.returncode == 0, done.stderr
+        data, without = (IndexedDataset(tmp_path / f"{each}_text_document") for each in (name, "plain"))
+        assert data.sidecar["prepend_bos"]
+        assert "prepend_bos" not in without.sidecar
+        for i in range(len(data)):
+            assert data[i].tolist() == [tokenizer.bos_id, *without[i].tolist()]
+
+
+def test_a_text_that_the_tokenizer_cannot_cut_is_named(tmp_path: Path):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.BPE({"a": 0}, []))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    made.save(str(tmp_path / "tokenizer.json"))
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("aa", "a" * 40 + "!", "aaa")))
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"in\.jsonl:2: .*cannot cut this text"):
+        preprocess([source], tmp_path / "out", tokenizer)
+    report = preprocess([source], tmp_path / "out", tokenizer, skip_bad_rows=True)
+    assert (report.written[0].documents, len(report.bad_rows)) == (2, 1)

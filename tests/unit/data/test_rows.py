@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megalite.data.conversations import RowError
 from megalite.data.conversations import read_rows as read_conversations
+from megalite.data.messages import RowError
 from megalite.data.preprocess import preprocess
 from megalite.data.rows import filled_lines, parse_json, read_lines, text_fault
 from megalite.data.tokenizer import Tokenizer

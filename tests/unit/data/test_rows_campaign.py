@@ -15,15 +15,19 @@ import pytest
 from assets import asset
 from campaign import rounds
 
+from megalite.config import Config, DataConfig, ModelConfig, TrainConfig
 from megalite.data.chat import ChatTemplate, find_template
-from megalite.data.conversations import RowError, normalise
+from megalite.data.conversations import normalise
 from megalite.data.conversations import read_rows as read_conversations
 from megalite.data.documents import read_rows, texts
 from megalite.data.instructions import Options, write_indexed
+from megalite.data.messages import RowError
 from megalite.data.packing import Conversations
 from megalite.data.preprocess import preprocess
+from megalite.data.sets import open_data
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.evaluate.rows import read_clozes, read_questions
+from megalite.request import with_data_tokenizer
 
 PIECES = [
     *(
@@ -218,6 +222,73 @@ def test_lines_arrays_and_tables_are_the_same_conversations(tmp_path: Path) -> N
     for each in found:
         with pytest.raises(RowError, match="prompt holds a NUL"):
             normalise(each[7].value)
+
+
+def test_damaged_tables_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    binary = pyarrow.array([b"ok", b"\xff\xfe", b"fine"])
+    text = pyarrow.StringArray.from_buffers(3, *binary.buffers()[1:])
+    parquet.write_table(pyarrow.table({"prompt": text, "completion": ["x"] * 3}), path)
+    found = [row.value for row in read_conversations(path)]
+    assert [found[0]["prompt"], found[2]["prompt"]] == ["ok", "fine"]
+    assert str(found[1]) == "not UTF-8 (invalid start byte at byte 0); write it as UTF-8"
+    parquet.write_table(pyarrow.table({"prompt": ["a"] * 3, "completion": ["x"] * 3}), path)
+    whole, counts = path.read_bytes(), Counter[str]()
+    for seed in range(rounds(100, 1000)):
+        draw, damaged = random.Random(seed), bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            damaged[draw.randrange(len(whole))] = draw.randrange(256)
+        path.write_bytes(damaged[: draw.randrange(len(whole))] if draw.random() < 0.1 else damaged)
+        counts["refused by name" if outcome(path, lambda: conversations(path))[1] else "read"] += 1
+    with capsys.disabled():
+        print(f"\ndamaged Parquet files: {dict(sorted(counts.items()))}")
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """A JSON value with something in it gone or another."""
+    if isinstance(value, dict) and value and draw.random() < 0.8:
+        key = draw.choice(sorted(value))
+        rest = {each: item for each, item in value.items() if each != key}
+        return rest if draw.random() < 0.3 else {**rest, key: mutated(value[key], draw)}
+    if isinstance(value, list) and value and draw.random() < 0.6:
+        at = draw.randrange(len(value))
+        return [*value[:at], mutated(value[at], draw), *value[at + 1 :]]
+    return draw.choice([None, True, -1, 10**30, 1.5, "x", "", [], {}, [[]], {"a": 1}, float("nan"), "\ud800", "../x"])
+
+
+@pytest.mark.parametrize("kind", ["sft", "path"])
+def test_damaged_sidecars_are_refused_by_name(
+    tmp_path: Path, kind: str, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [("who? </s>", 9), ("x " * 99, 1)]
+    lines = [json.dumps({"prompt": text, "completion": "I"}) + "\n" for text, count in rows for _ in range(count)]
+    (tmp_path / "c.jsonl").write_text("".join(lines) + "{}\n")
+    if kind == "sft":
+        template = ChatTemplate(*find_template("plain", tokenizer), tokenizer)
+        write_indexed(tmp_path / "c.jsonl", tmp_path / "c", tokenizer, template, Options(bad_rows="skip"))
+        prefix = tmp_path / "c"
+    else:
+        done = preprocess([tmp_path / "c.jsonl"], tmp_path / "c", tokenizer, keys=["prompt"], skip_bad_rows=True)
+        prefix = done.written[0].prefix
+    sidecar, counts = Path(f"{prefix}.json"), Counter[str]()
+    whole = json.loads(sidecar.read_text("utf-8"))
+    for seed in range(rounds(60, 500)):
+        sidecar.write_text(json.dumps(mutated(whole, random.Random(seed))))
+        config = Config(
+            ModelConfig(), data=DataConfig(**{kind: str(prefix)}, valid_fraction=0.0), train=TrainConfig(seq_len=64)
+        )
+        try:
+            open_data(with_data_tokenizer(config, lambda _: None)).train.batch([0])
+            counts["read"] += 1
+        except ValueError as error:
+            named = str(prefix) in str(error) or "sidecar" in str(error)
+            counts["refused by name" if named else str(error)] += 1
+    assert counts.keys() <= {"read", "refused by name"}
+    with capsys.disabled():
+        print(f"\ndamaged sidecars, data.{kind}: {dict(sorted(counts.items()))}")
 
 
 def test_whole_files_count_what_single_rows_said(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -68,7 +68,7 @@ TAIL = "{% endgeneration %}{% elif m.role == 'user' %}{{ m.content }}{% endif %}
             [row("q", "a"), {"messages": [{"role": "system", "content": "quiet"}, *row("q", "a")["messages"]]}],
             MISTRAL,
             TURNS + "</s>" + TAIL,
-            ["the template drops or changes messages of role system: 1 row (the first: chats.jsonl:2)"],
+            ["skipped 1 bad row (data.bad_rows=skip): chats.jsonl:2: message 1: template mine does not show its"],
         ),
         (
             [row("q", "a", tools=[{"name": "weather"}])],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from assets import asset
 
-from megalite import plan
+from megalite import topology
 from megalite.checkpoint.folder import find
 from megalite.config import ModelConfig
 from megalite.generate.chat import Chat
@@ -137,7 +137,7 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "gpu_memory", list)
+    monkeypatch.setattr(topology, "gpu_memory", list)
     with pytest.raises(ValueError, match="NVML finds no NVIDIA GPU here; use cpu or auto"):
         open_source(asset("smollm2"), device="cuda")
 

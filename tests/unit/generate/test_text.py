@@ -117,6 +117,8 @@ def test_a_prompt_needs_a_token(smollm: Tokenizer) -> None:
     ("wrong", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0 and at most 9223372036854775807, e.g. 1234"),
+        ({"seed": 10**20}, "seed=100000000000000000000 must be at least 0"),
         ({"temperature": -1.0}, "temperature=-1.0 must not be negative"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_k": -1}, "top_k=-1"),

@@ -63,3 +63,56 @@ def test_a_model_without_an_equal_is_refused(settings: dict[str, str], tmp_path:
     with pytest.raises(ValueError, match=r"no tokenizer.json cuts text as this sentencepiece model does"):
         write_tokenizer(train(tmp_path, **settings), tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
+
+
+CHAT = "<|im_start|>user\nhi  there<|im_end|>\n<|im_start|>assistant\n the king <|im_end|>"
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@pytest.mark.parametrize("kind", ["control_symbols", "user_defined_symbols"])
+def test_symbols_of_a_sentencepiece_model(prefix: bool, kind: str, tmp_path: Path) -> None:
+    """Whoever speaks between symbols, ids in the exported tokenizer are sentencepiece's."""
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "model_type": "bpe"}
+    symbols = {kind: ["<|im_start|>", "<|im_end|>", *["\n"] * (kind == "user_defined_symbols")]}
+    model = train(tmp_path, add_dummy_prefix=prefix, **symbols, **settings)
+    here = load_tokenizer(model)
+    write_tokenizer(model, tmp_path)
+    there = open_in_transformers(tmp_path)
+    for text in (CHAT, "a" + CHAT, *TEXTS):
+        assert there(text, add_special_tokens=False)["input_ids"] == here.encode_chat(text).ids
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode_chat(CHAT).ids == here.encode_chat(CHAT).ids
+
+
+def test_what_lies_beside_a_tokenizer_comes_along(tmp_path: Path) -> None:
+    """Tokens that only the config adds, the names of special tokens, templates: one folder gives the other."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in (source, target):
+        folder.mkdir()
+    file = json.loads((asset("smollm2") / "tokenizer.json").read_text("utf-8"))
+    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] != "<|im_end|>"]
+    (source / "tokenizer.json").write_text(json.dumps(file), "utf-8")
+    named = [{"name": "default", "template": "{{ messages[0].content }}"}, {"name": "tool_use", "template": "t"}]
+    config = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|tool|>"], "chat_template": named}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|pad|>"}))
+    ids = write_tokenizer(source, target, add=["<new>"], model_type="llama")
+    before, after = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (source, target))
+    assert (after.eos_token_id, after.pad_token_id) == (before.eos_token_id, before.pad_token_id)
+    assert ids == {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": before.pad_token_id}
+    text = "a<|tool|> <|im_end|><|pad|>b"
+    assert after(text)["input_ids"] == before(text)["input_ids"]
+    assert after("<new>")["input_ids"] == [1 + max(before.get_vocab().values())]
+    for tools in (None, [{"type": "function", "function": {"name": "look"}}]):
+        found = (
+            each.apply_chat_template([{"role": "user", "content": "x"}], tools=tools, tokenize=False)
+            for each in (before, after)
+        )
+        assert len(set(found)) == 1
+
+
+def test_a_model_type_that_transformers_opens_with_steps_of_its_own(tmp_path: Path) -> None:
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "model_type": "bpe"}
+    model = train(tmp_path, add_dummy_prefix=False, **settings)
+    with pytest.raises(ValueError, match="transformers opens the tokenizer of a qwen2 model with steps of its own"):
+        write_tokenizer(model, tmp_path, model_type="qwen2")
+    write_tokenizer(model, tmp_path, model_type="qwen3")

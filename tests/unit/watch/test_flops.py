@@ -5,7 +5,8 @@ import torch
 
 from megalite.config import ModelConfig
 from megalite.plan import training_flops
-from megalite.watch.flops import PEAKS, Meter, describe, peak_flops
+from megalite.watch.flops import Meter, describe, peak_flops
+from megalite.watch.hardware import GPUS
 
 CPU = torch.device("cpu")
 
@@ -68,7 +69,7 @@ def test_no_peak_of_other_precisions() -> None:
 
 
 def test_the_table_is_in_order_of_precision() -> None:
-    for name, (fp16, bf16, tf32, fp32) in PEAKS.items():
+    for name, (_, (fp16, bf16, tf32, fp32)) in GPUS.items():
         assert bf16 in (fp16, None), name
         assert (fp16 or 0) >= (tf32 or 0), name
         assert (tf32 or fp32 or 0) >= (fp32 or 0) > 0, name
