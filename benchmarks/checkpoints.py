@@ -8,6 +8,7 @@ and is compared bit for bit.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -28,15 +29,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "dist"
 
 from ranks import Ranks
 
+from megalite.checkpoint.state import State
+from megalite.config import ModelConfig
+from megalite.config.tune import shapes
+
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
-LAYERS, HIDDEN, FFN, VOCAB = 12, 768, 2048, 10_000
-LAYER = {"qkv": (3 * HIDDEN, HIDDEN), "out": (HIDDEN, HIDDEN), "gate_up": (2 * FFN, HIDDEN), "down": (HIDDEN, FFN)}
-SHAPES: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("embed", "head"), (VOCAB, HIDDEN)),
-    **{f"layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in LAYER.items()},
-    **{f"layers.{i}.{name}": (HIDDEN,) for i in range(LAYERS) for name in ("attn_norm", "mlp_norm")},
-}
+MODEL = ModelConfig(vocab_size=10_000, hidden_size=768, num_layers=12, num_heads=12, head_dim=64, ffn_hidden_size=2048)
+SHAPES = shapes(MODEL)
+COUNTERS = dataclasses.asdict(State(step=1, consumed_samples=1))
 
 
 def measure(folder: str, rounds: int) -> int:
@@ -58,7 +59,9 @@ def measure(folder: str, rounds: int) -> int:
     from megalite.parallel.mesh import Mesh
 
     def config(asynchronous: bool) -> Config:
-        return Config(train=TrainConfig(device="cpu"), checkpoint=CheckpointConfig(async_save=asynchronous, keep=0))
+        return Config(
+            MODEL, train=TrainConfig(device="cpu"), checkpoint=CheckpointConfig(async_save=asynchronous, keep=0)
+        )
 
     with start_world(config(False)) as world:
         rank, size = world.rank, world.size
@@ -109,7 +112,7 @@ def measure(folder: str, rounds: int) -> int:
         def megalite_sync() -> dict[str, float]:
             run = fresh("megalite")
             began = time.perf_counter()
-            save(run, config(False), mesh, shards, spans, values, {"step": 1, "consumed_samples": 0})
+            save(run, config(False), mesh, shards, spans, values, COUNTERS)
             took = time.perf_counter() - began
             return {"held": took, "saved": took}
 
@@ -121,7 +124,7 @@ def measure(folder: str, rounds: int) -> int:
         def megalite_async() -> dict[str, float]:
             saver = Saver(fresh("megalite"), config(True), mesh)
             began = time.perf_counter()
-            saver.start(shards, spans, values, {"step": 1, "consumed_samples": 0})
+            saver.start(shards, spans, values, COUNTERS)
             held, steps, final = time.perf_counter() - began, 0, None
             while final is None:
                 over, failed = saver.progress()
