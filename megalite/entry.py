@@ -24,17 +24,8 @@ from megalite.config.batch import total_samples
 from megalite.hf.folder import find_tokenizer
 from megalite.hf.keys import check_hf, context_warning, with_hf
 from megalite.loaded import settle, with_loaded, with_template
-from megalite.request import (
-    apart,
-    one_length,
-    resume_from,
-    take_run_folder,
-    with_added_tokens,
-    with_curve,
-    with_data_tokenizer,
-    with_epochs,
-    with_tokenizer,
-)
+from megalite.request import apart, one_length, with_added_tokens, with_data_tokenizer, with_tokenizer
+from megalite.resume import resume_from, take_run_folder, with_curve, with_epochs
 from megalite.together import (
     HERE,
     LOCAL_RANKS,

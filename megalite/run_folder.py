@@ -6,7 +6,7 @@ import shutil
 import time
 from pathlib import Path
 
-from megalite import place
+from megalite import launcher
 from megalite.checkpoint import lock
 from megalite.config import Config, ConfigError, to_yaml
 from megalite.data.tokenizer import tokenizer_file
@@ -33,7 +33,7 @@ def remake_run_folder(run_dir: Path, config: Config, template: str | None, step:
     """Make a run folder again that was removed under its run; ConfigError where another run has it by now."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if place.held == run_dir / lock.NAME:
+        if launcher.held == run_dir / lock.NAME:
             lock.hold(run_dir)
         fill_run_folder(run_dir, config, template, step)
     except OSError as error:

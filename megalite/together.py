@@ -17,9 +17,10 @@ from typing import NoReturn
 
 from megalite.agree import Report, report, settle, start_report
 from megalite.config import Config, ConfigError
+from megalite.launcher import end, tell_launcher, watch_launcher
 from megalite.parallel.meet import NotMet, join
 from megalite.parallel.peers import Peers, end_with
-from megalite.place import end, place, tell_launcher, watch_launcher
+from megalite.place import place
 from megalite.watch.stop import SIGNALS
 
 if typing.TYPE_CHECKING:

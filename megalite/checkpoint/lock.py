@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalite import place
+from megalite import launcher
 from megalite.config import ConfigError
 from megalite.watch.progress import duration
 
@@ -60,7 +60,7 @@ def hold(run_dir: Path) -> None:
                 require_free(run_dir)
                 _write_beside(path, content).replace(path)  # of a run that is dead
                 taken = True
-    place.held = path
+    launcher.held = path
 
 
 def release(run_dir: Path) -> None:
@@ -70,7 +70,7 @@ def release(run_dir: Path) -> None:
         owner = _read(path)
         if owner is not None and (owner.machine, owner.pid, owner.started) == (me.machine, me.pid, me.started):
             path.unlink()
-    place.held = None
+    launcher.held = None
 
 
 def require_free(run_dir: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite import disk, place
+from megalite import disk, launcher
 from megalite.checkpoint.blocks import Part, parts_of
 from megalite.checkpoint.faults import Faults
 from megalite.checkpoint.folder import building_folder, step_folder
@@ -90,7 +90,7 @@ class Saver:
             if self.mesh.world.rank == 0 and self._error is None:
                 self._publish()
 
-        self._thread = threading.Thread(target=work, name=place.SAVER, daemon=True)
+        self._thread = threading.Thread(target=work, name=launcher.SAVER, daemon=True)
         self._thread.start()
 
     def progress(self) -> tuple[float, float]:
@@ -183,7 +183,7 @@ class Saver:
                     f"rank {', '.join(map(str, missing))} of {ranks} has written its part, and rank 0 does not see it "
                     f"in {self._building.parent}"
                 )
-            if self._leave.wait(pause) or place.ending:
+            if self._leave.wait(pause) or launcher.ending:
                 return not missing_parts(self._building, ranks)
             pause = min(1.5 * pause, LOOK_S)
         return True

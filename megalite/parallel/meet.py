@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megalite.launcher import launcher_gone
 from megalite.parallel.hub import HELLO_S, Hub, Lines, encode
 from megalite.parallel.peers import Peers, end_with
-from megalite.place import Place, launcher_gone
+from megalite.place import Place
 
 SIOCGIFADDR = 0x8915
 # something that answers where rank 0 should be is given so long to go away: it may be a run that is ending

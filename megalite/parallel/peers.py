@@ -16,8 +16,9 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from megalite.launcher import end, tell_launcher
 from megalite.parallel.hub import DIED, SETTLE_S, SILENCE_S, SILENT, Hub, Lines, Verdict, beat_s, encode
-from megalite.place import Place, end, tell_launcher
+from megalite.place import Place
 
 
 class Peers:

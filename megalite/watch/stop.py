@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from megalite import place
+from megalite import launcher
 
 # nohup has a run live on without its terminal
 NOHUP = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -35,7 +35,7 @@ class Stop:
         self.step_s = 0.0
         self._file = run_dir / "STOP" if watches else None
         self._deadline = time.monotonic() + time_limit_s if time_limit_s and watches else None
-        place.training = True
+        launcher.training = True
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -58,7 +58,7 @@ class Stop:
 
     def heard(self) -> bool:
         """Whether a signal has come or the launcher is gone, at any time since this was made."""
-        if not self.reason and place.launcher_gone():
+        if not self.reason and launcher.launcher_gone():
             self.reason = "the launcher is gone"
         return bool(self.reason)
 
@@ -72,6 +72,6 @@ class Stop:
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""
-        place.training = False
+        launcher.training = False
         for number, handler in self._before.items():
             signal.signal(number, handler)

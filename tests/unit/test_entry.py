@@ -19,7 +19,8 @@ from megalite.config import ConfigError, Request, parse_command_line, resolve
 from megalite.config.tune import shapes
 from megalite.data.indexed import IndexedWriter
 from megalite.entry import configure
-from megalite.request import PROBE, apart, one_length, resume_from, with_epochs, with_tokenizer
+from megalite.request import apart, one_length, with_tokenizer
+from megalite.resume import PROBE, resume_from, with_epochs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "pretrain_7b.py"

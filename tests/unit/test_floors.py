@@ -16,9 +16,9 @@ FLOORS = {
     6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
     5: ("trainer", "restore", "run_folder", "generate", "evaluate", "divergence", "together"),
     4: ("build",),  # the only place where the tables meet
-    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "loaded", "agree"),
+    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "resume", "loaded", "agree"),
     2: ("parallel", "data", "watch", "plan", "topology", "activations", "batches"),
-    1: ("config", "ops", "place", "arguments", "disk"),
+    1: ("config", "ops", "place", "launcher", "arguments", "disk"),
     0: ("megalite",),  # the version alone
 }
 
@@ -34,6 +34,7 @@ NEVER = [
             "arguments",
             "config",
             "place",
+            "launcher",
             "plan",
             "topology",
             "activations",
@@ -46,6 +47,7 @@ NEVER = [
             "tune.adapter_config",
             "tune.base",
             "request",
+            "resume",
             "loaded",
             "agree",
         )

@@ -1,15 +1,12 @@
 """Each launcher's environment, and what place() makes of it."""
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megalite import place as module
-from megalite.place import Place, place, tell_launcher
+from megalite.place import Place, place
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "examples" / "pretrain_7b.py"
 
@@ -163,42 +160,3 @@ def test_a_world_size_without_ranks_is_enough_for_a_plan_and_not_for_a_run(tmp_p
     assert done.returncode == 2
     assert done.stderr.startswith("error: WORLD_SIZE=4 is set and RANK is not: nobody has started the other ranks")
     assert not (tmp_path / "run").exists()
-
-
-# a rank's launcher dies at once; the rank sleeps in a C call meanwhile
-ORPHAN = """
-import ctypes, os, sys, time
-if os.fork():
-    time.sleep(1)
-    os._exit(0)
-from megalite import place
-place.watch_launcher({"WORLD_SIZE": sys.argv[1]})
-place.training = sys.argv[2] == "True"
-print("started", flush=True)
-ctypes.CDLL(None).sleep(5)
-print("gone" if place.launcher_gone() else "here", flush=True)
-"""
-
-
-def orphan(ranks: int, training: bool) -> str:
-    command = [sys.executable, "-c", ORPHAN, str(ranks), str(training)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC")}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60).stdout
-
-
-def test_a_rank_ends_with_its_launcher_unless_it_trains() -> None:
-    assert orphan(2, training=False) == "started\n"
-    assert orphan(2, training=True) == "started\ngone\n"
-
-
-def test_a_process_alone_may_outlive_its_shell() -> None:
-    assert orphan(1, training=False) == "started\nhere\n"
-    assert not module.launcher_gone()
-
-
-def test_the_last_line_is_left_for_the_launcher(tmp_path: Path) -> None:
-    tell_launcher("error: nobody asks", {})
-    tell_launcher("error: nowhere", {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "lost" / "error.json")})
-    path = tmp_path / "error.json"
-    tell_launcher("error: seq_len é", {"TORCHELASTIC_ERROR_FILE": str(path)})
-    assert json.loads(path.read_text(encoding="utf-8"))["message"] == "error: seq_len é"

@@ -26,8 +26,8 @@ from megalite.data.indexed import IndexedWriter
 from megalite.data.sets import open_data
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import SoloWorld
-from megalite.request import resume_from
 from megalite.restore import State
+from megalite.resume import resume_from
 from megalite.trainer import train
 from megalite.watch.metrics import read_metrics
 

@@ -13,7 +13,7 @@ from megalite.config import Config, ConfigError, Request, parse_command_line, re
 from megalite.config.batch import batch_size
 from megalite.config.tune import shapes
 from megalite.optim.lr import learning_rate
-from megalite.request import continued, with_curve, with_epochs
+from megalite.resume import continued, with_curve, with_epochs
 
 # the numbers of the reported case: 20 steps of 16 samples, from 3e-3 to 3e-4
 RUN = ["train.steps=20", "train.global_batch_size=16", "train.micro_batch_size=2", "optim.warmup_samples=0"]
