@@ -6,6 +6,7 @@ No torch here: what cannot fit is told before anything is allocated.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -183,14 +184,14 @@ def _remedies(config: Config, machine: Machine, need: Memory) -> list[str]:
     shorter = (f"train.seq_len={n}" for n in lengths)
     fits += [c for c in shorter if memory(_changed(config, c), machine.device).total <= machine.free][:1]
     free = dataclasses.replace(config, parallel=dataclasses.replace(p, tp=None, pp=None, dp=None, stages=None))
-    for ranks in (machine.ranks << k for k in range(12)):
+    for ranks, keys in itertools.product((machine.ranks << k for k in range(12)), ([], useful)):
         least = min(
-            _layouts(free, ranks, max(NODE, machine.local)),
+            _layouts(_changed(free, *keys), ranks, max(NODE, machine.local)),
             key=lambda c: memory(c, machine.device).total,
             default=config,
         )
         if memory(least, machine.device).total <= machine.free:
-            cut = f"parallel.tp={least.parallel.tp} parallel.pp={least.parallel.pp}"
+            cut = " ".join([f"parallel.tp={least.parallel.tp} parallel.pp={least.parallel.pp}", *keys])
             fits.append(cut if ranks == machine.ranks else f"{ranks} such ranks with {cut}")
             break
     return [
