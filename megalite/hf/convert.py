@@ -71,9 +71,9 @@ def write_run(
     its name when it is whole.
     """
     require_new(target, "target")
-    with new_folder(target) as building, Bar("converting", parameters(model)) as bar:
-        train = TrainConfig(run_dir=str(target), seq_len=context, dtype=NAMES[next(iter(dtypes.values()))])
-        config = resolve(Config(model=dataclasses.replace(model, from_hf=None), train=train), 1)
+    train = TrainConfig(run_dir=str(target), seq_len=context, dtype=NAMES[next(iter(dtypes.values()))])
+    config = resolve(Config(model=dataclasses.replace(model, from_hf=None), train=train), 1)
+    with new_folder(target) as building, Bar("converting", parameters(config.model)) as bar:
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         if beside is not None:
             keep_beside(beside, building)
