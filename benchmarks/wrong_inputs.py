@@ -103,7 +103,6 @@ CASES: list[tuple[str, str, list[str], dict[str, str]]] = [
     ("Hugging Face", "folder that is not there", [*ONE, "model.from_hf={work}/none"], {}),
     ("Hugging Face", "another size asked for", [*ONE, "model.from_hf={work}/bare", "model.num_layers=7"], {}),
     ("Hugging Face", "a family that is not built", [*ONE, "model.from_hf={work}/mixtral"], {}),
-    ("Hugging Face", "loaded as a checkpoint", [*ONE, "checkpoint.load={work}/bare"], {}),
     (
         "Hugging Face",
         "a run folder as a source",
@@ -129,7 +128,6 @@ CASES: list[tuple[str, str, list[str], dict[str, str]]] = [
     ("generate", "chat and a prompt", [*GENERATE, "--chat", "hi"], {}),
     ("generate", "negative temperature", [*GENERATE, "--temperature", "-1"], {}),
     ("generate", "no file of prompts", [*GENERATE[:2], "--prompts", "{work}/none.txt"], {}),
-    ("generate", "no tokenizer", ["tools/generate.py", "{work}/mute", "--prompt", "x"], {}),
     ("generate", "CUDA asked for, none here", [*GENERATE, "--device", "cuda"], {}),
     ("evaluate", "no verb", [EVALUATE, "{work}/run", "{work}/rows.jsonl"], {}),
     ("evaluate", "rows of another kind", [EVALUATE, "choices", "{work}/run", "{work}/questions.jsonl"], {}),
@@ -176,7 +174,6 @@ def prepare(work: Path) -> None:
     command = [sys.executable, *ONE, f"train.run_dir={work / 'run'}", "train.eval_samples=8", "log.plot=false"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     shutil.copytree(work / "run", work / "damaged")
-    shutil.copytree(work / "run", work / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     for shard in work.glob("damaged/checkpoints/*/*.safetensors"):
         shard.write_bytes(shard.read_bytes()[:1000])
 

@@ -62,7 +62,7 @@ def parse_json(raw: bytes, deepest: int | None = DEEPEST) -> Any:
     Python cannot read is nested too deeply.
     """
     # files joined by `cat` have a byte order mark at the beginning of each
-    text = decode(raw.removeprefix(codecs.BOM_UTF8))
+    text = decode(raw.removeprefix(codecs.BOM_UTF8)).rstrip(" \t\r\n")  # else an error at the end is on the next line
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
