@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.folder import complete, read_manifest
-from megalite.config import Config, ConfigError, ModelConfig, Request, from_mapping
+from megalite.config import Config, ModelConfig, Request, from_mapping
 from megalite.config.batch import total_samples
 from megalite.config.read import read_yaml_file
 from megalite.config.tune import is_adapter
 from megalite.data.chat import find_template
 from megalite.data.origin import tokenizer_of_run
 from megalite.data.tokenizer import load_tokenizer
-from megalite.hf.config import TRAINING
+from megalite.hf.config import set_by_user
 from megalite.hf.folder import find_tokenizer
 from megalite.request import begin_with
 from megalite.tune.base import is_hf
@@ -170,16 +170,7 @@ def with_loaded(request: Request, tuning: bool, say: Say) -> Request:
 
 def _with_model(request: Request, model: ModelConfig, load: str, say: Say) -> Request:
     config = request.config
-    chosen: dict[str, Any] = {}
-    for key in sorted(request.explicit):
-        section, _, name = key.partition(".")
-        if section != "model" or name == "from_hf":
-            continue
-        asked, found = getattr(config.model, name), getattr(model, name)
-        if name in TRAINING or name == "add_tokens":
-            chosen[name] = asked
-        elif asked is not None and asked != found:
-            raise ConfigError(f"{key}={asked}, but {load} has {found}; leave {key} to checkpoint.load")
+    chosen = set_by_user(request, model, load, "checkpoint.load")
     if request.preset_named and not str(request.preset).startswith("sft-"):
         return request  # a preset of a model was asked for by name: another model is a mistake, told later
     if model != config.model:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.config import ModelConfig
+from megalite.config import ConfigError, ModelConfig, Request
 from megalite.hf.fields import LARGEST, Fields
 from megalite.hf.rope import read_rope, write_rope
 
@@ -262,3 +262,21 @@ def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
         for f in dataclasses.fields(ModelConfig)
         if f.name not in ignored and getattr(a, f.name) != getattr(b, f.name)
     ]
+
+
+def set_by_user(request: Request, found: ModelConfig, where: str, source: str) -> dict[str, Any]:
+    """The keys that the user may set of the model `found` in `where`, as named by the key `source`.
+
+    ConfigError where the user has set the model to something else.
+    """
+    chosen: dict[str, Any] = {}
+    for key in sorted(request.explicit):
+        section, _, name = key.partition(".")
+        if section != "model" or name == "from_hf":
+            continue
+        asked, there = getattr(request.config.model, name), getattr(found, name)
+        if name in TRAINING or name == "add_tokens":
+            chosen[name] = asked
+        elif asked != there and (asked is not None or name == "sliding_window"):
+            raise ConfigError(f"{key}={asked}, but {where} has {there}; leave {key} to {source}")
+    return chosen

@@ -6,11 +6,10 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from megalite.checkpoint.folder import find
 from megalite.config import Config, ConfigError, Request
-from megalite.hf.config import TRAINING, write_model
+from megalite.hf.config import set_by_user, write_model
 from megalite.hf.fields import read_json
 from megalite.hf.folder import carry, find_tokenizer, open_config, open_folder, require_new
 from megalite.hf.rope import rope_context
@@ -23,19 +22,10 @@ def with_hf(request: Request) -> Request:
     if source is None:
         return request
     model, _ = open_config(source)
-    chosen: dict[str, Any] = {"from_hf": source}
-    for key in sorted(request.explicit):
-        section, _, name = key.partition(".")
-        if section != "model" or name == "from_hf":
-            continue
-        asked, found = getattr(config.model, name), getattr(model, name)
-        if name in TRAINING or name == "add_tokens":
-            chosen[name] = asked
-        elif asked != found and (asked is not None or name == "sliding_window"):
-            raise ConfigError(f"{key}={asked}, but {source}/config.json has {found}; leave {key} to model.from_hf")
+    chosen = set_by_user(request, model, f"{source}/config.json", "model.from_hf")
     tokenizer = config.data.tokenizer or find_tokenizer(Path(source))
     data = dataclasses.replace(config.data, tokenizer=str(tokenizer) if tokenizer else None)
-    config = dataclasses.replace(config, model=dataclasses.replace(model, **chosen), data=data)
+    config = dataclasses.replace(config, model=dataclasses.replace(model, from_hf=source, **chosen), data=data)
     return dataclasses.replace(request, config=config)
 
 
