@@ -184,6 +184,16 @@ class ChatTemplate:
             raise RowError(f"template {self.name} cannot render it: {str(error) or type(error).__name__}") from None
 
 
+def turn_ends(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
+    """The control token that the template writes behind what the assistant says; none where it writes none."""
+    said = "Assistant said this"
+    roles = ("user", "assistant", "user")
+    text = template.prompt([{"role": r, "content": said if r == "assistant" else "Go on"} for r in roles])
+    after = tokenizer.encode_chat(text[text.rindex(said) + len(said) :]).ids
+    controls = set(tokenizer.controls.values())
+    return frozenset(next(([token] for token in after if token in controls), []))
+
+
 class _Arguments(dict[str, Any]):
     """The arguments of a tool call: a template that writes them without `tojson` wants them as JSON."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megalite.data.chat import ChatTemplate, control_pattern, find_template
+from megalite.data.chat import ChatTemplate, control_pattern, find_template, turn_ends
 from megalite.data.controls import keep_text, unmark
 from megalite.data.messages import Conversation, Message
 from megalite.data.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ class Chat:
         self.template = ChatTemplate(*find_template(template, tokenizer), tokenizer)
         self._controls = control_pattern(tokenizer)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        self.stops = self._turn_end()
+        self.stops = turn_ends(self.template, tokenizer)
 
     def ask(self, content: str) -> list[int]:
         """Say `content` as the user; gives the tokens after which the assistant speaks."""
@@ -42,11 +42,3 @@ class Chat:
     def answered(self, content: str) -> None:
         """Keep what the assistant has said."""
         self.messages.append({"role": "assistant", "content": content})
-
-    def _turn_end(self) -> frozenset[int]:
-        said = "Assistant said this"
-        roles = ("user", "assistant", "user")
-        text = self.template.prompt([{"role": r, "content": said if r == "assistant" else "Go on"} for r in roles])
-        after = self.tokenizer.encode_chat(text[text.rindex(said) + len(said) :]).ids
-        controls = set(self.tokenizer.controls.values())
-        return frozenset(next(([token] for token in after if token in controls), []))

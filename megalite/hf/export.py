@@ -17,6 +17,8 @@ from torch import Tensor
 
 from megalite.checkpoint.publish import new_folder
 from megalite.config import ModelConfig
+from megalite.data.chat import ChatTemplate, find_template, turn_ends
+from megalite.data.tokenizer import load_tokenizer
 from megalite.data.tokenizer_files import TEMPLATE, TEMPLATES
 from megalite.hf.config import differing, read_model, write_model
 from megalite.hf.fields import read_json
@@ -56,6 +58,7 @@ def export(
             config |= write_tokenizer(tokenizer, building, model_type=config["model_type"])
         if template is not None:
             _put_template(template, building)
+            _name_turn_end(building, config)
         spelled = "dtype" if "dtype" in config else "torch_dtype"
         config[spelled] = str(next(iter(dtypes.values()))).removeprefix("torch.")
         _write_json(building / "config.json", config)
@@ -88,6 +91,22 @@ def _put_template(template: Path, folder: Path) -> None:
     if not (there.is_file() and there.read_bytes() == template.read_bytes()):
         shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
         shutil.copyfile(template, there)
+
+
+def _name_turn_end(folder: Path, config: Mapping[str, Any]) -> None:
+    """See that generation_config.json names the token that ends a turn, at which transformers' generate stops."""
+    try:
+        tokenizer = load_tokenizer(folder)
+        ends = turn_ends(ChatTemplate(*find_template(None, tokenizer), tokenizer), tokenizer)
+    except ValueError:
+        return  # no tokenizer, or a template that does not show such a conversation
+    path = folder / "generation_config.json"
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = read_json(path) if path.is_file() else {key: config.get(key) for key in kept}
+    eos = found.get("eos_token_id")
+    named = eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
+    if missing := sorted(ends - set(named)):
+        _write_json(path, found | {"eos_token_id": [*named, *missing]})
 
 
 def _write_weights(

@@ -65,6 +65,9 @@ def test_new_rows_at_any_topology_saved_resumed_and_exported(made: Path, tmp_pat
     assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode_chat(text).ids
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.config.vocab_size == 402
+    assert (
+        tokenizer.controls["<|im_end|>"] in model.generation_config.eos_token_id
+    )  # where transformers' generate stops
     newest = latest(four)
     assert newest is not None
     weights = whole_tensors(newest)
