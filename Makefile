@@ -53,7 +53,7 @@ test: assets
 
 soak: assets
 	@KILLS=50 $(BIN)/python -m pytest -s tests/dist/test_checkpoint_kills.py
-	@SOAK=1 $(BIN)/python -m pytest -s --timeout 3600 $(shell find tests -name 'test_*_campaign.py')
+	@SOAK=1 $(BIN)/python -m pytest -s --timeout 3600 $(shell grep -rl --include='test_*.py' 'from campaign import' tests)
 
 slurm: install
 	@$(BIN)/python tests/slurm/two_nodes.py
