@@ -11,7 +11,7 @@ from megalite import ops
 from megalite.config import ModelConfig
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
-from megalite.model.hf import global_names
+from megalite.model.layouts import global_names
 
 MODEL = ModelConfig(
     vocab_size=31,

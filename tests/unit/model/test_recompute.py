@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import megalite.build as build_module
-from megalite.activations import stage_activation_bytes
-from megalite.build import Engine, Microbatch, build
+import megalite.engine.engine as build_module
 from megalite.config import (
     CheckpointConfig,
     Config,
@@ -21,12 +19,14 @@ from megalite.config import (
     check,
     resolve,
 )
-from megalite.config.tune import adapter_shapes, shapes
+from megalite.config.trained import adapter_shapes, shapes
+from megalite.engine.engine import Engine, Microbatch, build
 from megalite.model.attention import AttentionCore
 from megalite.model.context import Context
 from megalite.model.decoder import Block, Decoder
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
+from megalite.plan.activations import stage_activation_bytes
 
 SMALL = ModelConfig(
     vocab_size=67, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, qk_norm=True
