@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import megalite.engine.engine as build_module
 from megalite.config import (
     CheckpointConfig,
     Config,
@@ -20,6 +19,7 @@ from megalite.config import (
     resolve,
 )
 from megalite.config.trained import adapter_shapes, shapes
+from megalite.engine import engine as engine_module
 from megalite.engine.engine import Engine, Microbatch, build
 from megalite.model.attention import AttentionCore
 from megalite.model.context import Context
@@ -103,14 +103,14 @@ def test_recompute_cuts_and_adapters_compose_in_either_order(
 
     expected, usual = run(plain), run(config)
     assert all(bool(grad.any()) for _, grad in expected)
-    set_recompute, cut_model = Decoder.set_recompute, build_module.cut_model
+    set_recompute, cut_model = Decoder.set_recompute, engine_module.cut_model
 
     def recompute_first(decoder: Decoder, *args: Any) -> None:
         set_recompute(decoder, kind, 1)
         cut_model(decoder, *args)
 
     # build cuts, adapts and sets recomputation; here it is set before all else and not again
-    monkeypatch.setattr(build_module, "cut_model", recompute_first)
+    monkeypatch.setattr(engine_module, "cut_model", recompute_first)
     monkeypatch.setattr(Decoder, "set_recompute", lambda *_: None)
     for found in (usual, run(config)):
         for (loss, grad), (loss_here, grad_here) in zip(expected, found, strict=True):
