@@ -18,13 +18,8 @@ from megalite.model.decoder import CrossEntropy, Decoder
 from megalite.model.dropout import Dropout
 from megalite.parallel.cuts import Shard, even, grouped, grouped_qkv, padded, uncut
 from megalite.parallel.groups import Group
-from megalite.parallel.tensor_parallel import (
-    ColumnLinear,
-    RowLinear,
-    SequenceEmbedding,
-    VocabCrossEntropy,
-    VocabEmbedding,
-)
+from megalite.parallel.tensor_parallel import ColumnLinear, RowLinear
+from megalite.parallel.vocab import SequenceEmbedding, VocabCrossEntropy, VocabEmbedding
 
 
 @dataclass(frozen=True)
@@ -111,15 +106,22 @@ def is_partial(name: str, sp: bool) -> bool:
 
 
 def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> None:
-    """Swap the modules named by the table for their parallel twins, in place. Weights stay whole (they are on meta)."""
-    if group.size == 1:
-        return
+    """Replace the modules named by the table by their parallel counterparts, in place.
+
+    In a group of one only linears are replaced, by linears whose weight gradient can be deferred. Weights stay whole
+    (they are on meta).
+    """
     vocab = padded((model.vocab_size, model.hidden_size), group.size, group.rank)
     for name, module in list(decoder.named_modules()):
         parent_name, _, child = name.rpartition(".")
         parent = decoder.get_submodule(parent_name)
         cut = find_cut(name)
-        if isinstance(module, Attention):
+        if cut is not None and isinstance(module, nn.Linear):
+            kind = RowLinear if cut.kind == "row" else ColumnLinear
+            setattr(parent, child, kind(module, group, sp))
+        elif group.size == 1:
+            continue
+        elif isinstance(module, Attention):
             assert model.num_kv_heads is not None
             module.queries //= max(1, group.size // model.num_kv_heads)
         elif isinstance(module, CrossEntropy):
@@ -132,7 +134,3 @@ def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> N
                 setattr(parent, child, SequenceEmbedding(module, group))
         elif cut is not None and isinstance(module, nn.Embedding):
             setattr(parent, child, VocabEmbedding(module, group, sp, vocab))
-        elif cut is not None and isinstance(module, nn.Linear):
-            setattr(
-                parent, child, RowLinear(module, group, sp) if cut.kind == "row" else ColumnLinear(module, group, sp)
-            )
