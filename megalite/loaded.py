@@ -15,6 +15,7 @@ from megalite.checkpoint.folder import complete, read_manifest
 from megalite.config import Config, ModelConfig, Request, from_mapping
 from megalite.config.batch import total_samples
 from megalite.config.read import read_yaml_file
+from megalite.config.shapes import with_family
 from megalite.config.tune import is_adapter
 from megalite.data.chat import find_template
 from megalite.data.origin import tokenizer_of_run
@@ -142,7 +143,7 @@ def with_loaded(request: Request, tuning: bool, say: Say) -> Request:
     saved = manifest["config"]
     try:
         # the tokenizer in the run's folder has the tokens that were added
-        model = dataclasses.replace(ModelConfig(**saved["model"]), from_hf=None, add_tokens=())
+        model = dataclasses.replace(with_family(ModelConfig(**saved["model"])), from_hf=None, add_tokens=())
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source}: written by another version of megalite ({error}); use that one") from None
     request = _with_model(request, model, load, say)

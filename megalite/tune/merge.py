@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.contents import config_of
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.config import Config
-from megalite.config.schema import SECTIONS
-from megalite.config.tune import Projection, adapted, is_adapter, projections
+from megalite.config.shapes import Projection, projections
+from megalite.config.tune import adapted, is_adapter
 from megalite.hf.folder import open_folder
 from megalite.hf.load import read_whole, stored_dtype
 from megalite.tune.base import base_of, is_hf
@@ -80,14 +80,6 @@ def open_merged(adapter: Path, base: Path | None = None) -> tuple[Config, Get, C
 
     config = config_of(manifest)
     return config, merged(config, get), dtype_of
-
-
-def config_of(manifest: dict[str, Any]) -> Config:
-    """The configuration that a checkpoint was written with."""
-    sections = {name: dict(values) for name, values in manifest["config"].items()}
-    stages = sections["parallel"]["stages"]
-    sections["parallel"]["stages"] = None if stages is None else tuple(stages)
-    return Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
 
 
 def find_adapter(path: Path) -> Path:

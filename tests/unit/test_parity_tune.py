@@ -15,8 +15,9 @@ from torch import Tensor
 
 from megalite.build import build
 from megalite.config import CheckpointConfig, Config, TuneConfig, check
-from megalite.config.tune import Projection, adapter_shapes, shapes, trained
-from megalite.model.cut_table import ADAPTER
+from megalite.config.parameters import is_factor
+from megalite.config.shapes import Projection, shapes
+from megalite.config.tune import adapter_shapes, trained
 from megalite.model.dropout import Dropout, keep_mask, sample_keys
 from megalite.parallel.groups import Group, World
 from megalite.parallel.threads import run_threads
@@ -54,7 +55,7 @@ def with_factors(w: Weights, config: Config) -> Weights:
     m = config.model
     queries, d = m.num_heads // m.num_kv_heads * m.head_dim, m.head_dim
     found = dict(w)
-    for linear in {ADAPTER.fullmatch(name)[1] for name in w if ADAPTER.fullmatch(name)}:
+    for linear in {name.partition(".lora_")[0] for name in w if is_factor(name)}:
 
         def delta(projection: str, rows: int, linear: str = linear) -> Tensor:
             a, b = (w.get(f"{linear}.lora_{projection}.{f}") for f in "ab")

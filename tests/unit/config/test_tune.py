@@ -7,7 +7,8 @@ import pytest
 
 from megalite import plan
 from megalite.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimConfig, TuneConfig, check, resolve
-from megalite.config.tune import adapted, adapter_shapes, shapes, trained
+from megalite.config.shapes import shapes
+from megalite.config.tune import adapted, adapter_shapes, trained
 
 MODEL = ModelConfig(
     vocab_size=101, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, ffn_hidden_size=36

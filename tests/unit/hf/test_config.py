@@ -195,7 +195,15 @@ PLAIN = resolve(Config(model=ModelConfig()), 1).model
         ({"rope_fraction": 0.5}, "model.rope_fraction=0.5"),
         ({"qk_norm": True, "qkv_bias": True}, "model.qkv_bias=True: the nearest Hugging Face model is qwen3"),
         ({"sliding_window": 4, "linear_bias": True}, "model.linear_bias=True: the nearest Hugging Face model is mist"),
-        ({"position": "learned", "max_positions": 9}, "model.norm=rmsnorm: the nearest Hugging Face model is gpt2"),
+        (
+            {"position": "learned", "family": "gpt2", "max_positions": 9},
+            "model.norm=rmsnorm: the nearest Hugging Face model is gpt2",
+        ),
+        (
+            {"position": "learned", "max_positions": 9},
+            "model.position=learned: the nearest Hugging Face model is llama",
+        ),
+        ({"family": "gpt2"}, "model.position=rope: the nearest Hugging Face model is gpt2"),
     ],
 )
 def test_a_model_of_no_family_is_not_exported(changes: dict[str, Any], message: str) -> None:

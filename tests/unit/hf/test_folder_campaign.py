@@ -13,9 +13,9 @@ from campaign import rounds
 from folders import Make
 from safetensors.torch import load_file, save_file
 
+from megalite.config.shapes import shapes
 from megalite.hf.folder import INDEX, SINGLE, open_folder
 from megalite.hf.load import read_whole
-from megalite.model.names import global_names
 from megalite.tune.adapter import import_peft
 
 VALUES: list[Any] = [
@@ -108,7 +108,7 @@ def message_of(folder: Path, adapter: Path | None, run: Path) -> str | None:
             import_peft(adapter, folder, run)
             return None
         opened = open_folder(folder)
-        for name in global_names(opened.model):
+        for name in shapes(opened.model):
             read_whole(opened, name)
     except ValueError as error:
         return str(error)

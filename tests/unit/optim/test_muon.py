@@ -24,9 +24,10 @@ from megalite.config import (
     check,
     resolve,
 )
+from megalite.config.shapes import shapes
 from megalite.config.tune import hidden_matrices
 from megalite.model.decoder import Decoder
-from megalite.model.hf import from_hf, global_names, to_hf
+from megalite.model.hf import from_hf, to_hf
 from megalite.model.init import draw
 from megalite.optim.muon import Muon, lr_ratio, orthogonalise
 from megalite.parallel.cuts import uncut
@@ -68,20 +69,20 @@ def reference(c: Config) -> dict[str, Tensor]:
     """Whole parameters after STEPS steps of torch's Muon on the matrices of hidden layers, its AdamW on the rest."""
     wholes = {}
     with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in Decoder(c.model, range(c.model.num_layers)).named_parameters()}
+        sizes = {n: tuple(p.shape) for n, p in Decoder(c.model, range(c.model.num_layers)).named_parameters()}
     apart: dict[str, nn.Parameter] = {}
-    names = global_names(c.model)
+    names = list(shapes(c.model))
     # the layout in which every matrix of every family is apart and [out, in]
-    layout = dataclasses.replace(c.model, position="rope")
-    matrices = [n for n in names if n.startswith("layers.") and len(shapes[n]) == 2]
+    layout = dataclasses.replace(c.model, family="llama")
+    matrices = [n for n in names if n.startswith("layers.") and len(sizes[n]) == 2]
 
     def unfused(name: str, whole: Tensor) -> dict[str, Tensor]:
         return {name: whole} if name == "pos_embed.weight" else to_hf(name, whole, layout)
 
     for name in names:
-        for there, x in unfused(name, draw(name, shapes[name], c.model, c.train.seed)).items():
+        for there, x in unfused(name, draw(name, sizes[name], c.model, c.train.seed)).items():
             apart[there] = nn.Parameter(x.clone())
-    hidden = [apart[there] for n in matrices for there in unfused(n, torch.empty(shapes[n]))]
+    hidden = [apart[there] for n in matrices for there in unfused(n, torch.empty(sizes[n]))]
     ids = set(map(id, hidden))
     rest = [p for p in apart.values() if id(p) not in ids]
     rule = c.optim.muon_lr_rule
@@ -91,7 +92,7 @@ def reference(c: Config) -> dict[str, Tensor]:
     adamw = torch.optim.AdamW(decayed + plain, lr=0.02, betas=(c.optim.beta1, c.optim.beta2), eps=c.optim.eps)
     for step in range(STEPS):
         for name in names:
-            for there, x in unfused(name, gradient(name, shapes[name], step)).items():
+            for there, x in unfused(name, gradient(name, sizes[name], step)).items():
                 apart[there].grad = x.clone()
         muon.step()
         adamw.step()
