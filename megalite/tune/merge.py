@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.contents import config_of
+from megalite.checkpoint.contents import config_of, is_adapter
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.config import Config
 from megalite.config.shapes import Projection, projections
-from megalite.config.tune import adapted, is_adapter
+from megalite.config.tune import adapted
 from megalite.hf.folder import open_folder
 from megalite.hf.load import read_whole, stored_dtype
 from megalite.tune.base import base_of, is_hf
