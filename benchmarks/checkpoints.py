@@ -55,8 +55,8 @@ def measure(folder: str, rounds: int) -> int:
     from megalite.checkpoint.save import Saver, save
     from megalite.config import CheckpointConfig, Config, TrainConfig
     from megalite.parallel.cuts import even, uncut
-    from megalite.parallel.launch import start_world
     from megalite.parallel.mesh import Mesh
+    from megalite.run.world import start_world
 
     def config(asynchronous: bool) -> Config:
         return Config(

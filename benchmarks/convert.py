@@ -22,7 +22,7 @@ import torch
 
 from megalite.config import parse_command_line, resolve
 from megalite.config.shapes import shapes
-from megalite.hf.export import export
+from megalite.exchange.hf_export import export
 
 ROOT = Path(__file__).resolve().parent.parent
 

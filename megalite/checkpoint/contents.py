@@ -17,8 +17,8 @@ from megalite.config import Config, ConfigError, from_mapping
 from megalite.config.parameters import Shape
 from megalite.config.schema import SECTIONS
 from megalite.config.shapes import shapes, with_family
-from megalite.config.tune import adapter_shapes, trained
-from megalite.data.tokenizer import load_tokenizer
+from megalite.config.trained import adapter_shapes, trained
+from megalite.text.tokenizer import load_tokenizer
 
 # of weights, and of what is kept in full precision beside them
 _DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}

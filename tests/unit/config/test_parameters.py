@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from megalite import plan
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, TuneConfig, resolve
 from megalite.config.check import valid_tp
 from megalite.config.parameters import (
@@ -24,15 +23,16 @@ from megalite.config.parameters import (
     split_layer,
 )
 from megalite.config.shapes import family_of, local_shape, projections, rows_of, shape_of, shapes
-from megalite.config.tune import adapter_shapes
+from megalite.config.trained import adapter_shapes
 from megalite.model.cut_table import cut_model, shard_of
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
+from megalite.model.lora import adapt
 from megalite.model.names import FAMILIES, names_there
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.threads import run_threads
-from megalite.tune.lora import adapt
+from megalite.plan import costs as plan
 
 BASE = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=40)
 GPT2 = {"position": "learned", "max_positions": 13, "norm": "layernorm", "activation": "gelu_tanh", "linear_bias": True}
@@ -217,7 +217,7 @@ def test_the_family_follows_from_the_positions_unless_it_is_set() -> None:
 @pytest.mark.parametrize(("tp", "pp", "kv"), [(1, 1, 2), (2, 1, 2), (4, 1, 2), (2, 3, 1), (1, 2, 4)])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_the_plan_counts_what_a_stage_holds(mode: str, tp: int, pp: int, kv: int, tied: bool) -> None:
-    from megalite.build import build
+    from megalite.engine.engine import build
 
     model = dataclasses.replace(BASE, num_kv_heads=kv, qkv_bias=True, qk_norm=True, tie_embeddings=tied)
     config = Config(

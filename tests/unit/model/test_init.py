@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite.build import build
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
 from megalite.config.shapes import shapes
+from megalite.engine.engine import build
 from megalite.model.decoder import Decoder
 from megalite.model.init import draw, materialise
 from megalite.parallel.groups import Group, World

@@ -1,0 +1,1 @@
+"""The engine of one rank: stages that run forward, and what learns."""
