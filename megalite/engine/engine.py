@@ -35,7 +35,8 @@ from megalite.pipeline.executor import execute
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedule import Action, forward_only, make_plan
 from megalite.pipeline.simulate import Costs
-from megalite.plan.costs import head_flops, layer_flops, stage_layers
+from megalite.plan.costs import stage_layers
+from megalite.plan.counts import head_flops, layer_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 

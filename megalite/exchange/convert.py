@@ -27,7 +27,7 @@ from megalite.exchange.hf_export import export
 from megalite.exchange.hf_folder import carry, find_tokenizer, open_folder, require_new
 from megalite.exchange.hf_weights import read_whole, stored_dtype
 from megalite.exchange.merge import open_merged, read_base
-from megalite.plan.costs import parameters
+from megalite.plan.counts import parameters
 from megalite.text.tokenizer_files import copy_files
 from megalite.watch.progress import Bar
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalite.config import ConfigError, ModelConfig, Request
-from megalite.config.shapes import family_of, with_family
+from megalite.config.shapes import family_of, rows_of, with_family
 from megalite.exchange.hf_fields import LARGEST, Fields
 from megalite.exchange.hf_rope import read_rope, write_rope
 
@@ -254,6 +254,12 @@ def _family(m: ModelConfig) -> str:
             raise ValueError(
                 f"{shown}: the nearest Hugging Face model is {family}, which does not have that; such a model cannot "
                 f"be exported (docs/hugging-face.md lists what can)"
+            )
+    for row in rows_of(m):
+        if family_of(m) not in row.hf:
+            raise ValueError(
+                f"{row.name}: the nearest Hugging Face model is {family}, which has no such parameter; such a model "
+                f"cannot be exported (docs/hugging-face.md lists what can)"
             )
     return family
 

@@ -1,4 +1,4 @@
-"""What a configuration costs, by arithmetic alone: parameters, FLOPs, bytes per rank, layers per stage.
+"""What a topology costs, by arithmetic alone: layers per stage, bytes per rank.
 
 No torch here: the answer comes before anything is allocated.
 """
@@ -13,88 +13,13 @@ from itertools import accumulate, pairwise
 
 from megalite.config import Config, ModelConfig, TuneConfig
 from megalite.config.parameters import TABLE, Row, row_of, split_layer
-from megalite.config.shapes import local_shape, rows_of, shape_of, shapes, sizes
-from megalite.config.trained import adapter_shapes, hidden_matrices, trained
+from megalite.config.shapes import local_shape
 from megalite.plan.activations import BYTES, stage_activation_bytes
+from megalite.plan.counts import head_flops, layer_flops, named_shapes
 
 GIB = 2**30
 # torch, its allocator's slack and the communicators of one rank
 OVERHEAD_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.4 * GIB)}
-
-
-def layer_parameters(m: ModelConfig) -> int:
-    """Parameters of one transformer block."""
-    return sum(math.prod(shape_of(row, m)) for row in rows_of(m) if row.where == "layer")
-
-
-def parameters(m: ModelConfig) -> int:
-    """Parameters of the whole model; tied weights count once."""
-    ends = sum(math.prod(shape_of(row, m)) for row in rows_of(m) if row.where != "layer")
-    return m.num_layers * layer_parameters(m) + ends
-
-
-def trained_parameters(config: Config) -> int:
-    """Parameters of the whole model, adapters among them, that are trained."""
-    return sum(math.prod(shape) for shape in trained(config).values())
-
-
-def describe_trained(config: Config) -> str:
-    """How many parameters are trained, of how many."""
-    some = trained_parameters(config)
-    every = parameters(config.model) + sum(math.prod(shape) for shape in adapter_shapes(config).values())
-    return (
-        f"tune.mode={config.tune.mode} trains {some / 1e6:.4g}e6 of {every / 1e6:.1f}e6 parameters ({some / every:.2%})"
-    )
-
-
-def describe_muon(config: Config) -> str:
-    """How many parameters Muon updates, and how many are left to AdamW."""
-    hidden, every = set(hidden_matrices(config)), trained(config)
-    sizes = {True: 0, False: 0}
-    for name, shape in every.items():
-        sizes[name in hidden] += math.prod(shape)
-    return (
-        f"optim.name=muon: Muon updates {sizes[True] / 1e6:.4g}e6 parameters in {len(hidden)} matrices, "
-        f"AdamW the other {sizes[False] / 1e6:.4g}e6"
-    )
-
-
-def _matrices(m: ModelConfig, where: str) -> int:
-    """Elements of the matrices that a token is multiplied by, in a block or, as the head, at the end."""
-    return sum(
-        math.prod(shape_of(row, m)) for row in TABLE if row.where == where and row.kind == "matrix" and row.when(m)
-    )
-
-
-def layer_flops(m: ModelConfig, seq_len: int) -> float:
-    """Forward FLOPs of one block per token; of the s x s scores those count that a causal query sees."""
-    window = min(m.sliding_window or seq_len, seq_len)
-    seen = window - window * window / (2 * seq_len)
-    return 2.0 * _matrices(m, "layer") + 4.0 * seen * sizes(m)["heads"]
-
-
-def head_flops(m: ModelConfig) -> float:
-    """Forward FLOPs of the output head per token; a tied head is multiplied like any other."""
-    return 2.0 * _matrices(m, "last")
-
-
-def training_flops(m: ModelConfig, seq_len: int) -> float:
-    """FLOPs of forward and backward per token: three times the forward (Narayanan et al. 2021, appendix)."""
-    return 3 * (m.num_layers * layer_flops(m, seq_len) + head_flops(m))
-
-
-def run_flops(config: Config) -> float:
-    """FLOPs of forward and backward per token of this run: the weight gradient of a frozen matrix is not computed."""
-    m, named = config.model, _named(config.model, config.tune)
-    # an embedding is looked up; tied, it is the head's matrix too
-    heads = {row.tied for row in TABLE if row.tied and m.tie_embeddings}
-    frozen = sum(
-        math.prod(shape)
-        for name, shape in named["model"].items()
-        if name not in named["trained"] and (row_of(name).kind == "matrix" or name in heads)
-    )
-    factors = sum(math.prod(shape) for shape in named["factors"].values())
-    return training_flops(m, config.train.seq_len) - 2 * frozen + 6 * factors
 
 
 def stage_layers(config: Config) -> list[range]:
@@ -169,7 +94,7 @@ def _elements(model: ModelConfig, tune: TuneConfig, tp: int, of: str) -> _Elemen
     layers, ends = [0] * model.num_layers, {"first": 0, "last": 0}
     tied, heads = 0, {row.tied for row in TABLE if row.tied and model.tie_embeddings}
     held: dict[str, tuple[Row, int]] = {}
-    for name in _named(model, tune)[of]:
+    for name in named_shapes(model, tune)[of]:
         layer, kind = split_layer(name)
         if kind not in held:
             row = row_of(name)
@@ -183,13 +108,6 @@ def _elements(model: ModelConfig, tune: TuneConfig, tp: int, of: str) -> _Elemen
     return _Elements((0, *accumulate(layers)), ends["first"], ends["last"], tied)
 
 
-@lru_cache(maxsize=8)
-def _named(model: ModelConfig, tune: TuneConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """What `trained` and `adapter_shapes` give, kept while topologies are compared: neither depends on them."""
-    config = Config(model=model, tune=tune)
-    return {"trained": trained(config), "factors": adapter_shapes(config), "model": shapes(model)}
-
-
 def stage_memory(config: Config, device: str) -> list[Memory]:
     """Bytes per rank of a resolved configuration, by pipeline stage."""
     m, p, t = config.model, config.parallel, config.train
@@ -199,7 +117,7 @@ def stage_memory(config: Config, device: str) -> list[Memory]:
     microbatches = max(1, t.global_batch_size // (t.micro_batch_size * p.dp))
     element, wide = BYTES[t.dtype], max(4, BYTES[t.dtype])
     masters = wide if element < wide else 0
-    chosen = _named(m, config.tune)["trained"]
+    chosen = named_shapes(m, config.tune)["trained"]
     model, factors, some = (_elements(m, config.tune, p.tp, of) for of in ("model", "factors", "trained"))
     # in half precision a gradient stands beside the fp32 one until it is added; the largest is the embedding's
     uses = 2 if m.tie_embeddings and p.pp == 1 else 1

@@ -32,7 +32,8 @@ from megalite.model.names import FAMILIES, names_there
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.threads import run_threads
-from megalite.plan import costs as plan
+from megalite.plan.costs import stage_memory
+from megalite.plan.counts import parameters
 
 BASE = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=40)
 GPT2 = {"position": "learned", "max_positions": 13, "norm": "layernorm", "activation": "gelu_tanh", "linear_bias": True}
@@ -68,7 +69,7 @@ def test_names_and_shapes_are_those_of_the_modules(name: str) -> None:
     m = model_of(name)
     found = {name: tuple(p.shape) for name, p in decoder_of(m).named_parameters()}
     assert shapes(m) == found
-    assert plan.parameters(m) == sum(torch.Size(shape).numel() for shape in found.values())
+    assert parameters(m) == sum(torch.Size(shape).numel() for shape in found.values())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -189,10 +190,10 @@ def test_partial_gradients() -> None:
 
 
 def test_a_name_without_a_row() -> None:
-    for name in ("attn.qkv.weight", "layers.0.embed.weight", "layers.x.mlp.up.weight", "layers.0.mlp.scale", ""):
+    for name in ("attn.qkv.weight", "layers.0.embed.weight", "layers.x.mlp.up.weight", "layers.0.mlp.shift", ""):
         assert find_row(name) is None
-    with pytest.raises(KeyError, match=r"layers\.0\.mlp\.scale has no row in the table of parameters; add one to"):
-        row_of("layers.0.mlp.scale")
+    with pytest.raises(KeyError, match=r"layers\.0\.mlp\.shift has no row in the table of parameters; add one to"):
+        row_of("layers.0.mlp.shift")
 
 
 def test_tied_weights_have_one_name() -> None:
@@ -234,7 +235,7 @@ def test_the_plan_counts_what_a_stage_holds(mode: str, tp: int, pp: int, kv: int
         updated = sum(p.numel() for p in engine.parameters.values() if p.requires_grad)
         return engine.mesh.pp.rank, held, updated
 
-    needs = plan.stage_memory(config, "cpu")
+    needs = stage_memory(config, "cpu")
     for stage, held, updated in [main(SoloWorld())] if tp * pp == 1 else run_threads(tp * pp, main):
         assert needs[stage].weights == 4 * held
         assert needs[stage].gradients == 4 * updated

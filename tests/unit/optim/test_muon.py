@@ -32,7 +32,7 @@ from megalite.optim.muon import Muon, lr_ratio, orthogonalise
 from megalite.parallel.cuts import uncut
 from megalite.parallel.groups import SoloWorld
 from megalite.parallel.threads import run_threads
-from megalite.plan import costs as plan
+from megalite.plan.counts import describe_muon
 
 STEPS = 20
 MODEL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=36)
@@ -161,7 +161,7 @@ def test_every_matrix_of_a_block_is_hidden_and_nothing_else_is(family: str) -> N
     assert set(state["momentum"]) == expected
     assert set(state["exp_avg"]) == set(engine.parameters) - expected
     by_muon = sum(parameters[name].numel() for name in expected)
-    assert f"Muon updates {by_muon / 1e6:.4g}e6 parameters in 12 matrices, AdamW the other " in plan.describe_muon(c)
+    assert f"Muon updates {by_muon / 1e6:.4g}e6 parameters in 12 matrices, AdamW the other " in describe_muon(c)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
