@@ -45,9 +45,10 @@ def shard_of(name: str, shape: Sequence[int], model: ModelConfig, size: int, ran
 
 
 def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> None:
-    """Replace modules by their parallel counterparts, in place. Weights stay whole (they are on meta).
+    """Replace modules by their parallel counterparts, in place.
 
-    In a group of one only linears are replaced, by linears whose weight gradient can be deferred.
+    In a group of one only linears are replaced, by linears whose weight gradient can be deferred. Weights stay whole
+    (they are on meta).
     """
     vocab = padded((model.vocab_size, model.hidden_size), group.size, group.rank)
     for name, module in list(decoder.named_modules()):
@@ -55,8 +56,8 @@ def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> N
         parent = decoder.get_submodule(parent_name)
         if isinstance(module, nn.Linear):
             if cut := row_of(f"{name}.weight").cut:
-                linear = RowLinear if cut == "row" else ColumnLinear
-                setattr(parent, child, linear(module, group, sp))
+                kind = RowLinear if cut == "row" else ColumnLinear
+                setattr(parent, child, kind(module, group, sp))
         elif group.size == 1:
             continue
         elif isinstance(module, Attention):
