@@ -38,7 +38,7 @@ def measure(folder: str, recompute: str, dp: int, zero: int) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     from megalite.batches import Microbatch
-    from megalite.build import build
+    from megalite.engine.engine import build
     from megalite.parallel.launch import start_world
 
     config = configuration(recompute, dp, zero)

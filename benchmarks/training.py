@@ -115,8 +115,8 @@ def megalite_step(shape: Shape, contender: Contender) -> Iterator[Step]:
     import torch
 
     from megalite.batches import Microbatch
-    from megalite.build import build
     from megalite.config import Config, ParallelConfig, TrainConfig, check, resolve
+    from megalite.engine.engine import build
     from megalite.optim.adamw import clip_scale
     from megalite.parallel.launch import start_world
 

@@ -24,6 +24,7 @@ from megalite.config.batch import total_samples
 from megalite.hf.folder import find_tokenizer
 from megalite.hf.keys import check_hf, context_warning, with_hf
 from megalite.loaded import settle, with_loaded, with_template
+from megalite.pipeline.forecast import bubble
 from megalite.request import apart, one_length, with_added_tokens, with_data_tokenizer, with_tokenizer
 from megalite.resume import resume_from, take_run_folder, with_curve, with_epochs
 from megalite.together import (
@@ -170,8 +171,9 @@ def check_threads(config: Config) -> None:
 def describe(config: Config, machine: topology.Machine) -> str:
     """The plan in a few lines: stages, batch, memory, work."""
     p, t = config.parallel, config.train
-    pp = p.pp or 1
-    stages = ", ".join(f"{len(r)}" for r in plan.stage_layers(config))
+    ranks, layers = p.pp or 1, plan.stage_layers(config)
+    # a rank with several stages holds every ranks-th of them
+    stages = ", ".join("+".join(f"{len(r)}" for r in layers[rank::ranks]) for rank in range(ranks))
     microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
     tokens = t.global_batch_size * t.seq_len
     flops = plan.run_flops(config)
@@ -179,9 +181,9 @@ def describe(config: Config, machine: topology.Machine) -> str:
     length = f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens" if t.epochs is None else f"{t.epochs:g} epochs"
     return (
         f"plan:\n"
-        f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
-        f"  layers by stage: {stages}; {p.schedule}, {microbatches} microbatches, bubble "
-        f"{(pp - 1) / (microbatches + pp - 1):.1%}\n"
+        f"  mesh: pp {ranks} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
+        f"  layers by {'stage' if p.chunks == 1 else 'rank and stage'}: {stages}; {p.schedule}, {microbatches} "
+        f"microbatches, bubble {bubble(p.schedule, ranks, microbatches, p.chunks):.1%}\n"
         f"{topology.memory_table(config, machine)}\n"
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
         f"{length} in all"

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalite.build import Engine
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.load import load as load_tensors
 from megalite.checkpoint.load import read_tensor
@@ -17,6 +16,7 @@ from megalite.checkpoint.manifest import Damaged
 from megalite.checkpoint.state import State, state_from
 from megalite.config import Config
 from megalite.config.tune import is_adapter
+from megalite.engine.engine import Engine
 from megalite.hf.folder import open_folder
 from megalite.hf.load import fill, nothing, read_whole
 from megalite.model.cut_table import ADAPTER

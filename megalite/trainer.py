@@ -15,7 +15,6 @@ import torch
 
 from megalite import disk
 from megalite.batches import Microbatch, TrainingError, load_microbatches
-from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
@@ -25,6 +24,7 @@ from megalite.config.batch import batch_size, is_skipped
 from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
 from megalite.divergence import Spikes, advice, locate, spike_warning
+from megalite.engine.engine import Engine, build
 from megalite.hf.keys import keep_hf
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import next_scale

@@ -38,7 +38,7 @@ from megalite.generate.source import Source, open_source
 from megalite.generate.text import Reply, Settings
 
 if TYPE_CHECKING:
-    from megalite.build import Stage
+    from megalite.engine.stage import Stage
     from megalite.parallel.groups import World
 
 SEQ_LEN = 2048

@@ -27,7 +27,7 @@ from megalite.generate.source import Source, open_source
 from megalite.generate.text import Reply, Settings, in_order
 
 if TYPE_CHECKING:
-    from megalite.build import Stage
+    from megalite.engine.stage import Stage
     from megalite.parallel.groups import World
 
 WEEK_S = 7 * 24 * 3600.0

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from megalite.batches import Microbatch, load_microbatches
-from megalite.build import Stage
 from megalite.data.dataset import WindowDataset
+from megalite.engine.stage import Stage
 from megalite.evaluate.rows import Cloze, Scores
 from megalite.generate.decode import stream
 from megalite.generate.text import Reply, Settings

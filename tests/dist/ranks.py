@@ -211,9 +211,9 @@ def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Si
 def save_untrained(argv: Sequence[str], source: Path | None = None) -> int:
     """Build what this command line asks for, load `source` into it if there is one, and save it without a step."""
     from megalite import restore
-    from megalite.build import build
     from megalite.checkpoint.save import save
     from megalite.config import parse_command_line
+    from megalite.engine.engine import build
     from megalite.entry import configure
     from megalite.parallel.launch import start_world
 

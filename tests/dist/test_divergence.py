@@ -16,14 +16,14 @@ STEP = 4
 
 def poisoned(argv: Sequence[str], rank: int) -> int:
     """`pretrain`, in which one rank's first feed-forward gives a NaN at the samples of one step, each time anew."""
-    from megalite.build import Engine
+    from megalite.engine.engine import Engine
 
     if os.environ["RANK"] == str(rank):
         run = Engine._run
 
         def spoiled(engine: Engine, microbatches, *args, **kwargs):
             numbers = [number for mb in microbatches for number in mb.samples.tolist()]
-            module = next(iter(engine.model.layers.values())).mlp
+            module = next(iter(engine.models[engine.mesh.pp.rank].layers.values())).mlp
             spoil = min(numbers) // 8 == STEP - 1
             hook = module.register_forward_hook(lambda m, i, out: out * (math.nan if spoil else 1.0))
             try:

@@ -18,8 +18,9 @@ from test_parity import BATCH, MICROBATCHES, SEQ, TOLERANCE, batches, rms_norm
 from torch import Tensor
 
 from megalite import ops
-from megalite.build import Microbatch, build
+from megalite.batches import Microbatch
 from megalite.config import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.engine.engine import build
 from megalite.model.attention import rope_scaling
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import keep_mask, sample_keys

@@ -10,11 +10,11 @@ import pytest
 from torch import Tensor
 
 from megalite.batches import load_microbatches
-from megalite.build import build
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.data.indexed import IndexedWriter
 from megalite.data.instructions import weights_prefix
 from megalite.data.packing import Conversations, SftDataset
+from megalite.engine.engine import build
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads

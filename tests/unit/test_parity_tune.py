@@ -13,9 +13,9 @@ from test_parity import BATCH, TOLERANCE
 from test_parity_options import GPT2, formula_reference, largest_error, loss_of, make_config, numbered
 from torch import Tensor
 
-from megalite.build import build
 from megalite.config import CheckpointConfig, Config, TuneConfig, check
 from megalite.config.tune import Projection, adapter_shapes, shapes, trained
+from megalite.engine.engine import build
 from megalite.model.cut_table import ADAPTER
 from megalite.model.dropout import Dropout, keep_mask, sample_keys
 from megalite.parallel.groups import Group, World

@@ -11,7 +11,6 @@ from test_parity import BATCH, SEQ, batches
 from torch import Tensor
 from torch.nn import functional as F
 
-from megalite.build import build
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.save import save
@@ -26,6 +25,7 @@ from megalite.config import (
     resolve,
     to_yaml,
 )
+from megalite.engine.engine import build
 from megalite.hf.convert import FRESH, from_hf_folder, to_hf_folder
 from megalite.hf.folder import open_config
 from megalite.model.hf import from_hf

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from megalite import trainer
 from megalite.batches import Microbatch, TrainingError
-from megalite.build import Engine, build
 from megalite.checkpoint.folder import complete, latest, read_manifest
 from megalite.config import Config, ConfigError, check, resolve
 from megalite.data.indexed import IndexedWriter
 from megalite.data.sets import open_data
+from megalite.engine.engine import Engine, build
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import SoloWorld
 from megalite.restore import State

@@ -10,10 +10,10 @@ from assets import asset
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megalite.build import build_stage
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
 from megalite.data.dataset import heldout_windows
 from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.engine.stage import build_stage
 from megalite.evaluate.measure import answer, held_out, log_likelihoods, score
 from megalite.evaluate.rows import Cloze, cloze_sequences
 from megalite.generate.decode import load_stage

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalite.build import build
 from megalite.checkpoint.save import save
 from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, TuneConfig, resolve, to_yaml
 from megalite.data.corpus import train_tokenizer
+from megalite.engine.engine import build
 from megalite.evaluate.measure import log_likelihoods
 from megalite.generate.decode import decode, load_stage
 from megalite.generate.source import open_source

@@ -14,10 +14,10 @@ from folders import FAMILIES, VOCAB, Make, change
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from megalite.build import build
 from megalite.checkpoint.folder import complete, find, read_manifest
 from megalite.checkpoint.save import save
 from megalite.config import Config, ParallelConfig, TrainConfig, check, resolve
+from megalite.engine.engine import build
 from megalite.hf.convert import FRESH, from_hf_folder, to_hf_folder
 from megalite.hf.export import INDEX
 from megalite.hf.folder import open_config, open_folder

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from megalite import plan
-from megalite.build import build
 from megalite.checkpoint.load import load
 from megalite.config import (
     CheckpointConfig,
@@ -25,6 +24,7 @@ from megalite.config import (
     resolve,
 )
 from megalite.config.tune import hidden_matrices
+from megalite.engine.engine import build
 from megalite.model.decoder import Decoder
 from megalite.model.hf import from_hf, global_names, to_hf
 from megalite.model.init import draw

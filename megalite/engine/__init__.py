@@ -1,0 +1,1 @@
+"""One rank's stages of the model: what runs forward, and what learns."""
