@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from megalite import disk
-from megalite.batches import Microbatch, TrainingError, load_microbatches
+from megalite.batches import Microbatch, load_microbatches
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.checkpoint.state import State
 from megalite.config import Config
 from megalite.config.batch import batch_size, is_skipped
+from megalite.config.errors import TrainingError
 from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
 from megalite.divergence import Spikes, advice, locate, spike_warning

@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import read_manifest
 from megalite.checkpoint.load import load
-from megalite.config.tune import is_adapter
 from megalite.engine.stage import Stage, build_stage
 from megalite.generate.sampling import choose
 from megalite.generate.source import Source

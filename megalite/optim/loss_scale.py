@@ -7,8 +7,8 @@ change no digit of what neither overflows nor vanishes.
 
 from __future__ import annotations
 
-from megalite.batches import TrainingError
 from megalite.config import Config
+from megalite.config.errors import TrainingError
 from megalite.config.schema import LARGEST_LOSS_SCALE
 
 

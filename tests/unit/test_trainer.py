@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from megalite import trainer
-from megalite.batches import Microbatch, TrainingError
+from megalite.batches import Microbatch
 from megalite.checkpoint.folder import complete, latest, read_manifest
 from megalite.config import Config, ConfigError, check, resolve
+from megalite.config.errors import TrainingError
 from megalite.data.indexed import IndexedWriter
 from megalite.data.sets import open_data
 from megalite.engine.engine import Engine, build
@@ -119,7 +120,7 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> list[Counter[int]]:
 
 def by_hand(config: Config, tokens: int) -> float:
     """Mean loss of a held-out set of tokens 0, 1, 2, …, one window at a time, from logits."""
-    model, total = build(config, SoloWorld()).model, 0.0
+    model, total = build(config, SoloWorld()).models[0], 0.0
     starts = list(range(0, tokens, 30)) if config.data.isolate_documents else [0]
     for first in range(0, tokens - 1, SEQ):
         window = torch.arange(first, min(first + SEQ + 1, tokens))

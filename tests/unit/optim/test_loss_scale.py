@@ -2,8 +2,8 @@
 
 import pytest
 
-from megalite.batches import TrainingError
 from megalite.config import Config, OptimConfig, TrainConfig
+from megalite.config.errors import TrainingError
 from megalite.optim.loss_scale import first_scale, next_scale
 
 OPTIM = OptimConfig(loss_scale_initial=8.0, loss_scale_window=3, loss_scale_min=1.0)
