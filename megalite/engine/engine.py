@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megalite.batches import Microbatch
 from megalite.config import Config
-from megalite.config.groups import check_groups
-from megalite.config.tune import adapter_shapes, hidden_matrices, shapes, trained
+from megalite.config.param_groups import check_groups
+from megalite.config.trained import adapter_shapes, hidden_matrices, shapes, trained
+from megalite.engine.batches import Microbatch
 from megalite.engine.stage import Stage, build_stage
 from megalite.model.cut_table import ADAPTER, find_cut, is_partial
 from megalite.optim.adamw import AdamW

@@ -9,12 +9,13 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from megalite.batches import Microbatch
 from megalite.config import Config
+from megalite.engine.batches import Microbatch
 from megalite.model.cut_table import cut_model, global_name
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import sample_keys
 from megalite.model.init import draw, materialise
+from megalite.model.lora import adapt
 from megalite.model.recompute import recompute
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import World
@@ -23,8 +24,7 @@ from megalite.pipeline.executor import Jobs, Spec, Values, execute
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedule import Action, forward_only, make_plan, stages_of_rank
 from megalite.pipeline.simulate import Costs
-from megalite.plan import head_flops, layer_flops, stage_layers
-from megalite.tune.lora import adapt
+from megalite.plan.costs import head_flops, layer_flops, stage_layers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 

@@ -44,7 +44,7 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 def pretrain_limited(argv: list[str], rank: int, steps: range) -> int:
     """`pretrain`, in which files of one rank may have 3000 bytes at most while it saves `steps`."""
-    from megalite import trainer
+    from megalite.run import trainer
 
     whole_save = trainer.save
 

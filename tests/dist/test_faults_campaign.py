@@ -21,23 +21,23 @@ from megalite.watch.metrics import read_metrics
 TIMEOUT_S, STEPS = 10.0, 6
 # where the signal comes: at the first call, or that of a later step, of a function
 PHASES = {
-    "command line": ("megalite.entry", "parse_command_line", 1),
+    "command line": ("megalite.run.entry", "parse_command_line", 1),
     "data": ("megalite.data.sets", "open_data", 1),
-    "meeting": ("megalite.together", "join", 1),
-    "reports": ("megalite.together", "settle", 1),
-    "run folder": ("megalite.agree", "_problem", 1),
+    "meeting": ("megalite.run.together", "join", 1),
+    "reports": ("megalite.run.together", "settle", 1),
+    "run folder": ("megalite.run.agree", "_problem", 1),
     "process group": ("torch.distributed", "init_process_group", 1),
     "groups": ("megalite.parallel.groups", "DistWorld.split", 2),
-    "model": ("megalite.trainer", "build", 1),
-    "weights": ("megalite.trainer", "first_state", 1),
-    "first evaluation": ("megalite.trainer", "evaluate", 1),
-    "step": ("megalite.trainer", "train_step", 4),
+    "model": ("megalite.run.trainer", "build", 1),
+    "weights": ("megalite.run.trainer", "first_state", 1),
+    "first evaluation": ("megalite.run.trainer", "evaluate", 1),
+    "step": ("megalite.run.trainer", "train_step", 4),
     "backward": ("megalite.engine.engine", "Engine.forward_backward", 3),
-    "sum": ("megalite.trainer", "_sum", 6),
+    "sum": ("megalite.run.trainer", "_sum", 6),
     "update": ("megalite.engine.engine", "Engine.update", 3),
     "save": ("megalite.checkpoint.save", "Saver.start", 2),
     "write": ("megalite.checkpoint.save", "Saver._write", 2),
-    "end": ("megalite.trainer", "_finish", 1),
+    "end": ("megalite.run.trainer", "_finish", 1),
     "leaving": ("torch.distributed", "destroy_process_group", 1),
 }
 LAYOUTS = {2: ["parallel.dp=2", "parallel.tp=2", "parallel.pp=2"], 4: ["parallel.tp=2", "parallel.pp=2"]}

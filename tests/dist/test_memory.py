@@ -7,12 +7,12 @@ import torch
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
-from megalite.batches import Microbatch
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.engine.batches import Microbatch
 from megalite.engine.engine import Engine, build
-from megalite.parallel.launch import start_world
 from megalite.pipeline.schedule import make_plan
 from megalite.pipeline.simulate import simulate
+from megalite.run.world import start_world
 
 STAGES, MICROBATCHES = 4, 8
 

@@ -27,7 +27,7 @@ NEVER = [
     ("megalite.model", "megalite.parallel", ("megalite.model.cut_table", "megalite.model.init")),  # the plain model
     ("megalite.model", "megalite.pipeline", ()),
     ("megalite.pipeline", "megalite.model", ()),
-    ("megalite", "megalite.trainer", ("megalite.entry",)),
+    ("megalite", "megalite.run.trainer", ("megalite.run.entry",)),
     *(
         (f"megalite.{name}", "torch", ())
         for name in (

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite.batches import Microbatch, load_microbatches
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.data.dataset import Batch
+from megalite.engine.batches import Microbatch, load_microbatches
 from megalite.engine.engine import Engine, build
 from megalite.model import dropout
 from megalite.model.dropout import Dropout, keep_mask, sample_keys
