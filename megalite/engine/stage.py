@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from megalite.config import Config
 from megalite.engine.batches import Microbatch
+from megalite.model.context import Context
 from megalite.model.cut_table import cut_model, global_name
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import sample_keys
 from megalite.model.init import draw, materialise
 from megalite.model.lora import adapt
-from megalite.model.recompute import recompute
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import World
 from megalite.parallel.mesh import Mesh
@@ -47,11 +47,9 @@ class StageChunk:
         mb, labelled = self.microbatches[microbatch], self.loss and not self.leaving
         out: Tensor = self.model(
             arrived[0] if arrived else mb.tokens,
-            mb.positions,
-            mb.bounds,
+            Context(mb.positions, mb.bounds, self.keys(mb), deferred=deferred),
             mb.labels if labelled else None,
             mb.loss_mask if labelled else None,
-            self.keys(mb),
         )
         if self.leaving:
             return (out,)
@@ -181,7 +179,7 @@ def build_stage(config: Config, world: World, value: Callable[[str, tuple[int, .
             )
         cut_model(model, m, mesh.tp, p.sp)
         adapt(model, config, mesh.tp)
-        recompute(model, p.recompute, p.recompute_layers)
+        model.set_recompute(p.recompute, p.recompute_layers)
         own = materialise(
             model,
             m,
