@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from megalite.config import Config
 from megalite.config.param_groups import check_groups
-from megalite.config.trained import adapter_shapes, hidden_matrices, shapes, trained
+from megalite.config.parameters import has_kv_rows, is_decayed, is_factor, is_partial
+from megalite.config.shapes import shapes
+from megalite.config.trained import adapter_shapes, hidden_matrices, trained
 from megalite.engine.batches import Microbatch
 from megalite.engine.stage import Stage, build_stage
-from megalite.model.cut_table import ADAPTER, find_cut, is_partial
 from megalite.optim.adamw import AdamW
 from megalite.optim.muon import Muon
 from megalite.parallel.cuts import Shard, sum_of_squares
@@ -68,7 +69,7 @@ class Engine(Stage):
             replicated = [
                 shard.view(reduced[name], block, self.grads.held(name).start)
                 for name, shard in self.shards.items()
-                if name in reduced and (cut := find_cut(name)) is not None and cut.kind in ("qkv", "kv")
+                if name in reduced and has_kv_rows(name)
                 for block in shard.blocks(self.grads.held(name))
                 if block.offset[0] >= shard.pieces[-1].offset
             ]
@@ -97,7 +98,7 @@ class Engine(Stage):
     def stored(self) -> dict[str, Tensor]:
         """The parameters that a checkpoint keeps: all, or with LoRA the factors, beside a base that stays as it is."""
         lora = self.config.tune.mode == "lora"
-        return {n: p for n, p in self.parameters.items() if not lora or ADAPTER.fullmatch(n)}
+        return {n: p for n, p in self.parameters.items() if not lora or is_factor(n)}
 
     def base(self) -> dict[str, Tensor]:
         """The parameters that a checkpoint does not keep."""
@@ -158,7 +159,7 @@ def make_optimizer(
     buffers: ParamBuffers | None,
 ) -> AdamW:
     """The optimizer named by optim.name over the parameters, or over this rank's shares of them."""
-    c, matrices = config.optim, {name for name, parameter in parameters.items() if parameter.dim() >= 2}
+    c, matrices = config.optim, {name for name in parameters if is_decayed(name)}
     updated: Mapping[str, Tensor] = parameters if buffers is None else buffers.shares
     gradients = grads.main_grad if buffers is None else grads.reduced
     if c.name != "muon":

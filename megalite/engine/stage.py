@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from megalite.config import Config
+from megalite.config.parameters import global_name
 from megalite.engine.batches import Microbatch
 from megalite.model.context import Context
-from megalite.model.cut_table import cut_model, global_name
+from megalite.model.cut_table import cut_model
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import sample_keys
 from megalite.model.init import draw, materialise
@@ -24,7 +25,8 @@ from megalite.pipeline.executor import Jobs, Spec, Values, execute
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedule import Action, forward_only, make_plan, stages_of_rank
 from megalite.pipeline.simulate import Costs
-from megalite.plan.costs import head_flops, layer_flops, stage_layers
+from megalite.plan.costs import stage_layers
+from megalite.plan.counts import head_flops, layer_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 

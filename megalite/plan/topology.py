@@ -16,7 +16,8 @@ from pathlib import Path
 from megalite.config import Config, ConfigError, resolve
 from megalite.config.check import valid_tp
 from megalite.config.pipeline_rules import pipeline_fault
-from megalite.plan.costs import GIB, Memory, memory, parameters, rank_memory
+from megalite.plan.costs import GIB, Memory, memory, rank_memory
+from megalite.plan.counts import parameters
 from megalite.plan.hardware import gpu_gib
 
 # of a GPU's memory, what a plan may use: fragmentation and other processes take the rest

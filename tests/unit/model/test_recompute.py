@@ -18,7 +18,8 @@ from megalite.config import (
     check,
     resolve,
 )
-from megalite.config.trained import adapter_shapes, shapes
+from megalite.config.shapes import shapes
+from megalite.config.trained import adapter_shapes
 from megalite.engine import stage as stage_module
 from megalite.engine.batches import Microbatch
 from megalite.engine.engine import Engine, build
