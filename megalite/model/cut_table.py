@@ -17,13 +17,8 @@ from megalite.model.decoder import CrossEntropy, Decoder
 from megalite.model.dropout import Dropout
 from megalite.parallel.cuts import Shard, even, grouped, grouped_qkv, padded, uncut
 from megalite.parallel.groups import Group
-from megalite.parallel.tensor_parallel import (
-    ColumnLinear,
-    RowLinear,
-    SequenceEmbedding,
-    VocabCrossEntropy,
-    VocabEmbedding,
-)
+from megalite.parallel.tensor_parallel import ColumnLinear, RowLinear
+from megalite.parallel.vocab import SequenceEmbedding, VocabCrossEntropy, VocabEmbedding
 
 
 def shard_of(name: str, shape: Sequence[int], model: ModelConfig, size: int, rank: int) -> Shard:
@@ -50,14 +45,22 @@ def shard_of(name: str, shape: Sequence[int], model: ModelConfig, size: int, ran
 
 
 def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> None:
-    """Replace modules by their parallel counterparts, in place. Weights stay whole (they are on meta)."""
-    if group.size == 1:
-        return
+    """Replace modules by their parallel counterparts, in place.
+
+    In a group of one only linears are replaced, by linears whose weight gradient can be deferred. Weights stay whole
+    (they are on meta).
+    """
     vocab = padded((model.vocab_size, model.hidden_size), group.size, group.rank)
     for name, module in list(decoder.named_modules()):
         parent_name, _, child = name.rpartition(".")
         parent = decoder.get_submodule(parent_name)
-        if isinstance(module, Attention):
+        if isinstance(module, nn.Linear):
+            if cut := row_of(f"{name}.weight").cut:
+                kind = RowLinear if cut == "row" else ColumnLinear
+                setattr(parent, child, kind(module, group, sp))
+        elif group.size == 1:
+            continue
+        elif isinstance(module, Attention):
             assert model.num_kv_heads is not None
             module.queries //= max(1, group.size // model.num_kv_heads)
         elif isinstance(module, CrossEntropy):
@@ -65,13 +68,8 @@ def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> N
         elif isinstance(module, Dropout):
             # the core sees this rank's heads, every other dropout under sequence parallelism its part of the sequence
             module.shard = group.rank if sp or isinstance(parent, AttentionCore) else 0
-        elif isinstance(module, nn.Embedding | nn.Linear):
-            cut = row_of(f"{name}.weight").cut
-            if isinstance(module, nn.Linear):
-                if cut:
-                    linear = RowLinear if cut == "row" else ColumnLinear
-                    setattr(parent, child, linear(module, group, sp))
-            elif cut == "vocab":
+        elif isinstance(module, nn.Embedding):
+            if row_of(f"{name}.weight").cut == "vocab":
                 setattr(parent, child, VocabEmbedding(module, group, sp, vocab))
             elif sp:
                 setattr(parent, child, SequenceEmbedding(module, group))

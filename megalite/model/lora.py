@@ -96,6 +96,9 @@ class LoraRow(RowLinear):
         dropped = self.dropout(x.transpose(1, 2), context).transpose(1, 2)
         return super().product(x, context) + F.linear(F.linear(dropped, pair.a) * self.scale, pair.b)
 
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
+        return self.reduced(self.product(x, context))
+
 
 def adapt(decoder: Decoder, config: Config, group: Group) -> None:
     """Put factors beside the linears that tune.lora_targets names, in place.

@@ -312,7 +312,7 @@ def _hear_disk(run: Run) -> None:
     With checkpoint.on_failure=stop the run then saves at the end of the next step and ends in this error.
     """
     c, run_dir = run.config, Path(run.config.train.run_dir)
-    for text, may_end in run.metrics.news():
+    for text, may_end in run.metrics.problems():
         if run.metrics.folder_gone:
             try:
                 remake_run_folder(run_dir, c, run.data.template, run.state.step)
