@@ -32,7 +32,7 @@ from ranks import Ranks
 
 from megalite.checkpoint.state import State
 from megalite.config import CheckpointConfig, Config, ModelConfig, TrainConfig
-from megalite.config.trained import shapes
+from megalite.config.shapes import shapes
 from megalite.parallel.groups import World
 
 RESULTS = Path(__file__).resolve().parent / "results"

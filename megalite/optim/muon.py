@@ -73,7 +73,7 @@ class Muon(AdamW):
         self.hidden = [name for name in shards if name in hidden]
         super().__init__(c, parameters, main_grad, matrices, others=self.hidden)
         # Llama's layout has the matrices of every family apart and as [out, in]
-        self.layout = dataclasses.replace(model, position="rope")
+        self.layout = dataclasses.replace(model, family="llama")
         self.c, self.shards, self.held = c, shards, held
         self.sharded, self.tp, self.dp = sharded, tp, dp
         some = next(iter(main_grad.values()), torch.empty(0))
