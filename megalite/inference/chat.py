@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megalite.text.chat import ChatTemplate, control_pattern, find_template, turn_ends
-from megalite.text.controls import keep_text, unmark
+from megalite.text.chat import ChatTemplate, find_template, turn_ends
+from megalite.text.controls import controls_of, protect_controls, strip_marks
 from megalite.text.messages import Conversation, Message
 from megalite.text.tokenizer import Tokenizer
 
@@ -20,7 +20,7 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, template: str | None, system: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(*find_template(template, tokenizer), tokenizer)
-        self._controls = control_pattern(tokenizer)
+        self._controls = controls_of(tokenizer)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.stops = turn_ends(self.template, tokenizer)
 
@@ -32,9 +32,9 @@ class Chat:
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         conversation = Conversation("messages", list(messages), [None] * len(messages))
         if self._controls is not None:
-            conversation, _, _ = keep_text(conversation, self._render, self.tokenizer, self._controls)
-        there = unmark(self._render(conversation))
-        return self.tokenizer.encode_chat(there.text, there.ranges).ids
+            conversation, _, _ = protect_controls(conversation, self._render, self.tokenizer, self._controls)
+        stripped = strip_marks(self._render(conversation))
+        return self.tokenizer.encode_chat(stripped.text, stripped.ranges).ids
 
     def _render(self, conversation: Conversation) -> str:
         return self.template.prompt(conversation.messages, conversation.tools)
