@@ -149,7 +149,7 @@ def _write(
             bar.advance(0, *fields)
         elif log_interval and first.documents // log_interval > logged:
             logged = first.documents // log_interval
-            bar.tell(*fields)
+            bar.show(*fields)
 
 
 def _total_size(files: Sequence[str | Path]) -> int | None:
