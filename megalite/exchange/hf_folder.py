@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.exchange.hf_config import read_model
 from megalite.exchange.hf_fields import Fields, plain, read_json, shown
 from megalite.model.names import Shape, hf_shapes
@@ -54,12 +54,12 @@ class HFFolder:
     """`tensors`: by the names of `hf_shapes(model)`, all of them and no other. `context`: positions it was made for."""
 
     path: Path
-    model: ModelConfig
+    model: ResolvedModel
     context: int
     tensors: Mapping[str, Stored]
 
 
-def open_config(path: str | Path) -> tuple[ModelConfig, int]:
+def open_config(path: str | Path) -> tuple[ResolvedModel, int]:
     """The model of a folder by its config.json, and its context; ValueError for what is not there or not built."""
     folder = Path(path)
     if not folder.is_dir():

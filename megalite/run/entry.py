@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megalite.checkpoint import lock
 from megalite.checkpoint.folder import read_manifest
-from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
+from megalite.config import ConfigError, Request, Resolved, check, parse_command_line, resolve, to_yaml
 from megalite.config.batch import total_samples
 from megalite.exchange.hf_folder import find_tokenizer
 from megalite.exchange.hf_keys import check_hf, context_warning, with_hf
@@ -127,7 +127,7 @@ def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Reques
     return with_added_tokens(request)
 
 
-def introduce(request: Request, config: Config, why: str) -> None:
+def introduce(request: Request, config: Resolved, why: str) -> None:
     """Say what is trained, how it is laid out, and what the user may want to know before it starts."""
     if HERE.note:
         say(HERE.note)
@@ -149,7 +149,7 @@ def machine_of(request: Request) -> topology.Machine:
     return topology.other_machine(device, asked.world or WORLD_SIZE, asked.per_node, asked.gpu)
 
 
-def configure(request: Request, machine: topology.Machine | None = None) -> tuple[Config, str]:
+def configure(request: Request, machine: topology.Machine | None = None) -> tuple[Resolved, str]:
     """The resolved and checked configuration for `machine`, else for this one, and how its topology was chosen."""
     machine = machine or machine_of(request)
     config, why = topology.choose_topology(request.config, machine, request.explicit)
@@ -158,7 +158,7 @@ def configure(request: Request, machine: topology.Machine | None = None) -> tupl
     return config, why
 
 
-def check_threads(config: Config) -> None:
+def check_threads(config: Resolved) -> None:
     """ConfigError for more threads than this machine can have use of: each costs memory, and a place in its table."""
     threads, cores = config.train.threads, os.cpu_count() or 1
     if threads > max(16, cores):
@@ -168,28 +168,27 @@ def check_threads(config: Config) -> None:
         )
 
 
-def describe(config: Config, machine: topology.Machine) -> str:
+def describe(config: Resolved, machine: topology.Machine) -> str:
     """The plan in a few lines: stages, batch, memory, work."""
     p, t = config.parallel, config.train
-    pp = p.pp or 1
     stages = ", ".join(f"{len(r)}" for r in plan.stage_layers(config))
-    microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
+    microbatches = t.global_batch_size // (t.micro_batch_size * p.dp)
     tokens = t.global_batch_size * t.seq_len
     flops = plan.run_flops(config)
     # how many steps an epoch has is not known before the data are read
-    length = f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens" if t.epochs is None else f"{t.epochs:g} epochs"
+    length = f"{total_samples(t, p.dp) * t.seq_len / 1e6:.1f}e6 tokens" if t.epochs is None else f"{t.epochs:g} epochs"
     return (
         f"plan:\n"
-        f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
+        f"  mesh: pp {p.pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
         f"  layers by stage: {stages}; {p.schedule}, {microbatches} microbatches, bubble "
-        f"{(pp - 1) / (microbatches + pp - 1):.1%}\n"
+        f"{(p.pp - 1) / (microbatches + p.pp - 1):.1%}\n"
         f"{topology.memory_table(config, machine)}\n"
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
         f"{length} in all"
     )
 
 
-def look_at_data(config: Config, request: Request) -> None:
+def look_at_data(config: Resolved, request: Request) -> None:
     """Open and check the data that is named, as a run does; what is made of it is thrown away. ValueError as there."""
     from megalite.data.sets import open_data
 
@@ -202,7 +201,7 @@ def look_at_data(config: Config, request: Request) -> None:
         with_epochs(config, request, len(data.train), WORLD_SIZE, say)
 
 
-def with_corpus(config: Config, corpus: Path, request: Request, tuning: bool = False) -> Config:
+def with_corpus(config: Resolved, corpus: Path, request: Request, tuning: bool = False) -> Resolved:
     """For the preset tiny without data: the committed corpus, or with `tuning` questions on it; prepared once."""
     chosen = config.data.path is not None or config.data.sft is not None or config.model.from_hf is not None
     if chosen or request.preset != "tiny":
@@ -232,7 +231,7 @@ def with_corpus(config: Config, corpus: Path, request: Request, tuning: bool = F
     return dataclasses.replace(config, data=data)
 
 
-def export(config: Config) -> None:
+def export(config: Resolved) -> None:
     """Write the finished run as a Hugging Face folder. One rank does it, after the last collective."""
     from megalite.exchange.convert import to_hf_folder
 
@@ -242,7 +241,7 @@ def export(config: Config) -> None:
         say(f"exported {target}" + ("" if find_tokenizer(target) else ", without a tokenizer: none lies with the run"))
 
 
-def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None) -> int:
+def run(config: Resolved, data: DataSets, resume: Path | None, mine: Report | None) -> int:
     """Train, and export what was learned if that is asked for; gives the exit status."""
     done = False
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import complete, read_manifest
-from megalite.config import Config, ModelConfig, Request, from_mapping
+from megalite.config import Config, ModelConfig, Request, ResolvedModel, from_mapping, resolve_model
 from megalite.config.batch import total_samples
 from megalite.config.read import read_yaml_file
 from megalite.data.origin import tokenizer_of_run
@@ -117,8 +117,8 @@ def _other_length(request: Request, file: Config, say: Say) -> Request:
     if mine == {"train.steps"} and request.config.train.epochs is not None:
         say(f"train.epochs={request.config.train.epochs:g} of {request.file} is left out: train.steps is set")
         request = replaced(request, train={"epochs": None})
-    decay = file.optim.decay_samples
-    if decay is not None and decay == total_samples(file) and "optim.decay_samples" not in request.typed:
+    decay, whole = file.optim.decay_samples, total_samples(file.train, file.parallel.dp or 1)
+    if decay == whole and "optim.decay_samples" not in request.typed:
         say(f"optim.decay_samples={decay} of {request.file} is left out: it was the length of that run")
         request = replaced(request, optim={"decay_samples": None})
     return request
@@ -142,7 +142,8 @@ def with_loaded(request: Request, tuning: bool, say: Say) -> Request:
     saved = manifest["config"]
     try:
         # the tokenizer in the run's folder has the tokens that were added
-        model = dataclasses.replace(ModelConfig(**saved["model"]), from_hf=None, add_tokens=())
+        model = resolve_model(ModelConfig(**saved["model"]), request.config.train.seq_len)
+        model = dataclasses.replace(model, from_hf=None, add_tokens=())
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source}: written by another version of megalite ({error}); use that one") from None
     request = _with_model(request, model, load, say)
@@ -168,12 +169,12 @@ def with_loaded(request: Request, tuning: bool, say: Say) -> Request:
     return request
 
 
-def _with_model(request: Request, model: ModelConfig, load: str, say: Say) -> Request:
+def _with_model(request: Request, model: ResolvedModel, load: str, say: Say) -> Request:
     config = request.config
     chosen = set_by_user(request, model, load, "checkpoint.load")
     if request.preset_named and not str(request.preset).startswith("sft-"):
         return request  # a preset of a model was asked for by name: another model is a mistake, told later
-    if model != config.model:
+    if dataclasses.asdict(model) != dataclasses.asdict(config.model):
         say(f"model of {load}: {model.num_layers} layers of {model.hidden_size}, {model.vocab_size} tokens")
     return dataclasses.replace(request, config=dataclasses.replace(config, model=dataclasses.replace(model, **chosen)))
 

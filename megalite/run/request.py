@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megalite.checkpoint.folder import complete, find
-from megalite.config import Config, ConfigError, Request
+from megalite.config import ConfigError, Request, Resolved
 from megalite.data.indexed import paths
 from megalite.data.origin import find_tokenizer_of, made_with, recorded_tokenizer
 from megalite.exchange.hf_folder import find_tokenizer
@@ -90,7 +90,7 @@ def with_added_tokens(request: Request) -> Request:
     return dataclasses.replace(request, config=dataclasses.replace(config, model=model))
 
 
-def with_data_tokenizer(config: Config, say: Say) -> Config:
+def with_data_tokenizer(config: Resolved, say: Say) -> Resolved:
     """With the tokenizer that the data was made with, where none is named; without it no text comes of the model."""
     d, prefix = config.data, config.data.sft or config.data.path
     if prefix is None or not paths(prefix)[1].is_file():

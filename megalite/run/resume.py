@@ -14,10 +14,11 @@ from megalite.checkpoint import lock
 from megalite.checkpoint.contents import check_adapter, is_adapter, new_rows
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
-from megalite.config import Config, ConfigError, Request, check, from_mapping, resolve
+from megalite.config import Config, ConfigError, Request, Resolved, check, from_mapping, reopen, resolve
 from megalite.config.batch import steps_for, total_samples
 from megalite.config.read import read_yaml_file
-from megalite.config.schema import MOST_STEPS, OptimConfig
+from megalite.config.resolved import ResolvedOptim
+from megalite.config.schema import MOST_STEPS
 from megalite.optim.lr import learning_rate
 from megalite.watch import disk
 
@@ -30,13 +31,13 @@ PROBE = ".writable"
 CURVE = ("lr", "min_lr", "lr_schedule", "wsd_decay_fraction", "warmup_samples", "decay_samples")
 
 
-def with_epochs(config: Config, request: Request, samples: int, world_size: int, say: Say) -> Config:
+def with_epochs(config: Resolved, request: Request, samples: int, world_size: int, say: Say) -> Resolved:
     """train.epochs as train.steps, now that one epoch is known to have so many samples."""
     if config.train.epochs is None:
         return config
     begun = continued(config)
     step, used = (0, 0) if begun is None else (begun.step, begun.samples)
-    steps = steps_for(config, config.train.epochs * samples, step, used)
+    steps = steps_for(config.train, config.parallel.dp, config.train.epochs * samples, step, used)
     if steps > MOST_STEPS:
         raise ConfigError(
             f"train.epochs={config.train.epochs:g} of {samples} samples are {steps} steps, more than {MOST_STEPS:g}; "
@@ -50,19 +51,19 @@ def with_epochs(config: Config, request: Request, samples: int, world_size: int,
             f"more than the {total} samples of the run; set it to {total // 10}"
         )
     train = dataclasses.replace(config.train, steps=steps, epochs=None)
-    optim = dataclasses.replace(config.optim, decay_samples=request.config.optim.decay_samples)
-    config = resolve(dataclasses.replace(config, train=train, optim=optim), world_size)
+    asked = config if request.config.optim.decay_samples is not None else reopen(config, "optim.decay_samples")
+    config = resolve(dataclasses.replace(asked, train=train), world_size)
     check(config, world_size)
     return config
 
 
 @dataclasses.dataclass(frozen=True)
 class Continued:
-    """Where the run that is continued stands, and the learning-rate curve it had."""
+    """Where the run to continue stands, and its learning-rate curve; None if its manifest does not tell."""
 
     step: int
     samples: int
-    optim: OptimConfig
+    optim: ResolvedOptim | None
 
 
 def continued(config: Config) -> Continued | None:
@@ -82,21 +83,22 @@ def continued(config: Config) -> Continued | None:
         return None
     saved = manifest["config"].get("optim", {})
     curve = {key: saved[key] for key in CURVE if key in saved}
-    return Continued(manifest["step"], manifest["consumed_samples"], OptimConfig(**curve))
+    optim = ResolvedOptim(**curve) if curve.get("decay_samples") is not None else None
+    return Continued(manifest["step"], manifest["consumed_samples"], optim)
 
 
-def with_curve(config: Config, request: Request, say: Say) -> Config:
+def with_curve(config: Resolved, request: Request, say: Say) -> Resolved:
     """With the learning-rate curve of a run that continues: it ends where the run ends, or is the saved run's.
 
     Says from what to what the rate changes at this point. ConfigError where keys were set that the saved curve, which
     optim.lr_on_resume=keep asks for, does not have.
     """
     begun = continued(config)
-    if begun is None or not 0 < begun.step < config.train.steps or begun.optim.decay_samples is None:
+    if begun is None or begun.optim is None or not 0 < begun.step < config.train.steps:
         return config
     old, new = begun.optim, config.optim
     if request.config.optim.decay_samples is None:
-        end = max(total_samples(config, begun.step, begun.samples), new.warmup_samples)
+        end = max(total_samples(config.train, config.parallel.dp, begun.step, begun.samples), new.warmup_samples)
         new = dataclasses.replace(new, decay_samples=end)
     changed = [(key, getattr(old, key), getattr(new, key)) for key in CURVE if getattr(old, key) != getattr(new, key)]
     if new.lr_on_resume == "keep":

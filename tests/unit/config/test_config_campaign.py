@@ -15,7 +15,7 @@ import pytest
 import yaml
 from campaign import rounds
 
-from megalite.config import Config, ConfigError, from_mapping, parse_command_line, to_yaml
+from megalite.config import Config, ConfigError, from_mapping, parse_command_line, resolve, to_yaml
 from megalite.config.flags import SPECIAL, _table
 from megalite.config.parse import PRESETS, preset_names
 from megalite.config.read import read_yaml
@@ -232,7 +232,7 @@ def plan(argv: list[str], drawn: random.Random) -> Config:
     except ConfigError as error:
         assert_one_line(error)
         return told
-    assert from_mapping(read_yaml(to_yaml(config), "again")) == config
+    assert resolve(from_mapping(read_yaml(to_yaml(config), "again")), ranks) == config
     return told
 
 

@@ -15,9 +15,11 @@ from megalite.config import (
     ConfigError,
     ModelConfig,
     ParallelConfig,
+    Resolved,
     TrainConfig,
     check,
     parse_command_line,
+    reopen,
     resolve,
 )
 from megalite.config.schema import MOST_LAYERS
@@ -43,7 +45,7 @@ def machine(gib: float, ranks: int, local: int = 8) -> Machine:
     return Machine(ranks, local, "cuda", int(gib * GIB), "GPUs of a test")
 
 
-def make(ranks: int, train: dict[str, Any] | None = None, **parallel: Any) -> Config:
+def make(ranks: int, train: dict[str, Any] | None = None, **parallel: Any) -> Resolved:
     config = Config(
         model=LLAMA_7B, parallel=ParallelConfig(**parallel), train=dataclasses.replace(TRAIN, **(train or {}))
     )
@@ -58,7 +60,7 @@ def chosen(
     return (config.parallel.tp, config.parallel.pp), said
 
 
-def planned(*argv: str) -> tuple[Config, Machine, str]:
+def planned(*argv: str) -> tuple[Resolved, Machine, str]:
     """What `--dry-run` of the example plans."""
     request = parse_command_line([*argv, "--dry-run"], default_preset="llama2-7b", prog="")
     made = entry.machine_of(request)
@@ -156,8 +158,7 @@ def test_every_remedy_that_it_names_would_do(gib: float, keys: dict[str, int], m
             larger = int(found[1]) * 0.94
         changed = config
         if "parallel.tp=" in remedy:
-            open_ = dataclasses.replace(config.parallel, tp=None, pp=None, dp=None)
-            changed = dataclasses.replace(config, parallel=open_)
+            changed = reopen(config, "parallel.tp", "parallel.pp", "parallel.dp")
         for key, value in re.findall(r"([a-z]+\.\w+)=(\w+)", remedy):
             section, name = key.split(".")
             part = dataclasses.replace(getattr(changed, section), **{name: int(value) if value.isdigit() else value})

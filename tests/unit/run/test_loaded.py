@@ -117,6 +117,17 @@ def test_the_configuration_without_other_data_goes_on(run: str) -> None:
     assert config.data.path == "data/old"
 
 
+def test_a_decay_beside_a_ramp_is_kept_if_it_is_not_the_length_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file written by hand leaves dp open."""
+    monkeypatch.chdir(tmp_path)
+    ramp = "micro_batch_size: 1, global_batch_size: 4, ramp_start: 1, ramp_samples: 10, steps: 9"
+    for decay, kept in ((7, 7), (19, None)):
+        Path("mine.yaml").write_text(f"train: {{{ramp}}}\noptim: {{decay_samples: {decay}}}\n")
+        assert asked("--config", "mine.yaml", "train.steps=20", tuning=False).config.optim.decay_samples == kept
+
+
 def test_tuning_data_gives_way_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = make_run(Path("runs/chat"), data=DataConfig(sft="chats.jsonl", valid={"x": "y.jsonl"}))

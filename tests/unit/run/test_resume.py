@@ -9,7 +9,7 @@ import torch
 from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
-from megalite.config import Config, ConfigError, Request, parse_command_line, resolve
+from megalite.config import ConfigError, Request, Resolved, parse_command_line, resolve
 from megalite.config.batch import batch_size
 from megalite.config.trained import shapes
 from megalite.optim.lr import learning_rate
@@ -30,22 +30,22 @@ def asked(run_dir: Path, *argv: str) -> Request:
     return parse_command_line([*RUN, f"train.run_dir={run_dir}", *argv], default_preset="tiny", prog="test")
 
 
-def start(run_dir: Path, say: Told, *argv: str) -> Config:
+def start(run_dir: Path, say: Told, *argv: str) -> Resolved:
     """The configuration of a run, begun or continued."""
     request = asked(run_dir, *argv)
     return with_curve(resolve(request.config, 1), request, say)
 
 
-def rates(config: Config, step: int, samples: int) -> list[float]:
+def rates(config: Resolved, step: int, samples: int) -> list[float]:
     """Of every step that is left."""
     found = []
     for _ in range(step, config.train.steps):
         found.append(learning_rate(config.optim, samples))
-        samples += batch_size(config, samples)
+        samples += batch_size(config.train, config.parallel.dp, samples)
     return found
 
 
-def save(config: Config, step: int, samples: int) -> None:
+def save(config: Resolved, step: int, samples: int) -> None:
     folder = step_folder(Path(config.train.run_dir), step)
     wholes = {f"weight.{name}": (torch.float32, shape) for name, shape in shapes(config.model).items()}
     moments = {f"{kind}.{name}": x for kind in ("exp_avg", "exp_avg_sq") for name, x in wholes.items()}
@@ -54,11 +54,11 @@ def save(config: Config, step: int, samples: int) -> None:
     write_whole(folder, config, tensors, lambda full: torch.zeros(tensors[full][1]), state)
 
 
-def saved(run_dir: Path, step: int, *argv: str) -> tuple[Config, int]:
+def saved(run_dir: Path, step: int, *argv: str) -> tuple[Resolved, int]:
     """A run stopped after so many steps; gives its configuration and the samples it used."""
     config, samples = start(run_dir, Told(), *argv), 0
     for _ in range(step):
-        samples += batch_size(config, samples)
+        samples += batch_size(config.train, config.parallel.dp, samples)
     save(config, step, samples)
     return config, samples
 
@@ -134,7 +134,7 @@ def test_a_ramp_is_counted_from_where_the_run_stands(tmp_path: Path) -> None:
     config = start(tmp_path, Told(), *ramp, "train.global_batch_size=8")
     used = samples
     for _ in range(16):
-        used += batch_size(config, used)
+        used += batch_size(config.train, config.parallel.dp, used)
     assert config.optim.decay_samples == used
 
 
