@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megalite.config import Config, ConfigError, Resolved, reopen, resolve
+from megalite.config import Config, ConfigError, Resolved, check, reopen, resolve
 from megalite.config.check import valid_tp
 from megalite.plan.costs import GIB, Memory, memory, parameters, stage_memory
 from megalite.plan.hardware import gpu_gib
@@ -139,6 +139,17 @@ def choose_topology(config: Config, machine: Machine, explicit: frozenset[str]) 
         why = "none fits; this one needs the least memory"
     config = dataclasses.replace(config, parallel=dataclasses.replace(p, tp=chosen.tp, pp=chosen.pp))
     return config, _topology(chosen.tp, chosen.pp, ranks, why)
+
+
+def lay_out(config: Config, machine: Machine, explicit: frozenset[str]) -> tuple[Resolved, str]:
+    """`config` laid out on `machine`, resolved and checked, and a line that says why its tp and pp were chosen.
+
+    `explicit`: the keys that the user has set. Raises ConfigError if it cannot run there, whatever its memory.
+    """
+    config, why = choose_topology(config, machine, explicit)
+    resolved = resolve(config, machine.ranks)
+    check(resolved, machine.ranks)
+    return resolved, why
 
 
 def _topology(tp: int, pp: int, ranks: int, why: str) -> str:

@@ -19,7 +19,7 @@ from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config
 from megalite.launch.peers import Peers
 from megalite.launch.place import Place
-from megalite.run.resume import PROBE
+from megalite.run.run_folder import PROBE
 
 # up to this size a file is read whole, of a larger one 64 parts
 WHOLE_BYTES = 1 << 26
