@@ -14,8 +14,10 @@ from typing import Any
 
 from megalite.config.batch import total_samples
 from megalite.config.errors import ConfigError
+from megalite.config.parameters import Shape
 from megalite.config.schema import SECTIONS, Config, ModelConfig, OptimConfig, ParallelConfig
-from megalite.config.trained import Shape, adapter_shapes, hidden_matrices, shapes, trained
+from megalite.config.shapes import family_of, shapes
+from megalite.config.trained import adapter_shapes, hidden_matrices, trained
 from megalite.config.values import check_values
 
 
@@ -37,6 +39,7 @@ class _Complete:
 class ResolvedModel(_Complete, ModelConfig):
     num_kv_heads: int = field(kw_only=True, metadata=_chosen(ModelConfig, "num_kv_heads"))
     head_dim: int = field(kw_only=True, metadata=_chosen(ModelConfig, "head_dim"))
+    family: str = field(kw_only=True, metadata=_chosen(ModelConfig, "family"))
 
     @property
     def learned_positions(self) -> int:
@@ -99,6 +102,7 @@ def resolve_model(model: ModelConfig, seq_len: int) -> ResolvedModel:
     values |= {
         "num_kv_heads": model.num_kv_heads if model.num_kv_heads is not None else model.num_heads,
         "head_dim": model.head_dim if model.head_dim is not None else model.hidden_size // model.num_heads,
+        "family": family_of(model),
     }
     if model.position == "learned" and model.max_positions is None:
         values["max_positions"] = seq_len

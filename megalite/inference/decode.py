@@ -5,8 +5,8 @@ A batch is padded on the left, so that its rows end at one column; bounds hide t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import read_manifest
 from megalite.checkpoint.load import load
-from megalite.engine.engine import Stage, build_stage
+from megalite.engine.stage import Stage, build_stage
 from megalite.exchange.hf_folder import HFFolder
 from megalite.exchange.hf_weights import fill, nothing
 from megalite.exchange.merge import open_merged
@@ -22,6 +22,7 @@ from megalite.inference.reply import Reply, Settings
 from megalite.inference.sampling import choose
 from megalite.inference.source import Source
 from megalite.model.attention import Attention
+from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.parallel.groups import Group, World
 
@@ -30,9 +31,9 @@ BLOCK = 256
 
 
 class CachedCore(nn.Module):
-    """An attention core that remembers keys and values [2, b, capacity, kv, d], so each call brings only new tokens.
+    """An attention core with a cache of keys and values [2, b, capacity, kv, d]: each call brings only new tokens.
 
-    `bounds` count from the first token in the cache; None only while it is empty.
+    `context.bounds` count from the first token in the cache; None only while it is empty.
     """
 
     def __init__(self, core: nn.Module) -> None:
@@ -41,9 +42,7 @@ class CachedCore(nn.Module):
         self.past: Tensor | None = None
         self.length = 0
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, bounds: Tensor | None, keys: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         start, self.length = self.length, self.length + k.shape[1]
         if self.past is None or self.length > self.past.shape[2]:
             b, _, kv, d = k.shape
@@ -53,25 +52,35 @@ class CachedCore(nn.Module):
             self.past = grown
         self.past[0, :, start : self.length], self.past[1, :, start : self.length] = k, v
         k, v = self.past[:, :, : self.length]
-        out: Tensor = self.core(q, k, v, positions, bounds, keys)
+        out: Tensor = self.core(q, k, v, context)
         return out
 
 
 class LastToken(nn.Module):
-    """A loss head that sees the last token alone: the logits of a long prompt would take more room than the model."""
+    """A loss head applied to the last token only: the logits of a long prompt can take more memory than the model."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
-        out: Tensor = self.head(hidden[:, -1:])
+    def forward(
+        self, hidden: Tensor, context: Context, labels: Tensor | None = None, loss_mask: Tensor | None = None
+    ) -> Tensor:
+        out: Tensor = self.head(hidden[:, -1:], context)
         return out
 
 
 @contextmanager
-def decoding(model: Decoder) -> Iterator[None]:
+def decoding(models: Iterable[Decoder]) -> Iterator[None]:
     """Empty caches around the attention cores, and logits of the last token alone, until left."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(_decoding(model))
+        yield
+
+
+@contextmanager
+def _decoding(model: Decoder) -> Iterator[None]:
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     cores, head = [attention.core for attention in attentions], model.loss_head
     try:
@@ -123,7 +132,7 @@ def decode(stage: Stage, prompts: Sequence[Sequence[int]], settings: Settings) -
     ragged, start = bool(pad.any()), 0
     # a row that has ended runs on beside the others, and must find a position
     last = (stage.config.model.max_positions or 2**31) - 1
-    with decoding(stage.model):
+    with decoding(stage.models.values()):
         while True:
             column = torch.arange(start, start + tokens.shape[1], device=device).expand(len(prompts), -1)
             positions = (column - pad[:, None]).clamp(0, last)

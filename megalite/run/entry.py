@@ -20,7 +20,7 @@ from megalite.config import ConfigError, Request, Resolved, to_yaml
 from megalite.data.origin import with_its_tokenizer
 from megalite.exchange.hf_folder import find_tokenizer
 from megalite.exchange.hf_keys import check_hf, context_warning
-from megalite.plan import costs
+from megalite.plan import counts
 from megalite.plan.describe import describe
 from megalite.plan.topology import Machine, check_memory, lay_out, other_machine, this_machine
 from megalite.run.agree import Report, report
@@ -112,11 +112,11 @@ def introduce(request: Request, config: Resolved, why: str) -> None:
     if HERE.note:
         say(HERE.note)
     name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
-    say(f"{name}: {costs.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
+    say(f"{name}: {counts.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
     if config.tune.mode != "full" or config.tune.freeze:
-        say(costs.describe_trained(config))
+        say(counts.describe_trained(config))
     if config.optim.name == "muon":
-        say(costs.describe_muon(config))
+        say(counts.describe_muon(config))
     if warning := context_warning(config):
         say(warning)
 

@@ -23,7 +23,8 @@ from megalite.config import (
 from megalite.config.read import read_yaml
 from megalite.config.resolved import Resolved
 from megalite.config.schema import SECTIONS, hints_of
-from megalite.config.trained import adapter_shapes, hidden_matrices, shapes, trained
+from megalite.config.shapes import shapes
+from megalite.config.trained import adapter_shapes, hidden_matrices, trained
 
 RESOLVED = hints_of(Resolved)
 

@@ -63,7 +63,7 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train.steps  (int 1 to 1e9, default 100)" in key_help()
     assert "model.dropout  (float 0 to < 1, default 0.0)" in key_help()
     assert "optim.clip_grad  (float 0, 1e-6 to 1e6, default 1.0)" in key_help()
-    assert "parallel.schedule  (1f1b|gpipe, default 1f1b)" in key_help()
+    assert "parallel.schedule  (1f1b|gpipe|interleaved|zb-h1, default 1f1b)" in key_help()
     assert "parallel.tp  (int or null 1 to 10000, default null)" in key_help()
     with pytest.raises(SystemExit):
         parse("--version")

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
 from megalite.data.dataset import heldout_windows
 from megalite.data.indexed import IndexedDataset, IndexedWriter
-from megalite.engine.engine import build_stage
+from megalite.engine.stage import build_stage
 from megalite.inference.decode import load_stage
 from megalite.inference.eval_rows import Cloze, cloze_sequences
 from megalite.inference.measure import answer, held_out, log_likelihoods, score
@@ -128,7 +128,7 @@ def test_choices_and_answers_of_a_real_model() -> None:
 
 def test_a_choice_that_cannot_be_scored_is_named() -> None:
     source = open_source(asset("smollm2"), device="cpu")
-    with pytest.raises(ValueError, match=r"row 1: prompt and choice 'x' need a token each"):
+    with pytest.raises(ValueError, match=r"row 1: prompt and choice 'x' need at least one token each"):
         cloze_sequences(source, [Cloze("", ("x", "y"), 0)], [])
     with pytest.raises(ValueError, match=r"row 1: \d+ tokens with choice 'x', but the model has 8192 positions"):
         cloze_sequences(source, [Cloze("word " * 9000, ("x", "y"), 0)], [])

@@ -12,7 +12,8 @@ from assets import asset
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, resolve, to_yaml
 from megalite.config.schema import DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from megalite.config.trained import adapter_shapes, shapes
+from megalite.config.shapes import shapes
+from megalite.config.trained import adapter_shapes
 from megalite.engine.restore import State
 
 ONE = ParallelConfig(tp=1, pp=1, sp=False)

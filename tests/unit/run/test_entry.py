@@ -16,7 +16,7 @@ from assets import asset
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
 from megalite.config import parse_command_line
-from megalite.config.trained import shapes
+from megalite.config.shapes import shapes
 from megalite.data.indexed import IndexedWriter
 from megalite.data.preprocess import preprocess
 from megalite.plan.topology import lay_out
