@@ -7,10 +7,8 @@ alone and each block is asked for when its turn comes.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -20,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.dtypes import from_torch, to_torch
 from megalite.checkpoint.faults import Faults
-from megalite.checkpoint.manifest import DTYPES, METADATA, block_key, damaged, find_block, open_file
+from megalite.checkpoint.manifest import block_key, damaged, find_block, open_file
+from megalite.checkpoint.safetensors_file import Entry, make_header
+from megalite.config.dtypes import BY_TORCH, DType
 from megalite.parallel.cuts import Block, split
 
 BLOCK_BYTES = 64 * 2**20
@@ -34,7 +35,7 @@ class Part:
 
     full: str
     whole: tuple[int, ...]
-    dtype: str
+    dtype: DType
     block: Block
 
     @property
@@ -43,18 +44,19 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        return DTYPES[self.dtype][1] * math.prod(self.block.size)
+        return self.dtype.bytes * math.prod(self.block.size)
 
 
 def parts_of(full: str, whole: Sequence[int], dtype: torch.dtype, blocks: Iterable[Block]) -> Iterator[Part]:
     """The owned of `blocks`, cut into parts of at most BLOCK_BYTES."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"tensor {full} is {name}; checkpoints hold {', '.join(DTYPES)}")
+    try:
+        row = from_torch(dtype)
+    except ValueError as error:
+        raise ValueError(f"tensor {full}: {error}") from None
     for block in blocks:
         if block.owned:
-            for small in split(block, BLOCK_BYTES // DTYPES[name][1]):
-                yield Part(full, tuple(whole), name, small)
+            for small in split(block, BLOCK_BYTES // row.bytes):
+                yield Part(full, tuple(whole), row, small)
 
 
 def write_parts(
@@ -71,17 +73,18 @@ def write_parts(
     for number, group in enumerate(_by_file(parts)):
         name = f"{stem}-{number:03d}.safetensors"
         with open(folder / name, "wb") as file:
-            file.write(_header(group))
+            header, _ = make_header({part.key: (part.dtype, part.block.size) for part in group})
+            file.write(header)
             for part in group:
                 value = next(values).detach().to("cpu").contiguous()
                 assert value.shape == part.block.size, (part, value.shape)
-                assert str(value.dtype) == f"torch.{part.dtype}", (part, value.dtype)
+                assert from_torch(value.dtype) == part.dtype, (part, value.dtype)
                 raw = _bytes(value)
                 faults.at("save.before_block")
                 file.write(raw[: len(raw) // 2])
                 faults.at("save.in_block", file)
                 file.write(raw[len(raw) // 2 :])
-                new = {"shape": list(part.whole), "dtype": part.dtype, "blocks": []}
+                new = {"shape": list(part.whole), "dtype": part.dtype.torch, "blocks": []}
                 entries.setdefault(part.full, new)["blocks"].append(
                     {
                         "file": name,
@@ -112,23 +115,6 @@ def _by_file(parts: Sequence[Part]) -> Iterator[list[Part]]:
         yield group
 
 
-def _header(parts: Sequence[Part]) -> bytes:
-    """A safetensors header: its length, then JSON padded so that the data begins at a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": METADATA}
-    begin = 0
-    for part in parts:
-        end = begin + part.bytes
-        entries[part.key] = {
-            "dtype": DTYPES[part.dtype][0],
-            "shape": list(part.block.size),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
 def _bytes(values: Tensor) -> memoryview:
     """The memory of a contiguous tensor of any dtype; numpy has no bfloat16."""
     raw: Any = values.flatten().view(torch.uint8).numpy()
@@ -140,7 +126,7 @@ class BlockReader:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], verify: bool = True) -> None:
         self.folder, self.manifest, self.verify = folder, manifest, verify
-        self._open: dict[str, tuple[BufferedReader, dict[str, Any]]] = {}
+        self._open: dict[str, tuple[BufferedReader, dict[str, Entry]]] = {}
 
     def __enter__(self) -> BlockReader:
         return self
@@ -152,7 +138,7 @@ class BlockReader:
     def read(self, full: str, block: dict[str, Any]) -> Tensor:
         """The values of one block of tensor `full`. Damaged names file and tensor."""
         file, begin, length = self.find(full, block)
-        values = torch.empty(block["size"], dtype=getattr(torch, self.manifest["tensors"][full]["dtype"]))
+        values = torch.empty(block["size"], dtype=to_torch(BY_TORCH[self.manifest["tensors"][full]["dtype"]]))
         try:
             file.seek(begin)
             count = file.readinto(_bytes(values))

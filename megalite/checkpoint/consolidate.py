@@ -7,15 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megalite.checkpoint.contents import config_of
 from megalite.checkpoint.describe import state_of
+from megalite.checkpoint.dtypes import to_torch
 from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.config import to_yaml
+from megalite.config.dtypes import BY_TORCH
 
 # what a run folder has beside its checkpoints that generating and exporting read
 BESIDE = (
@@ -35,7 +35,7 @@ def consolidate(source: Path, manifest: dict[str, Any], target: Path, weights_on
     config = config_of(manifest)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(target)))
     tensors = {
-        name: (getattr(torch, entry["dtype"]), tuple(entry["shape"]))
+        name: (to_torch(BY_TORCH[entry["dtype"]]), tuple(entry["shape"]))
         for name, entry in manifest["tensors"].items()
         if name.startswith("weight.") or not weights_only
     }

@@ -14,13 +14,11 @@ from typing import Any
 from megalite.checkpoint.manifest import one_line
 from megalite.checkpoint.state import state_from
 from megalite.config import Config, ConfigError, from_mapping
+from megalite.config.dtypes import DTYPES
 from megalite.config.schema import SECTIONS
 from megalite.config.trained import Shape, adapter_shapes, shapes, trained
 from megalite.text.tokenizer import load_tokenizer
 
-# of weights, and of what is kept in full precision beside them
-_DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
-_WIDE = {"fp32": "float32", "fp64": "float64", "bf16": "float32", "fp16": "float32"}
 _MOMENTS, _MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum",)
 
 
@@ -97,15 +95,17 @@ def expected(config: Config, weights_only: bool) -> Iterator[tuple[list[tuple[st
     narrow.
     """
     t, learns = config.train, trained(config)
+    stored = DTYPES[t.dtype]
+    wide = DTYPES[stored.wide].torch
     for name, shape in (adapter_shapes(config) if config.tune.mode == "lora" else shapes(config.model)).items():
-        yield [(f"weight.{name}",)], shape, "" if weights_only else _DTYPES[t.dtype]
+        yield [(f"weight.{name}",)], shape, "" if weights_only else stored.torch
         if weights_only or name not in learns:
             continue
-        if _DTYPES[t.dtype] != _WIDE[t.dtype]:
-            yield [(f"master.{name}",)], shape, _WIDE[t.dtype]
+        if stored.torch != wide:
+            yield [(f"master.{name}",)], shape, wide
         # which matrices Muon updates is the optimizer's choice
         ways = [_MOMENTS, _MOMENTUM] if config.optim.name == "muon" and len(shape) == 2 else [_MOMENTS]
-        yield [tuple(f"{kind}.{name}" for kind in kinds) for kinds in ways], shape, _WIDE[t.dtype]
+        yield [tuple(f"{kind}.{name}" for kind in kinds) for kinds in ways], shape, wide
 
 
 def _require_sizes(config: Config, count: int) -> None:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.manifest import DTYPES
+from megalite.config.dtypes import BY_TORCH
 
 # what a manifest holds beside a run's counters
 _PARTS = {"digest", "format", "versions", "config", "files", "tensors"}
@@ -19,7 +19,7 @@ def state_of(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def tensor_bytes(entry: dict[str, Any]) -> int:
     """Bytes of one tensor's elements, by its entry in a manifest."""
-    return DTYPES[entry["dtype"]][1] * math.prod(entry["shape"])
+    return BY_TORCH[entry["dtype"]].bytes * math.prod(entry["shape"])
 
 
 def describe(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:

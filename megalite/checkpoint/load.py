@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.blocks import BlockReader
+from megalite.checkpoint.dtypes import to_torch
+from megalite.config.dtypes import BY_TORCH
 from megalite.parallel.cuts import Shard
 
 
@@ -48,7 +50,7 @@ def read_tensor(folder: Path, manifest: dict[str, Any], full: str, verify: bool 
     with BlockReader(folder, manifest, verify) as reader:
         for block in entry["blocks"]:
             reader.find(full, block)  # before memory is taken for what a manifest only claims
-        whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+        whole = torch.empty(entry["shape"], dtype=to_torch(BY_TORCH[entry["dtype"]]))
         for block in entry["blocks"]:
             _fill(reader, full, block, [((0,) * whole.dim(), whole)])
     return whole

@@ -12,21 +12,17 @@ import math
 import os
 import re
 import stat
-import struct
 from collections.abc import Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.safetensors_file import METADATA, Entry, read_header
+from megalite.config.dtypes import BY_TORCH
+
 FORMAT = 3
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
-# a safetensors header, of which the library allows this much
-HEADER_BYTES = 100 * 10**6
 MANIFEST_BYTES = 2**30
-# of every file, as the safetensors library writes it
-METADATA = {"format": "pt"}
-# torch's names, safetensors' names and bytes
-DTYPES = {"float64": ("F64", 8), "float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 
 
 class Damaged(ValueError):
@@ -75,14 +71,14 @@ def check_manifest(manifest: dict[str, Any]) -> None:
         for block in tensor["blocks"]:
             named = block_key(name, block["start"], block["size"])
             _require(block["key"] == named, f"tensor {name}: {named} is called {block['key']}")
-            room[block["file"]] -= DTYPES[tensor["dtype"]][1] * math.prod(block["size"])
+            room[block["file"]] -= BY_TORCH[tensor["dtype"]].bytes * math.prod(block["size"])
             _require(room[block["file"]] >= 0, f"tensor {name}: its blocks are more than file {block['file']} can hold")
 
 
 def _check_tensor(name: str, tensor: Any, files: dict[str, int]) -> None:
     _require(isinstance(tensor, dict) and isinstance(tensor.get("blocks"), list), f"tensor {name} has no blocks")
     shape, where = tensor.get("shape"), f"tensor {name}"
-    _require(_are_sizes(shape) and tensor.get("dtype") in DTYPES, f"{where} has no shape or no known dtype")
+    _require(_are_sizes(shape) and tensor.get("dtype") in BY_TORCH, f"{where} has no shape or no known dtype")
     spans = []
     for block in tensor["blocks"]:
         keys = ("file", "key", "sha256")
@@ -122,48 +118,34 @@ def open_plain(path: Path) -> BufferedReader:
     return os.fdopen(descriptor, "rb")
 
 
-def open_file(path: Path, expected: int) -> tuple[BufferedReader, dict[str, Any]]:
-    """A safetensors file of `expected` bytes and its header; each entry's `data_offsets` are places in the file.
+def open_file(path: Path, expected: int) -> tuple[BufferedReader, dict[str, Entry]]:
+    """A safetensors file of `expected` bytes, open, and its tensors by key.
 
-    OSError where the file is missing or a link, ValueError where its size is another or its header cannot be read.
+    Raises OSError if the file is missing or a link, ValueError if its size or its header is wrong.
     """
     file = open_plain(path)
     try:
         size = os.fstat(file.fileno()).st_size
         _require(size == expected, f"the file has {size} bytes of {expected}")
-        (length,) = struct.unpack("<Q", file.read(8))
-        _require(length <= min(HEADER_BYTES, size - 8), f"the file's header claims {length} bytes")
-        header = json.loads(file.read(length))
-        _require(header.pop("__metadata__", None) == METADATA, "the file's header is not as it was written")
-        for key, entry in header.items():
-            begin, end = entry["data_offsets"]
-            inside = _is_size(begin) and _is_size(end) and begin <= end <= size - 8 - length
-            _require(inside, f"{key} is not in the file")
-            entry["data_offsets"] = (8 + length + begin, 8 + length + end)
-    except (KeyError, TypeError, AttributeError, RecursionError, struct.error, UnicodeDecodeError) as error:
-        file.close()
-        raise ValueError(f"the file's header is garbled: {type(error).__name__} {error}") from None
+        return file, read_header(file, metadata=METADATA)
     except BaseException:
         file.close()
         raise
-    return file, header
 
 
-def find_block(header: dict[str, Any], block: dict[str, Any], dtype: str) -> tuple[int, int]:
-    """(first byte, bytes) of a block in its file; ValueError where header and manifest disagree."""
-    entry = header.get(block["key"])
+def find_block(entries: dict[str, Entry], block: dict[str, Any], dtype: str) -> tuple[int, int]:
+    """(first byte, bytes) of a block in its file. Raises ValueError if the file's header and the manifest disagree."""
+    entry = entries.get(block["key"])
     if entry is None:
         raise ValueError(f"{block['key']} is not in the file")
-    short, width = DTYPES[dtype]
-    begin, end = entry["data_offsets"]
-    right = entry.get("dtype") == short and entry.get("shape") == block["size"]
-    _require(right and end - begin == width * math.prod(block["size"]), f"{block['key']} has another shape or dtype")
-    return begin, end - begin
+    same = (entry.dtype, list(entry.shape)) == (BY_TORCH[dtype].code, block["size"])
+    _require(same, f"{block['key']} has another shape or dtype in the file")
+    return entry.start, entry.stop - entry.start
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
     """Damaged unless every file is there with its size, and every block in its header. Reads no tensor."""
-    headers: dict[str, dict[str, Any]] = {}
+    headers: dict[str, dict[str, Entry]] = {}
     for full, tensor in manifest["tensors"].items():
         for block in tensor["blocks"]:
             name = block["file"]

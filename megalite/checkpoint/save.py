@@ -197,7 +197,7 @@ class Saver:
         if self.mesh.world.rank == 0:
             shutil.rmtree(self._building, ignore_errors=True)
         what = f"rank {self.mesh.world.rank} {self._outcome}: "
-        text = ""
+        text = None
         if isinstance(error, OSError):
             text = f"{what}{disk.reason(error)}\n{disk.remedy(error)}"
         elif isinstance(error, PartsMissing):
@@ -209,6 +209,7 @@ class Saver:
         text = share_text(self.mesh.world, text, self.mesh.device)
         if error is not None and not isinstance(error, (OSError, PartsMissing, Damaged)):
             raise error
+        assert text is not None  # settle calls this only if some rank has failed
         raise SaveFailed(*text.split("\n", 1))
 
 

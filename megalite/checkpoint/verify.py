@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.manifest import Damaged, Removed, damaged, find_block, open_file
+from megalite.checkpoint.safetensors_file import Entry
 
 # read and hashed at a time: of the size of a core's cache
 CHUNK_BYTES = 2**20
@@ -65,7 +66,7 @@ def _verify_file(path: Path, manifest: dict[str, Any], blocks: list[tuple[str, d
     return Verified(len(blocks), total, damages)
 
 
-def _verify_block(file: BufferedReader, header: dict[str, Any], block: dict[str, Any], dtype: str) -> int:
+def _verify_block(file: BufferedReader, header: dict[str, Entry], block: dict[str, Any], dtype: str) -> int:
     begin, length = find_block(header, block, dtype)
     file.seek(begin)
     sha256, left, buffer = hashlib.sha256(), length, memoryview(bytearray(min(length, CHUNK_BYTES)))

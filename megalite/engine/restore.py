@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint import folder as folders
-from megalite.checkpoint.contents import is_adapter, new_rows
+from megalite.checkpoint.contents import config_of, is_adapter, new_rows
 from megalite.checkpoint.load import load as load_tensors
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.manifest import Damaged
@@ -60,7 +60,7 @@ def first_state(
         older = folders.before(resume) if resume is not None else []
         new = range(0)
         if resume is None:
-            new = new_rows(config, folders.read_manifest(source)["config"]["model"].get("add_tokens", ()))
+            new = new_rows(config, config_of(folders.read_manifest(source)).model.add_tokens)
         source, state = _load_first_good(engine, [source, *older], state, whole, say, new)
         say(f"loaded {source}" + (f", at step {state.step}" if whole else ", weights only"))
         if whole and state.data != data:
@@ -85,7 +85,7 @@ def _load_first_good(
     """
     world, found = engine.mesh.world, []
     for folder in candidates:
-        damage = mistake = ""
+        damage = mistake = None
         try:
             loaded = load(engine, folder, state, whole, new)
         except Damaged as error:
@@ -94,7 +94,8 @@ def _load_first_good(
             mistake = str(error)
         if mistake := share_text(world, mistake, engine.mesh.device):
             raise ValueError(mistake)
-        if not (damage := share_text(world, damage, engine.mesh.device)):
+        damage = share_text(world, damage, engine.mesh.device)
+        if damage is None:
             return folder, loaded
         say(f"note: {damage}")
         found.append(damage)

@@ -112,7 +112,7 @@ def test_a_tensor_that_is_not_as_announced_leaves_nothing(tmp_path: Path) -> Non
             tmp_path / "w", Config(), {"weight.a": (torch.float32, (2,))}, lambda _: torch.zeros(2).double(), STATE
         )
     assert os.listdir(tmp_path) == []
-    with pytest.raises(ValueError, match=r"weight\.a is int64; checkpoints hold float64, float32"):
+    with pytest.raises(ValueError, match=r"weight\.a: int64 is not supported; use float32, bfloat16"):
         write_whole(tmp_path / "w", Config(), {"weight.a": (torch.int64, (2,))}, lambda _: torch.zeros(2), STATE)
     folder = write(tmp_path / "w")
     with pytest.raises(ValueError, match="exists; name a new folder"):
