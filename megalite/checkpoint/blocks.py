@@ -1,7 +1,7 @@
-"""Blocks of tensors into safetensors files and back, one at a time, each with its checksum.
+"""Blocks of tensors, written to safetensors files and read back one at a time, each with its SHA-256.
 
-The safetensors library writes a file from tensors that are all in memory, twice. Here the header is made from sizes
-alone and each block is asked for when its turn comes.
+The safetensors library needs all tensors of a file in memory, twice. Here the header is made from sizes alone, and each
+block is fetched when it is written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FILE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Part:
-    """One block to be written: of tensor `full`, whose whole shape is `whole`."""
+    """A block to write. `full`: the tensor's full name, as weight.embed.weight; `whole`: its whole shape."""
 
     full: str
     whole: tuple[int, ...]
@@ -48,7 +48,10 @@ class Part:
 
 
 def parts_of(full: str, whole: Sequence[int], dtype: torch.dtype, blocks: Iterable[Block]) -> Iterator[Part]:
-    """The owned of `blocks`, cut into parts of at most BLOCK_BYTES."""
+    """Yield the owned ones of `blocks`, split into parts of at most BLOCK_BYTES.
+
+    Raises ValueError if `dtype` is not in config/dtypes.py.
+    """
     try:
         row = from_torch(dtype)
     except ValueError as error:
@@ -62,10 +65,11 @@ def parts_of(full: str, whole: Sequence[int], dtype: torch.dtype, blocks: Iterab
 def write_parts(
     folder: Path, stem: str, parts: Sequence[Part], tensors: Iterable[Tensor], faults: Faults
 ) -> dict[str, Any]:
-    """Write `parts`, whose values come in their order from `tensors`, into files STEM-NNN.safetensors of 1 GiB.
+    """Write `parts` to files STEM-NNN.safetensors of at most FILE_BYTES, or one part if that is larger.
 
-    Gives what a manifest says of them: {"files": {name: bytes}, "tensors": {full name: shape, dtype, blocks}}.
-    Every file is on the disk when this returns. Raises OSError where the disk refuses.
+    `tensors`: the values of the parts, in the same order. Returns the files' entries for the manifest: {"files": {name:
+    bytes}, "tensors": {full name: {shape, dtype, blocks}}}. All files are synced to the disk. Raises OSError if the
+    disk refuses a write.
     """
     files: dict[str, int] = {}
     entries: dict[str, Any] = {}
@@ -116,13 +120,13 @@ def _by_file(parts: Sequence[Part]) -> Iterator[list[Part]]:
 
 
 def _bytes(values: Tensor) -> memoryview:
-    """The memory of a contiguous tensor of any dtype; numpy has no bfloat16."""
+    """The memory of a contiguous tensor of any dtype. By way of uint8, since numpy has no bfloat16."""
     raw: Any = values.flatten().view(torch.uint8).numpy()
     return memoryview(raw)
 
 
 class BlockReader:
-    """Blocks out of the files of one checkpoint; with `verify` each is held against its checksum."""
+    """Reads blocks from the files of one checkpoint. `verify`: compare each with its SHA-256."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], verify: bool = True) -> None:
         self.folder, self.manifest, self.verify = folder, manifest, verify
@@ -136,7 +140,7 @@ class BlockReader:
             file.close()
 
     def read(self, full: str, block: dict[str, Any]) -> Tensor:
-        """The values of one block of tensor `full`. Damaged names file and tensor."""
+        """The values of one block of tensor `full`. Raises Damaged, naming file and tensor."""
         file, begin, length = self.find(full, block)
         values = torch.empty(block["size"], dtype=to_torch(BY_TORCH[self.manifest["tensors"][full]["dtype"]]))
         try:
@@ -145,13 +149,13 @@ class BlockReader:
             if count != length:
                 raise ValueError(f"{count} bytes of {length}")
             if self.verify and hashlib.sha256(_bytes(values)).hexdigest() != block["sha256"]:
-                raise ValueError(f"the elements from {block['start']} have another checksum than when they were saved")
+                raise ValueError(f"the elements from {block['start']} do not match their checksum")
         except (OSError, ValueError) as error:
             raise damaged(self.folder / block["file"], full, error) from None
         return values
 
     def find(self, full: str, block: dict[str, Any]) -> tuple[BufferedReader, int, int]:
-        """(file, first byte, bytes) of a block that is there by its file's header. Damaged names file and tensor."""
+        """(open file, first byte, bytes) of a block, checked against its file's header. Raises Damaged as in `read`."""
         name = block["file"]
         try:
             if name not in self._open:

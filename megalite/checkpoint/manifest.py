@@ -1,7 +1,7 @@
-"""What a manifest must say to be believed. No torch here, so that a damaged checkpoint is told at once.
+"""Check a manifest and the headers of its files. No torch here, so that damage is reported before torch loads.
 
-A manifest lists files with their sizes, and for each tensor the blocks that it is made of, each with its SHA-256. The
-manifest's own digest stands in it. Digests tell damage and careless edits; they are no protection against a forger.
+A manifest lists files with their sizes, and for each tensor its blocks, each with its SHA-256. It also contains a
+digest of itself. Digests find damage and careless edits; they do not protect against forgery.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MANIFEST_BYTES = 2**30
 
 
 class Damaged(ValueError):
-    """A checkpoint, or a part of it, is not what was written; the message names the file and, if known, the tensor."""
+    """A checkpoint is not what was written. The message names the file and, if known, the tensor."""
 
 
 class Removed(ValueError):
-    """A checkpoint that was there is gone: its run, or someone, has removed it."""
+    """A checkpoint was removed while it was being read."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
@@ -40,19 +40,19 @@ class Removed(ValueError):
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of everything in a manifest but its digest, as compact JSON with sorted keys."""
+    """SHA-256 of a manifest without its digest, as compact JSON with sorted keys."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def block_key(full: str, start: Sequence[int], size: Sequence[int]) -> str:
-    """What a block is called in its file: `weight.embed.weight[0:64,0:128]`."""
+    """The key of a block in its file: `weight.embed.weight[0:64,0:128]`."""
     return f"{full}[{','.join(f'{a}:{a + n}' for a, n in zip(start, size))}]"
 
 
 def check_manifest(manifest: dict[str, Any]) -> None:
-    """ValueError unless the manifest is whole: its digest, its file names, and each tensor covered exactly once."""
-    _require(manifest.get("digest") == digest(manifest), "it was changed after it was written: its digest is another")
+    """Check digest, file names and blocks. Raises ValueError unless every element is stored exactly once."""
+    _require(manifest.get("digest") == digest(manifest), "it was changed after it was written: its digest is wrong")
     _require(_is_size(manifest.get("step")), f"step is {manifest.get('step')!r}, not a count")
     config = manifest.get("config")
     _require(isinstance(config, dict) and isinstance(config.get("model"), dict), "config or its model is missing")
@@ -66,13 +66,13 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         _require(bool(NAME.fullmatch(name)), f"{name!r} is not the name of a tensor")
         _check_tensor(name, tensor, files)
-    room = dict(files)  # so that a shape cannot ask for more memory than there are bytes on the disk
+    room = dict(files)  # bytes left, so that a shape cannot claim more memory than there are bytes on the disk
     for name, tensor in tensors.items():
         for block in tensor["blocks"]:
             named = block_key(name, block["start"], block["size"])
-            _require(block["key"] == named, f"tensor {name}: {named} is called {block['key']}")
+            _require(block["key"] == named, f"tensor {name}: block {named} has the key {block['key']}")
             room[block["file"]] -= BY_TORCH[tensor["dtype"]].bytes * math.prod(block["size"])
-            _require(room[block["file"]] >= 0, f"tensor {name}: its blocks are more than file {block['file']} can hold")
+            _require(room[block["file"]] >= 0, f"tensor {name}: its blocks are larger than file {block['file']}")
 
 
 def _check_tensor(name: str, tensor: Any, files: dict[str, int]) -> None:
@@ -88,33 +88,34 @@ def _check_tensor(name: str, tensor: Any, files: dict[str, int]) -> None:
         _require(len(start) == len(size) == len(shape), f"{where}: a block has {len(start)} dims of {len(shape)}")
         stop = [a + n for a, n in zip(start, size)]
         _require(
-            min(size) > 0 and all(b <= n for b, n in zip(stop, shape)), f"{where}: {start} to {stop} leave {shape}"
+            min(size) > 0 and all(b <= n for b, n in zip(stop, shape)),
+            f"{where}: a block from {start} to {stop} is outside {shape}",
         )
-        _require(block["file"] in files, f"{where}: {block['file']} is not among the files")
+        _require(block["file"] in files, f"{where}: {block['file']} is not in the list of files")
         spans.append((start, stop))
     _require_cover(where, shape, spans)
 
 
 def _require_cover(where: str, shape: list[int], spans: list[tuple[list[int], list[int]]]) -> None:
-    """ValueError unless the rectangles cover `shape` exactly once: they do not meet, and their volumes add up."""
-    reaching: list[tuple[list[int], list[int]]] = []  # into the rows of the one at hand
+    """Raise ValueError unless the rectangles cover `shape` exactly once: none overlap and their volumes add up."""
+    reaching: list[tuple[list[int], list[int]]] = []  # earlier ones that extend into the rows of the current one
     for start, stop in sorted(spans):
         reaching = [(a, b) for a, b in reaching if b[0] > start[0]]
         for a, b in reaching:
-            apart = any(b[d] <= start[d] or stop[d] <= a[d] for d in range(len(shape)))
-            _require(apart, f"{where}: the elements from {start} are stored twice")
+            disjoint = any(b[d] <= start[d] or stop[d] <= a[d] for d in range(len(shape)))
+            _require(disjoint, f"{where}: the elements from {start} are stored twice")
         reaching.append((start, stop))
     stored = sum(math.prod(b - a for a, b in zip(start, stop)) for start, stop in spans)
     _require(stored == math.prod(shape), f"{where}: {stored} of {math.prod(shape)} elements are stored")
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """A file to read from; OSError where it is missing or a link, ValueError where it is a pipe or anything else."""
-    # a pipe that nobody writes would otherwise be waited for
+    """Open a file to read. Raises OSError if it is missing or a link, ValueError if it is not a regular file."""
+    # without O_NONBLOCK, opening a pipe that nobody writes to would hang
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError("it is not a plain file")
+        raise ValueError("it is not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
@@ -144,7 +145,7 @@ def find_block(entries: dict[str, Entry], block: dict[str, Any], dtype: str) -> 
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Damaged unless every file is there with its size, and every block in its header. Reads no tensor."""
+    """Check that every file has its size, and every block is in its file's header. Reads no tensor. Raises Damaged."""
     headers: dict[str, dict[str, Entry]] = {}
     for full, tensor in manifest["tensors"].items():
         for block in tensor["blocks"]:
@@ -159,17 +160,19 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def damaged(path: Path, full: str, error: Exception) -> Damaged | Removed:
+    """The exception to raise if tensor `full` cannot be read from file `path`."""
     if not os.path.lexists(path.parent):
         return Removed(path.parent)
     return Damaged(f"{path}: tensor {full} cannot be read ({reason(error)}); the checkpoint is damaged")
 
 
 def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
     return one_line(error.strerror if isinstance(error, OSError) and error.strerror else str(error))
 
 
 def one_line(text: str) -> str:
-    """Text in one printable line of some length, whatever was read from the disk into it."""
+    """Text from the disk for a message: one printable line of at most 300 characters."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return line if len(line) <= 300 else f"{line[:200]}...{line[-80:]}"
 

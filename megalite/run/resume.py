@@ -175,7 +175,9 @@ def resume_from(config: Config, say: Say) -> Path | None:
 
 def _holds_files(run_dir: Path) -> bool:
     # rank 0 may already try whether it can write here and take the folder, while another rank still looks
-    return any(path.name != lock.NAME and not path.name.startswith((PROBE, lock.BESIDE)) for path in run_dir.iterdir())
+    return any(
+        path.name != lock.NAME and not path.name.startswith((PROBE, lock.TEMPORARY)) for path in run_dir.iterdir()
+    )
 
 
 def newest_readable(run_dir: Path, say: Say) -> Path | None:

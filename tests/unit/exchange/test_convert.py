@@ -196,8 +196,8 @@ def test_the_command(folder_of: Make, tmp_path: Path, monkeypatch: pytest.Monkey
     assert call("convert", "--from", "megalite", run, "--to", "hf", back)[0] == 0
     status, told = call("convert", "--from", "megalite", run, "--to", "megatron", tmp_path / "x")
     assert status == 2
-    assert told == "error: convert from megalite to megatron: there is hf to megalite, megalite to hf, " \
-                   "megalite to peft, peft to megalite, megatron to megalite\n"  # fmt: skip
+    assert told == "error: convert from megalite to megatron is not supported; use one of hf to megalite, " \
+                   "megalite to hf, megalite to peft, peft to megalite, megatron to megalite\n"  # fmt: skip
     assert call("convert", "--from", "hf", tmp_path / "none", "--to", "megalite", tmp_path / "y")[0] == 2
     # --verify that fails
     monkeypatch.setattr("megalite.exchange.hf_verify.TOLERANCE", 0.0)
