@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from megalite.config import Config
 from megalite.config.param_groups import check_groups
-from megalite.config.trained import adapter_shapes, hidden_matrices, shapes, trained
+from megalite.config.parameters import global_name, has_kv_rows, is_decayed, is_factor, is_partial
+from megalite.config.shapes import shapes
+from megalite.config.trained import adapter_shapes, hidden_matrices, trained
 from megalite.engine.batches import Microbatch
-from megalite.model.cut_table import ADAPTER, cut_model, find_cut, global_name, is_partial
+from megalite.model.context import Context
+from megalite.model.cut_table import cut_model
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import sample_keys
 from megalite.model.init import draw, materialise
 from megalite.model.lora import adapt
-from megalite.model.recompute import recompute
 from megalite.optim.adamw import AdamW
 from megalite.optim.muon import Muon
 from megalite.parallel.cuts import Shard, sum_of_squares
@@ -33,7 +35,8 @@ from megalite.pipeline.executor import execute
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedule import Action, forward_only, make_plan
 from megalite.pipeline.simulate import Costs
-from megalite.plan.costs import head_flops, layer_flops, stage_layers
+from megalite.plan.costs import stage_layers
+from megalite.plan.counts import head_flops, layer_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -73,13 +76,12 @@ class Stage:
 
         def forward(m: int, x: Tensor | None) -> Tensor:
             mb = microbatches[m]
+            keys = sample_keys(c.train.seed, mb.samples) if drops and mb.samples is not None else None
             out: Tensor = self.model(
                 mb.tokens if x is None else x,
-                mb.positions,
-                mb.bounds,
+                Context(mb.positions, mb.bounds, keys),
                 mb.labels if last else None,
                 mb.loss_mask if last else None,
-                sample_keys(c.train.seed, mb.samples) if drops and mb.samples is not None else None,
             )
             return out
 
@@ -105,7 +107,7 @@ class Stage:
         self.model.eval()
         outputs = execute(
             self._plans(False, 1),
-            lambda _, x: self.model(tokens if x is None else x, positions, bounds),
+            lambda _, x: self.model(tokens if x is None else x, Context(positions, bounds)),
             link=self.mesh.link,
             ranks=self.mesh.pp.ranks,
             hidden=self._hidden(*tokens.shape),
@@ -164,7 +166,7 @@ class Engine(Stage):
             replicated = [
                 shard.view(reduced[name], block, self.grads.held(name).start)
                 for name, shard in self.shards.items()
-                if name in reduced and (cut := find_cut(name)) is not None and cut.kind in ("qkv", "kv")
+                if name in reduced and has_kv_rows(name)
                 for block in shard.blocks(self.grads.held(name))
                 if block.offset[0] >= shard.pieces[-1].offset
             ]
@@ -193,7 +195,7 @@ class Engine(Stage):
     def stored(self) -> dict[str, Tensor]:
         """The parameters that a checkpoint keeps: all, or with LoRA the factors, beside a base that stays as it is."""
         lora = self.config.tune.mode == "lora"
-        return {n: p for n, p in self.parameters.items() if not lora or ADAPTER.fullmatch(n)}
+        return {n: p for n, p in self.parameters.items() if not lora or is_factor(n)}
 
     def base(self) -> dict[str, Tensor]:
         """The parameters that a checkpoint does not keep."""
@@ -249,7 +251,7 @@ def build_stage(config: Config, world: World, value: Callable[[str, tuple[int, .
         )
     cut_model(model, m, mesh.tp, p.sp)
     adapt(model, config, mesh.tp)
-    recompute(model, p.recompute, p.recompute_layers)
+    model.set_recompute(p.recompute, p.recompute_layers)
     shards = materialise(
         model,
         m,
@@ -293,7 +295,7 @@ def make_optimizer(
     buffers: ParamBuffers | None,
 ) -> AdamW:
     """The optimizer named by optim.name over the parameters, or over this rank's shares of them."""
-    c, matrices = config.optim, {name for name, parameter in parameters.items() if parameter.dim() >= 2}
+    c, matrices = config.optim, {name for name in parameters if is_decayed(name)}
     updated: Mapping[str, Tensor] = parameters if buffers is None else buffers.shares
     gradients = grads.main_grad if buffers is None else grads.reduced
     if c.name != "muon":

@@ -22,13 +22,13 @@ from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, TrainConfig, resolve, to_yaml
 from megalite.config.dtypes import DTYPES
+from megalite.config.shapes import shapes
 from megalite.data.origin import tokenizer_of_run
 from megalite.exchange.hf_export import export
 from megalite.exchange.hf_folder import carry, find_tokenizer, open_folder, require_new
 from megalite.exchange.hf_weights import read_whole, stored_dtype
 from megalite.exchange.merge import open_merged, read_base
-from megalite.model.names import global_shapes
-from megalite.plan.costs import parameters
+from megalite.plan.counts import parameters
 from megalite.text.tokenizer_files import copy_files
 from megalite.watch.progress import Bar
 
@@ -43,7 +43,7 @@ def from_hf_folder(source: Path, target: Path, dtype: str | None = None) -> Path
     `target` is there.
     """
     folder = open_folder(source)
-    stored = {name: stored_dtype(folder, name) for name in global_shapes(folder.model)}
+    stored = {name: stored_dtype(folder, name) for name in shapes(folder.model)}
     return write_run(
         target,
         folder.model,
@@ -81,7 +81,7 @@ def write_run(
         write_whole(
             step_folder(building, 0),
             config,
-            {f"weight.{name}": (dtypes[name], shape) for name, shape in global_shapes(model).items()},
+            {f"weight.{name}": (dtypes[name], shape) for name, shape in shapes(model).items()},
             lambda full: fitting(full.removeprefix("weight."), _counted(get, bar), dtypes),
             FRESH,
         )
@@ -120,7 +120,7 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
     else:
         config = config_of(manifest)
         get, dtype_of = read_base(step)
-    stored = {name: dtype_of(name) for name in global_shapes(config.model)}
+    stored = {name: dtype_of(name) for name in shapes(config.model)}
     dtypes = dict.fromkeys(stored, to_torch(DTYPES[dtype])) if dtype else stored
     carried, template = run_dir / "hf", run_dir / "chat_template.jinja"
     with Bar("converting", parameters(config.model)) as bar:

@@ -14,7 +14,8 @@ from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.config import Config
 from megalite.config.dtypes import BY_TORCH
-from megalite.config.trained import Projection, adapted, projections
+from megalite.config.shapes import Projection, projections
+from megalite.config.trained import adapted
 from megalite.exchange.base import base_of, is_hf
 from megalite.exchange.hf_folder import open_folder
 from megalite.exchange.hf_weights import read_whole, stored_dtype

@@ -31,7 +31,7 @@ from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import World
-from megalite.plan.costs import run_flops
+from megalite.plan.counts import run_flops
 from megalite.run import meter as flops
 from megalite.run.divergence import Spikes, advice, locate, spike_warning
 from megalite.run.run_folder import ask_requeue, fill_run_folder, remake_run_folder
@@ -312,7 +312,7 @@ def _hear_disk(run: Run) -> None:
     With checkpoint.on_failure=stop the run then saves at the end of the next step and ends in this error.
     """
     c, run_dir = run.config, Path(run.config.train.run_dir)
-    for text, may_end in run.metrics.news():
+    for text, may_end in run.metrics.problems():
         if run.metrics.folder_gone:
             try:
                 remake_run_folder(run_dir, c, run.data.template, run.state.step)
