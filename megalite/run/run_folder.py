@@ -21,7 +21,9 @@ PROBE = ".writable"
 
 def holds_files(run_dir: Path) -> bool:
     """Whether a folder holds anything but what rank 0 may just have put there while another rank looks."""
-    return any(path.name != lock.NAME and not path.name.startswith((PROBE, lock.BESIDE)) for path in run_dir.iterdir())
+    return any(
+        path.name != lock.NAME and not path.name.startswith((PROBE, lock.TEMPORARY)) for path in run_dir.iterdir()
+    )
 
 
 def make_run_folder(run_dir: Path) -> None:

@@ -166,7 +166,7 @@ def test_the_checkpoint_is_of_another_model(tmp_path: Path, data: Path) -> None:
         dataclasses.asdict(State(step=10, consumed_samples=320)),
     )
     text = (folder / "manifest.json").read_text()
-    words = f"{folder} is of another model: model.num_layers is 9 there and 4 here"
+    words = f"{folder} holds another model: model.num_layers is 9 there and 4 here"
     assert words in refusal(tmp_path, *ONE, f"data.path={data}")
     elsewhere = [f"train.run_dir={tmp_path / 'new'}", f"checkpoint.load={tmp_path / 'run'}"]
     assert words in refusal(tmp_path, *ONE, f"data.path={data}", *elsewhere)
