@@ -11,6 +11,7 @@ from torch import Tensor
 from megalite.config import (
     CheckpointConfig,
     Config,
+    ConfigError,
     ModelConfig,
     ParallelConfig,
     TrainConfig,
@@ -23,7 +24,9 @@ from megalite.parallel.grad_buffers import GradBuffers
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
 from megalite.pipeline import executor
-from megalite.pipeline.schedule import Action
+from megalite.pipeline.schedule import SCHEDULES as TABLE
+from megalite.pipeline.schedule import Action, Plan, Schedule, make_plan
+from megalite.plan.costs import rank_memory
 
 MODEL = ModelConfig(
     vocab_size=101, hidden_size=24, num_layers=7, num_heads=4, num_kv_heads=2, ffn_hidden_size=36, linear_bias=True
@@ -84,6 +87,31 @@ def test_bits_are_those_of_one_stage(name: str, more: dict[str, Any]) -> None:
     assert expected.keys() == found.keys()
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
     assert any(grad.any() for grad in expected.values())
+
+
+def eager(num_ranks: int, num_microbatches: int, chunks: int) -> Plan:
+    """1F1B with twice the warmup, as docs/pipeline-parallel.md has it."""
+    plan: Plan = []
+    for rank, actions in enumerate(make_plan("gpipe", num_ranks, num_microbatches)):
+        warmup = min(2 * (num_ranks - rank - 1), num_microbatches)
+        forwards, backwards = actions[:num_microbatches], actions[num_microbatches:-1]
+        steady = [action for pair in zip(forwards[warmup:], backwards) for action in pair]
+        plan.append([*forwards[:warmup], *steady, *backwards[num_microbatches - warmup :], actions[-1]])
+    return plan
+
+
+def test_a_new_schedule_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks, plan and engine take it from the table; keys and help do so when they are imported."""
+    with pytest.raises(ConfigError, match=r"schedule=eager: must be one of"):
+        make(pp=4, schedule="eager")
+    monkeypatch.setitem(TABLE, "eager", Schedule(eager))
+    config, plain = make(pp=4, schedule="eager"), make(pp=4)
+    expected, found = bits(plain), bits(config)
+    assert [key for key in expected if not torch.equal(expected[key], found[key])] == []
+    # four microbatches: the second rank keeps all of them, not three
+    more, usual = rank_memory(config, "cpu"), rank_memory(plain, "cpu")
+    assert more[0] == usual[0]
+    assert more[1].activations * 3 == usual[1].activations * 4
 
 
 @pytest.mark.parametrize("pp", [1, 2, 4])
