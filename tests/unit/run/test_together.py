@@ -21,7 +21,7 @@ def config() -> Config:
         (ValueError("no room"), 2, "error: no room"),
         (TrainingError("diverged"), 2, "error: diverged"),
         (FileNotFoundError(2, "No such file or directory", "a.bin"), 2, "error: a.bin: No such file or directory"),
-        (ImportError("No module named 'x'"), 2, "error: No module named 'x'; python -m megalite.doctor says"),
+        (ImportError("No module named 'x'"), 2, "error: No module named 'x'; python -m megalite.doctor shows"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
             1,
