@@ -1,4 +1,4 @@
-"""What a failure in the world is called, and how it is told: one line for the user's, a traceback for ours."""
+"""Exit status and output of a failure in the world: one line for users' mistakes, a traceback for bugs."""
 
 import pytest
 import torch
