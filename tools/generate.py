@@ -177,10 +177,11 @@ def show(stage: "Stage", prompts: Sequence[str], replies: Sequence[Reply], setti
 
 def interact(stage: "Stage", source: Source, chat: Chat | None, settings: Settings) -> None:
     """Continue or answer each line of standard input, until its end."""
-    from megalite.inference.decode import share_text, stream
+    from megalite.inference.decode import stream
+    from megalite.parallel.groups import share_text
 
     for line in lines():
-        line = share_text(line, stage.mesh.world, stage.mesh.device)
+        line = share_text(stage.mesh.world, line, stage.mesh.device)
         if line is None:
             return
         try:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megalite.config import DataConfig
 from megalite.data.indexed import paths
 from megalite.text.rows import read_object
 from megalite.text.tokenizer import Tokenizer, load_tokenizer
@@ -63,3 +65,28 @@ def tokenizer_of_run(data: Mapping[str, Any], run_dir: Path) -> Path | None:
 def _sidecar(prefix: str | Path) -> dict[str, Any]:
     path = paths(prefix)[2]
     return read_object(path) if path.is_file() else {}
+
+
+def with_its_tokenizer(data: DataConfig, run_dir: Path, say: Callable[[str], None]) -> DataConfig:
+    """`data` with the tokenizer that an indexed training set was made with, if no other is named.
+
+    Says where it was found, or that generation and export will lack it. `run_dir` may hold a copy.
+    """
+    prefix = data.sft or data.path
+    if prefix is None or not paths(prefix)[1].is_file():
+        return data
+    needed = "generate, evaluate and export need it: set data.tokenizer"
+    if data.tokenizer is not None:
+        if not made_with(prefix, load_tokenizer(data.tokenizer)):
+            say(
+                f"note: {prefix} was made with another file than data.tokenizer={data.tokenizer}: "
+                f"{recorded_tokenizer(prefix)}"
+            )
+    elif found := find_tokenizer_of(prefix, run_dir):
+        say(f"data.tokenizer={found}: {prefix} was made with it")
+        return dataclasses.replace(data, tokenizer=str(found))
+    elif name := recorded_tokenizer(prefix):
+        say(f"note: the tokenizer that {prefix} was made with is not there or another: {name}; {needed}")
+    else:
+        say(f"note: {prefix} does not say with which tokenizer it was made; {needed}")
+    return data

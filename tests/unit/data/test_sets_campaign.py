@@ -1,5 +1,6 @@
 """Damaged sidecars are refused by name."""
 
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -11,9 +12,9 @@ from campaign import rounds
 
 from megalite.config import Config, DataConfig, ModelConfig, TrainConfig
 from megalite.data.instructions import Options, write_indexed
+from megalite.data.origin import with_its_tokenizer
 from megalite.data.preprocess import preprocess
 from megalite.data.sets import open_data
-from megalite.run.request import with_data_tokenizer
 from megalite.text.chat import ChatTemplate, find_template
 from megalite.text.tokenizer import Tokenizer
 
@@ -52,7 +53,8 @@ def test_damaged_sidecars_are_refused_by_name(
             ModelConfig(), data=DataConfig(**{kind: str(prefix)}, valid_fraction=0.0), train=TrainConfig(seq_len=64)
         )
         try:
-            open_data(with_data_tokenizer(config, lambda _: None)).train.batch([0])
+            data = with_its_tokenizer(config.data, Path(config.train.run_dir), lambda _: None)
+            open_data(dataclasses.replace(config, data=data)).train.batch([0])
             counts["read"] += 1
         except ValueError as error:
             named = str(prefix) in str(error) or "sidecar" in str(error)
