@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.parameters import global_name
 from megalite.engine.batches import Microbatch
 from megalite.model.context import Context
@@ -66,7 +66,7 @@ class Stage:
     parameter names.
     """
 
-    config: Config
+    config: Resolved
     mesh: Mesh
     models: dict[int, Decoder]
     parameters: dict[str, nn.Parameter]
@@ -144,7 +144,7 @@ class Stage:
         return float(total), float(tokens)
 
 
-def stage_costs(config: Config) -> Costs:
+def stage_costs(config: Resolved) -> Costs:
     """How long a stage's forward takes beside an average one's, for the schedule."""
     m, seq_len = config.model, config.train.seq_len
     head = head_flops(m) / layer_flops(m, seq_len)
@@ -153,17 +153,12 @@ def stage_costs(config: Config) -> Costs:
     return Costs(stage_factors=tuple(n * len(layers) / sum(layers) for n in layers))
 
 
-def build_stage(config: Config, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Stage:
+def build_stage(config: Resolved, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Stage:
     """This rank's part of the model of a resolved, checked `config`.
 
     value(global name, whole shape): the initial whole parameter; default: drawn from train.seed.
     """
     m, p, t = config.model, config.parallel, config.train
-    assert None not in (p.tp, p.pp, p.dp, m.num_kv_heads), "resolve the configuration first"
-    assert p.tp is not None
-    assert p.pp is not None
-    assert p.dp is not None
-    assert m.num_kv_heads is not None
     mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
     models: dict[int, Decoder] = {}
     parameters: dict[str, nn.Parameter] = {}
