@@ -199,8 +199,8 @@ def test_a_bad_row_is_named(tmp_path: Path) -> None:
     tokenizer = f"data.tokenizer={asset('mistral-v1/tokenizer.model')}"
     argv = [*ONE, tokenizer, "data.sft=chats.jsonl", "model.vocab_size=32000"]
     said = refusal(tmp_path, *argv, "data.template=plain", seconds=30, script=SFT)
-    assert said == "chats.jsonl:2: 'completion' is a number, expected text (data.bad_rows=skip leaves such rows out)"
-    assert "has no chat template beside it" in refusal(tmp_path, *argv, seconds=30, script=SFT)
+    assert said == "chats.jsonl:2: 'completion' is a number, expected text (data.bad_rows=skip skips such rows)"
+    assert "has no chat template next to it" in refusal(tmp_path, *argv, seconds=30, script=SFT)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(rows[0]) + "\n" for _ in range(9)))
     said = refusal(tmp_path, *argv[:4], "data.template=plain", seconds=30, script=SFT)
     assert "has 32000 tokens, model.vocab_size=600; name the tokenizer that the model was made with" in said
