@@ -95,8 +95,8 @@ def test_the_order_is_that_of_a_forward(name: str) -> None:
 def test_local_shapes_are_those_of_a_cut_model(name: str, lora: bool) -> None:
     """tp 2: the names and shapes of a stage's modules after cut, adapters and materialise."""
     m = model_of(name)
-    config = Config(model=m, tune=TuneConfig(mode="lora", lora_rank=3) if lora else TuneConfig())
-    config = dataclasses.replace(config, parallel=ParallelConfig(tp=2, pp=1, dp=1))
+    tune = TuneConfig(mode="lora", lora_rank=3) if lora else TuneConfig()
+    config = resolve(Config(model=m, parallel=ParallelConfig(tp=2, pp=1, dp=1), tune=tune), 2)
 
     def main(world: World) -> dict[str, tuple[int, ...]]:
         group = Mesh(world, tp=2, pp=1, dp=1, cp=1, kv_replicas=max(1, 2 // (m.num_kv_heads or 1))).tp
