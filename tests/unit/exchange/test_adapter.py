@@ -264,7 +264,7 @@ def test_another_base_is_refused(root: Path, tmp_path: Path) -> None:
     weights = {key: p.detach() for key, p in theirs(source).named_parameters()}
     ours(make_config(source, run_dir, {}), weights, run_dir)
     other = from_hf_folder(folder("Qwen2", root), tmp_path / "other")
-    with pytest.raises(ValueError, match="holds adapters to the weights"):
+    with pytest.raises(ValueError, match="holds adapters for the weights"):
         open_merged(run_dir, other)
     with pytest.raises(ValueError, match="holds whole weights"):
         export_peft(other, tmp_path / "peft")
@@ -292,7 +292,7 @@ def test_the_verbs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         return call("convert", "--from", there, source, "--to", here, target, *more, status=status)
 
     target, adapter, back = tmp_path / "target", tmp_path / "adapter", tmp_path / "back"
-    assert "their base is not there" in call("merge", run_dir, target, status=2)
+    assert "adapters whose base is missing" in call("merge", run_dir, target, status=2)
     assert "holds whole weights" in call("merge", base, target, status=2)
     assert call("merge", run_dir, target, "--base", base) == f"wrote {target}\n"
     assert (target / "chat_template.jinja").read_text() == "the run's template"
@@ -314,7 +314,7 @@ def test_the_verbs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     # another model's linears, files that are damaged, a disk that is full
     other_base = ("--base", wider(root / "wider"))
     told = convert("peft", adapter, "megalite", tmp_path / "x", *other_base, status=2)
-    assert "lora_A.weight is [4, 24], beside" in told
+    assert "lora_A.weight is [4, 24], for" in told
     assert "is that the right base?" in told
     monkeypatch.setattr(adapter_module, "write_whole", full)
     monkeypatch.setattr(adapter_module, "save_file", full)

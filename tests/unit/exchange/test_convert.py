@@ -25,7 +25,7 @@ from megalite.exchange.convert import FRESH, from_hf_folder, to_hf_folder
 from megalite.exchange.hf_export import INDEX
 from megalite.exchange.hf_folder import open_config, open_folder
 from megalite.exchange.hf_verify import load_decoder, verify
-from megalite.exchange.hf_weights import fill, nothing, read_local, read_whole
+from megalite.exchange.hf_weights import fill, placeholder, read_local, read_whole
 from megalite.model.context import Context
 from megalite.model.cut_table import cut_model, shard_of
 from megalite.model.decoder import Decoder
@@ -234,7 +234,7 @@ def test_smollm2_has_the_perplexity_that_transformers_finds() -> None:
             with torch.device("meta"):
                 stage = Decoder(config.model, stage_layers(config)[mesh.pp.rank], first=first, last=last)
             cut_model(stage, config.model, mesh.tp, config.parallel.sp)
-            shards = materialise(stage, config.model, mesh.tp, nothing, dtype=torch.float32, device=mesh.device)
+            shards = materialise(stage, config.model, mesh.tp, placeholder, dtype=torch.float32, device=mesh.device)
             x = tokens[:, :-1] if first else torch.empty(1, length, config.model.hidden_size)
             with torch.inference_mode():
                 shards = {global_name(name, tied=True): shard for name, shard in shards.items()}

@@ -97,7 +97,7 @@ def test_it_says_what_its_merged_weights_say(runs: Path, tmp_path: Path) -> None
 def test_without_its_base_it_is_refused(runs: Path) -> None:
     (runs / "base").rename(runs / "elsewhere")
     try:
-        with pytest.raises(ValueError, match=r"holds adapters, and their base is not there: .*/base.*no such folder"):
+        with pytest.raises(ValueError, match=r"holds adapters whose base is missing: .*/base.*no such folder"):
             open_source(runs / "lora")
     finally:
         (runs / "elsewhere").rename(runs / "base")
