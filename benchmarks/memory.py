@@ -1,9 +1,9 @@
-"""Peak memory of each rank on the 125m preset, by the allocator's events, beside the plan's arithmetic.
+"""Peak memory of each rank on the 125m preset, by the allocator's events, compared with the plan's arithmetic.
 
     python benchmarks/memory.py      writes results/memory-125m.md
 
-Recomputation none, selective and full; ZeRO-1 off and on at dp 1, 2 and 4. Counted is all that one rank allocates from
-before its engine is built to the end of its second step, what is freed taken off.
+Recomputation none, selective and full; ZeRO-1 off and on at dp 1, 2 and 4. Counts what a rank has allocated and not
+freed, from before its engine is built to the end of its second step.
 """
 
 import dataclasses
@@ -84,7 +84,7 @@ def main() -> int:
                 row = f"| {recompute} | {dp} | {zero} | {rank} | {sizes} |"
                 print(row, flush=True)
                 lines.append(row)
-    lines.append(f"\nFarthest from the arithmetic: {worst:.1%}.")
+    lines.append(f"\nLargest difference from the plan: {worst:.1%}.")
     (ROOT / "benchmarks" / "results" / "memory-125m.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 

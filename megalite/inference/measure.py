@@ -8,7 +8,7 @@ import torch
 
 from megalite.data.dataset import WindowDataset
 from megalite.engine.batches import Microbatch, load_microbatches
-from megalite.engine.engine import Stage
+from megalite.engine.stage import Stage
 from megalite.inference.decode import stream
 from megalite.inference.eval_rows import Cloze, Scores
 from megalite.inference.reply import Reply, Settings

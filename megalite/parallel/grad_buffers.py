@@ -46,7 +46,7 @@ class GradBuffers:
 
     Gradients accumulate in promote(dtype, fp32); parameters of that dtype accumulate straight into the view.
     Parameters are laid out in reverse, the order in which backward reaches them; one named in `alone` has a bucket of
-    its own.
+    its own. `accumulations`: how many gradients of a parameter each microbatch adds, where it is not one.
 
     `spans[name]`: elements of the flattened local parameter that this rank answers for, of all ranks of `group`: its
     share when `sharded`, else rank 0 has all. `reduced[name]`: the part of the flattened gradient that is summed over
@@ -61,8 +61,10 @@ class GradBuffers:
         overlap: bool,
         sharded: bool = False,
         alone: Collection[str] = (),
+        accumulations: Mapping[str, int] | None = None,
     ) -> None:
         self.group, self.overlap, self.sharded = group, overlap, sharded
+        self.accumulations = accumulations or {}
         self._parameters = dict(list(parameters.items())[::-1])
         # a stage may train nothing
         first: Tensor = next(iter(self._parameters.values()), torch.empty(0))
@@ -139,7 +141,7 @@ class GradBuffers:
         """Clear the gradients and expect `num_microbatches` backwards."""
         self.flat.zero_()
         for bucket in self.buckets:
-            bucket.waiting = num_microbatches * len(bucket.names)
+            bucket.waiting = num_microbatches * sum(self.accumulations.get(name, 1) for name in bucket.names)
             bucket.pending = None
 
     def _start(self, bucket: Bucket) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
 from megalite.data.dataset import heldout_windows
 from megalite.data.indexed import IndexedDataset, IndexedWriter
-from megalite.engine.engine import build_stage
+from megalite.engine.stage import build_stage
 from megalite.inference.decode import load_stage
 from megalite.inference.eval_rows import Cloze, cloze_sequences
 from megalite.inference.measure import answer, held_out, log_likelihoods, score

@@ -25,6 +25,7 @@ from megalite.data.sets import open_data
 from megalite.engine.batches import Microbatch
 from megalite.engine.engine import Engine, build
 from megalite.engine.restore import State
+from megalite.model.context import Context
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import SoloWorld
 from megalite.run import trainer
@@ -120,7 +121,7 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> list[Counter[int]]:
 
 def by_hand(config: Config, tokens: int) -> float:
     """Mean loss of a held-out set of tokens 0, 1, 2, …, one window at a time, from logits."""
-    model, total = build(config, SoloWorld()).model, 0.0
+    model, total = build(config, SoloWorld()).models[0], 0.0
     starts = list(range(0, tokens, 30)) if config.data.isolate_documents else [0]
     for first in range(0, tokens - 1, SEQ):
         window = torch.arange(first, min(first + SEQ + 1, tokens))
@@ -128,7 +129,7 @@ def by_hand(config: Config, tokens: int) -> float:
         opened = torch.tensor([max([s for s in starts if s <= first + i], default=0) for i in index.tolist()])
         begin = (opened - first).clamp(min=0)
         with torch.no_grad():
-            logits = model(window[None, :-1], (index - begin)[None], torch.stack([begin, index + 1], -1)[None])
+            logits = model(window[None, :-1], Context((index - begin)[None], torch.stack([begin, index + 1], -1)[None]))
         total += F.cross_entropy(logits[0], window[1:], reduction="sum").item()
     return total / (tokens - 1)
 
