@@ -20,13 +20,14 @@ from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
+from megalite.checkpoint.state import State
 from megalite.config import Config, TrainConfig, resolve, to_yaml
 from megalite.config.shapes import family_of, projections, shapes
 from megalite.config.trained import adapted, adapter_shapes
 from megalite.config.values import shown
 from megalite.exchange.adapter_config import FILE, read_settings, require_targets, tune_config
 from megalite.exchange.base import is_hf, name_of
-from megalite.exchange.convert import FRESH, keep_files, write_run
+from megalite.exchange.convert import keep_files, write_run
 from megalite.exchange.hf_folder import open_folder, read_tensors, require_new
 from megalite.exchange.merge import find_adapter, open_merged
 from megalite.model.names import FAMILIES, names_there
@@ -120,7 +121,7 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
         for file in files:
             shutil.copyfile(file, building / file.name)
         described = {f"weight.{name}": (factors[known[name]].dtype, shape) for name, shape in expected.items()}
-        write_whole(step_folder(building, 0), config, described, get, FRESH | {"base": name_of(base)})
+        write_whole(step_folder(building, 0), config, described, get, dataclasses.asdict(State(base=name_of(base))))
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return step_folder(target, 0)
 

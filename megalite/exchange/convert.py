@@ -32,9 +32,6 @@ from megalite.plan.counts import parameters
 from megalite.text.tokenizer_files import copy_files
 from megalite.watch.progress import Bar
 
-# the state of a run that has not started
-FRESH = dataclasses.asdict(State())
-
 
 def from_hf_folder(source: Path, target: Path, dtype: str | None = None) -> Path:
     """Write the Hugging Face folder `source` as the new run folder `target`, at step 0. Returns `target`.
@@ -83,7 +80,7 @@ def write_run(
             config,
             {f"weight.{name}": (dtypes[name], shape) for name, shape in shapes(model).items()},
             lambda full: read_as(full.removeprefix("weight."), _counted(get, bar), dtypes),
-            FRESH,
+            dataclasses.asdict(State()),
         )
     return target
 

@@ -6,7 +6,6 @@ keys of its config class and those of `NEUTRAL`; it ignores all others, and so d
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -271,17 +270,6 @@ def _family(m: ModelConfig) -> str:
 
 def _reverse(table: Mapping[str, str], value: str) -> str:
     return next(there for there, here in table.items() if here == value)
-
-
-def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
-    """The keys in which two models differ, except those that do not change the computation."""
-    ignored = TRAINING | {"from_hf", "add_tokens"}
-    a, b = with_family(a), with_family(b)
-    return [
-        f.name
-        for f in dataclasses.fields(ModelConfig)
-        if f.name not in ignored and getattr(a, f.name) != getattr(b, f.name)
-    ]
 
 
 def set_by_user(request: Request, found: ModelConfig, where: str, source: str) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from megalite.checkpoint.dtypes import from_torch
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.safetensors_file import make_header
 from megalite.config import ModelConfig
-from megalite.config.shapes import shapes
-from megalite.exchange.hf_config import differing, read_model, write_model
+from megalite.config.shapes import shapes, with_family
+from megalite.exchange.hf_config import TRAINING, read_model, write_model
 from megalite.exchange.hf_fields import read_json
 from megalite.exchange.hf_folder import INDEX, SINGLE, carry, require_new
 from megalite.exchange.hf_tokenizer import write_tokenizer
@@ -84,6 +84,17 @@ def _config_json(model: ModelConfig, context: int, carried: Path | None) -> dict
             f"remove the file, and config.json is written anew"
         )
     return config
+
+
+def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
+    """The keys in which two models differ, except those that do not change the computation."""
+    ignored = TRAINING | {"from_hf", "add_tokens"}
+    a, b = with_family(a), with_family(b)
+    return [
+        f.name
+        for f in dataclasses.fields(ModelConfig)
+        if f.name not in ignored and getattr(a, f.name) != getattr(b, f.name)
+    ]
 
 
 def _put_template(template: Path, folder: Path) -> None:

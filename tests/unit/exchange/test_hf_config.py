@@ -10,7 +10,8 @@ import transformers
 
 from megalite.config import Config, ModelConfig, check, resolve
 from megalite.config.parameters import TABLE, Row
-from megalite.exchange.hf_config import ARCHITECTURES, differing, read_model, write_model
+from megalite.exchange.hf_config import ARCHITECTURES, read_model, write_model
+from megalite.exchange.hf_export import differing
 from megalite.exchange.hf_fields import read_json
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 80}
