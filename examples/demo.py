@@ -21,7 +21,7 @@ from megalite.data.indexed import IndexedDataset
 from megalite.data.ngram import Baseline, KneserNeyBigram, Unigram, total_nats
 from megalite.data.questions import PHRASINGS, Questions, make_rows, prepare_questions
 from megalite.inference.eval_rows import exact_match
-from megalite.text.rows import filled_lines, parse_json
+from megalite.text.rows import nonblank_lines, parse_json
 from megalite.watch.metrics import read_metrics
 from megalite.watch.plot import plot_losses
 
@@ -116,7 +116,7 @@ def baseline(questions: Questions) -> dict[str, str]:
 
 def tuned(before: list[dict[str, Any]], after: list[dict[str, Any]], questions: Questions) -> bool:
     """Print an answer per task and the scores before and after tuning; returns whether the answers improved."""
-    rows = [parse_json(line.raw) for line in filled_lines(questions.heldout)]
+    rows = [parse_json(line.raw) for line in nonblank_lines(questions.heldout)]
     majority = baseline(questions)
     heading("Held-out questions: phrasings, chapters, poems and numbers that were not trained on")
     for task in PHRASINGS:

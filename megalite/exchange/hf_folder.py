@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalite.checkpoint.safetensors_file import UnknownDtype, read_header
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.config.dtypes import BY_CODE
 from megalite.config.parameters import Shape
 from megalite.config.shapes import family_of
@@ -54,12 +54,12 @@ class HFFolder:
     """A checked folder. `tensors`: by the names of `hf_shapes(model)`, all and no others. `context`: in tokens."""
 
     path: Path
-    model: ModelConfig
+    model: ResolvedModel
     context: int
     tensors: Mapping[str, Stored]
 
 
-def open_config(path: str | Path) -> tuple[ModelConfig, int]:
+def open_config(path: str | Path) -> tuple[ResolvedModel, int]:
     """The model that a folder's config.json describes, and its context in tokens.
 
     Raises ValueError if the file is missing or the model is not supported.

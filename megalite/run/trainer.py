@@ -17,7 +17,7 @@ from megalite.checkpoint import folder as folders
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.checkpoint.state import State
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.batch import batch_size, is_skipped
 from megalite.config.errors import TrainingError
 from megalite.data.dataset import Spread
@@ -49,7 +49,7 @@ EVAL_MICROBATCHES = 32
 class Run:
     """One rank's run: the engine and all that watches it."""
 
-    config: Config
+    config: Resolved
     engine: Engine
     data: DataSets
     state: State
@@ -63,7 +63,7 @@ class Run:
     spikes: Spikes = field(default_factory=Spikes)
 
 
-def train(config: Config, data: DataSets, world: World, resume: Path | None) -> State:
+def train(config: Resolved, data: DataSets, world: World, resume: Path | None) -> State:
     """Train (or with train.eval_only evaluate) a resolved, checked configuration to its end or until it is stopped.
 
     `resume`: the checkpoint to go on from, the same on every rank. Raises TrainingError where a loss is not finite.
@@ -102,7 +102,7 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
     return run.state
 
 
-def _start(config: Config, data: DataSets, world: World, resume: Path | None, stop: Stop) -> Run:
+def _start(config: Resolved, data: DataSets, world: World, resume: Path | None, stop: Stop) -> Run:
     run_dir, first = Path(config.train.run_dir), world.rank == 0
     engine = build(config, world, first_values(config))
     progress = Progress(first, config.train.steps, config.log.interval)
@@ -137,11 +137,11 @@ def train_step(run: Run) -> str:
     began = time.monotonic()
     c, engine, state = run.config, run.engine, run.state
     rate = learning_rate(c.optim, state.consumed_samples)
-    batch = batch_size(c, state.consumed_samples)
+    batch = batch_size(c.train, c.parallel.dp, state.consumed_samples)
     samples = range(state.consumed_samples, state.consumed_samples + batch)
     microbatches: list[Microbatch] = []
     loss_sum = tokens = squares = 0.0
-    if not is_skipped(c, samples):
+    if not is_skipped(c.train, samples):
         microbatches = load_microbatches(run.data.train, samples, c, engine.mesh)
         loss_sum, tokens = engine.forward_backward(microbatches, state.loss_scale)
         squares = engine.gradient_squares()

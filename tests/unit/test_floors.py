@@ -43,6 +43,8 @@ NEVER = [
             "pipeline.schedule",
             "pipeline.simulate",
             "pipeline.lower",
+            "data.demo",
+            "data.origin",
             "pipeline.forecast",
             "checkpoint.folder",
             "checkpoint.describe",
@@ -59,9 +61,11 @@ NEVER = [
             "inference.reply",
             "inference.source",
             "run.agree",
-            "run.loaded",
-            "run.request",
+            "run.command",
+            "run.inherit",
+            "run.length",
             "run.resume",
+            "run.run_folder",
         )
     ),
 ]
