@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megalite.config.dtypes import DTYPES
+
 # argparse's class is generic in its type stubs only
 Verbs = Any
 
@@ -35,9 +37,7 @@ def add_convert(verbs: Verbs) -> None:
                         help="megalite DIR, hf DIR or (of a LoRA run) peft DIR: a new folder")  # fmt: skip
     base = "from peft: the run or Hugging Face folder the adapter is for; to peft: the base's name for peft"
     parser.add_argument("--base", metavar="DIR", help=base)
-    parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="dtype of all weights (default: as stored)"
-    )
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="dtype of all weights (default: as stored)")
     parser.add_argument(
         "--shard-gb", type=float, default=2.0, metavar="N", help="to hf: size of the largest file, at most 5"
     )

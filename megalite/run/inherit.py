@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.contents import is_adapter
+from megalite.checkpoint.contents import config_of, is_adapter
 from megalite.checkpoint.folder import complete, find, read_manifest
-from megalite.config import ModelConfig, Request, ResolvedModel, resolve_model
+from megalite.config import Request, ResolvedModel, resolve_model
 from megalite.data.origin import tokenizer_of_run
 from megalite.exchange.base import is_hf
 from megalite.exchange.hf_config import set_by_user
@@ -50,10 +50,7 @@ def inherit_checkpoint(request: Request, tuning: bool, say: Say) -> Request:
     source = first_checkpoint(load, Path(request.config.train.run_dir))
     manifest = read_manifest(source)
     saved = manifest["config"]
-    try:
-        model = resolve_model(ModelConfig(**saved["model"]), request.config.train.seq_len)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{source}: written by another version of megalite ({error}); use that one") from None
+    model = resolve_model(config_of(manifest).model, request.config.train.seq_len)
     # the tokenizer in the run's folder already has the tokens that were added
     request = _inherit_model(request, dataclasses.replace(model, from_hf=None, add_tokens=()), load, say)
     if tuning and "checkpoint.load_optim" not in request.explicit:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from models import TINY
 
 from megalite.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimConfig, TuneConfig, check, resolve
 from megalite.config.shapes import shapes
@@ -11,9 +12,7 @@ from megalite.config.trained import adapted, adapter_shapes, trained
 from megalite.plan import counts
 from megalite.plan.costs import memory
 
-MODEL = ModelConfig(
-    vocab_size=101, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, ffn_hidden_size=36
-)
+MODEL = TINY
 
 
 def config(mode: str = "lora", model: ModelConfig = MODEL, **tune: object) -> Config:
