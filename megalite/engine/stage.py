@@ -1,4 +1,4 @@
-"""What runs forward on one rank: its stages of the cut model, and the schedule that they run under."""
+"""One rank's stages of the cut model, run forward under a schedule."""
 
 from __future__ import annotations
 
@@ -60,10 +60,9 @@ class StageChunk:
 
 @dataclass
 class Stage:
-    """One rank's part of the model, for forwards alone.
+    """One rank's part of the model, without gradients or optimizer.
 
-    `models`: the rank's stages by their global number. `parameters` and `shards` of all of them together go by global
-    parameter names.
+    models: the rank's stages by global number. parameters, shards: of all its stages, by global parameter name.
     """
 
     config: Config
@@ -117,7 +116,7 @@ class Stage:
         )
 
     def _hidden(self, b: int, s: int) -> Spec:
-        """What travels between stages: [b, s, h], or [b, s/tp, h] under sequence parallelism."""
+        """Hidden states between stages: [b, s, h], or [b, s/tp, h] under sequence parallelism."""
         c = self.config
         shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
         return Spec(shape, to_torch(DTYPES[c.train.dtype]), self.mesh.device)
@@ -133,7 +132,7 @@ class Stage:
         return [result["loss"] for result in self._run(microbatches, training=False)]
 
     def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
-        """(Σ loss, valid tokens) of this replica on one rank of it, the last stage's tp rank 0, else zeros."""
+        """(Σ loss, valid tokens) of this replica on one of its ranks, the last stage's tp rank 0; zeros on others."""
         return self._totals(self.losses(microbatches), microbatches)
 
     def _totals(self, losses: Sequence[Tensor], microbatches: Sequence[Microbatch]) -> tuple[float, float]:
@@ -145,7 +144,7 @@ class Stage:
 
 
 def stage_costs(config: Config) -> Costs:
-    """How long a stage's forward takes beside an average one's, for the schedule."""
+    """Costs of each stage relative to the average one; the head counts as FLOPs."""
     m, seq_len = config.model, config.train.seq_len
     head = head_flops(m) / layer_flops(m, seq_len)
     layers = [float(len(r)) for r in stage_layers(config)]

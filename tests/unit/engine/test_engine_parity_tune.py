@@ -97,6 +97,9 @@ PARALLEL: dict[str, dict[str, Any]] = {
     "tp4-sp-dp2-zero": {"tp": 4, "sp": True, "dp": 2, "zero": 1},
     "pp3-gpipe-full": {"pp": 3, "schedule": "gpipe", "recompute": "full"},
     "tp2-sp-selective": {"tp": 2, "sp": True, "recompute": "selective"},
+    "tp2-sp-interleaved": {"tp": 2, "sp": True, "schedule": "interleaved", "chunks": 3},
+    "tp2-sp-pp3-zb-h1": {"tp": 2, "sp": True, "pp": 3, "schedule": "zb-h1"},
+    "pp2-dp2-zero-zb-h1-full": {"pp": 2, "dp": 2, "zero": 1, "schedule": "zb-h1", "recompute": "full"},
 }
 TARGETS = ["", "q_proj v_proj", "layers.1.* mlp.down", "k_proj o_proj up_proj", "gate_proj layers.2.attn.qkv"]
 
@@ -109,7 +112,9 @@ def test_lora(targets: str, parallel: dict[str, Any]) -> None:
     assert largest_error(config, weights, False, loss, grads) <= TOLERANCE
 
 
-@pytest.mark.parametrize("parallel", ["tp1", "tp4-pp3", "tp2-sp-pp2-dp2-zero"])
+@pytest.mark.parametrize(
+    "parallel", ["tp1", "tp4-pp3", "tp2-sp-pp2-dp2-zero", "tp2-sp-pp3-zb-h1", "tp2-sp-interleaved"]
+)
 @pytest.mark.parametrize(
     "model",
     [
