@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from megalite.config.dtypes import DTYPES
 from megalite.config.values import Range
 from megalite.pipeline.schedule import SCHEDULES, nearest
 
@@ -235,7 +236,7 @@ class TrainConfig:
     dtype: str = _key(
         "fp32",
         "of weights and activations; bf16 and fp16 keep fp32 masters, fp16 scales the loss",
-        choices=("fp32", "bf16", "fp16", "fp64"),
+        choices=tuple(DTYPES),
     )
     device: str = _key("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     kernels: str = _key(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from models import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,14 +40,11 @@ class Shape:
     tps: tuple[int, ...]
 
     def model(self, tied: bool) -> ModelConfig:
-        return ModelConfig(
-            vocab_size=101,
-            hidden_size=24,
+        return tiny(
             num_layers=self.layers,
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
-            ffn_hidden_size=36,
             norm_eps=1e-3,
             rope_theta=100.0,
             tie_embeddings=tied,
