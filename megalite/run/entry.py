@@ -140,7 +140,7 @@ def check_this_machine(config: Resolved) -> None:
     # each thread costs memory, and an entry in the machine's table of processes
     if threads > max(16, cores):
         raise ConfigError(
-            f"train.threads={threads} of each rank on a machine of {cores} cores; use train.threads="
+            f"train.threads={threads} per rank on a machine with {cores} cores; use train.threads="
             f"{max(1, cores // LOCAL_RANKS)} or less, or 0 to share the cores among the ranks"
         )
     if RANK == 0:
@@ -180,7 +180,7 @@ def is_complete(config: Resolved, resume: Path) -> bool:
         return False
     say(
         f"{config.train.run_dir} is complete: step {step} of {config.train.steps}; "
-        f"raise train.steps to go on, or choose another train.run_dir"
+        f"raise train.steps to continue, or choose another train.run_dir"
         + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
     )
     return True
@@ -214,4 +214,4 @@ def export(run_dir: Path, target: Path) -> None:
     from megalite.exchange.convert import to_hf_folder
 
     folder = to_hf_folder(run_dir, target)
-    say(f"exported {folder}" + ("" if find_tokenizer(folder) else ", without a tokenizer: none lies with the run"))
+    say(f"exported {folder}" + ("" if find_tokenizer(folder) else ", without a tokenizer: the run has none"))

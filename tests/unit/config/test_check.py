@@ -64,12 +64,12 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"model__sliding_window": 64, "train__kernels": "fused"},
-        "train.kernels=fused has no attention with model.sliding_window=64; use train.kernels=auto",
+        "train.kernels=fused does not support model.sliding_window=64; use train.kernels=auto",
     ),
     (
         1,
         {"model__attention_dropout": 0.1, "train__kernels": "fused"},
-        "train.kernels=fused has no attention with model.attention_dropout=0.1; "
+        "train.kernels=fused does not support model.attention_dropout=0.1; "
         "use train.kernels=auto or model.attention_dropout=0",
     ),
     (1, {"model__dropout": 1.0}, "model.dropout=1.0 must be at least 0 and less than 1, e.g. 0.1"),
@@ -77,7 +77,7 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"model__rope_fraction": 0.1},
-        "model.rope_fraction=0.1 rotates 3 of head_dim 32 features; it must be an even number of them, from 2 on: "
+        "model.rope_fraction=0.1 rotates 3 of head_dim 32 features; it must be an even number of at least 2: "
         "e.g. model.rope_fraction=0.5",
     ),
     (
@@ -224,10 +224,10 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"optim__lr_schedule": "inverse_sqrt"},
-        "optim.lr_schedule=inverse_sqrt falls as the root of warmup_samples / samples; set optim.warmup_samples",
+        "optim.lr_schedule=inverse_sqrt decays as sqrt(warmup_samples / samples); set optim.warmup_samples",
     ),
-    (1, {"parallel__zero": 2}, "parallel.zero=2: only optimizer states are divided; use 0 or 1"),
-    (2, {"parallel__cp": 2}, "parallel.cp=2: context parallelism is not built yet; use parallel.cp=1"),
+    (1, {"parallel__zero": 2}, "parallel.zero=2: only optimizer states can be sharded; use 0 or 1"),
+    (2, {"parallel__cp": 2}, "parallel.cp=2: context parallelism is not supported yet; use parallel.cp=1"),
     (
         4,
         {"parallel__tp": 2, "parallel__dp": 1},
@@ -298,8 +298,8 @@ MESSAGES: list[tuple[int, dict[str, Any], str]] = [
     (
         1,
         {"optim__lr": 1.0, "optim__weight_decay": 1.0},
-        "optim.lr=1.0 x optim.weight_decay=1.0 = 1 turns weights around in each step; it must be less than 1: lower "
-        "one of them",
+        "optim.lr=1.0 x optim.weight_decay=1.0 = 1 flips the sign of weights in each step; it must be less than 1: "
+        "lower one of them",
     ),
     (
         1,

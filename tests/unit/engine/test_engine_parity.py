@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    ResolvedModel,
+    TrainConfig,
+    check,
+    resolve,
+    resolve_model,
+)
 from megalite.config.shapes import shapes
 from megalite.engine.batches import Microbatch
 from megalite.engine.engine import build
@@ -38,8 +47,8 @@ class Shape:
     head_dim: int
     tps: tuple[int, ...]
 
-    def model(self, tied: bool) -> ModelConfig:
-        return ModelConfig(
+    def model(self, tied: bool) -> ResolvedModel:
+        model = ModelConfig(
             vocab_size=101,
             hidden_size=24,
             num_layers=self.layers,
@@ -53,6 +62,7 @@ class Shape:
             qkv_bias=self.family == "Qwen2",
             qk_norm=self.family == "Qwen3",
         )
+        return resolve_model(model, SEQ)
 
 
 # tp 3 cuts three kv groups and 2 cuts two; 4 replicates two, and 2 and 3 the one of mqa

@@ -75,7 +75,7 @@ def refusal(tmp_path: Path, *argv: str, seconds: float = 3.0, script: Path = SCR
         ([*ONE, "parallel.dp=2"], "= 2 ranks, but the world size is 1"),
         (["parallel.tp=1", "parallel.pp=5"], "parallel.pp=5 stages need at least 5 layers, model.num_layers=4"),
         ([*ONE, "train.global_batch_size=12"], "train.global_batch_size=12 is not a multiple of"),
-        ([*ONE, "train.threads=1000"], "train.threads=1000 of each rank on a machine of"),
+        ([*ONE, "train.threads=1000"], "train.threads=1000 per rank on a machine with"),
         (
             [*ONE, "optim.groups=embedding.weight lr_scale=0"],
             "optim.groups: no parameter is named embedding.weight; did",

@@ -238,7 +238,9 @@ def test_a_checkpoint_that_leaves_no_steps_is_refused(make: Make, tmp_path: Path
     source = make()
     run(source)
     load = {"checkpoint__load": source.train.run_dir, "train__run_dir": str(tmp_path / "again")}
-    with pytest.raises(ConfigError, match=r"is at step 4, of train\.steps=4 none is left; raise train\.steps, or take"):
+    with pytest.raises(
+        ConfigError, match=r"is at step 4 and train\.steps=4: no step is left; raise train\.steps, or load"
+    ):
         resume_from(make(**load), print)
     for more in ({"train__steps": 5}, {"checkpoint__load_optim": False}, {"train__eval_only": True}):
         assert resume_from(make(**load, **more), print) is None
