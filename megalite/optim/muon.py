@@ -72,7 +72,7 @@ class Muon(AdamW):
     ) -> None:
         self.hidden = [name for name in shards if name in hidden]
         super().__init__(c, parameters, main_grad, matrices, others=self.hidden)
-        # Llama's layout has the matrices of every family apart and as [out, in]
+        # in Llama's layout, the matrices of every family are separate and [out, in]
         self.layout = dataclasses.replace(model, family="llama")
         self.c, self.shards, self.held = c, shards, held
         self.sharded, self.tp, self.dp = sharded, tp, dp
