@@ -141,7 +141,7 @@ def test_values_that_were_taken_without_a_word(override: str, message: str | Non
         ("文" * 86, "a name of 258 bytes"),
         ("/".join(["x" * 100] * 60), "bytes long; use at most 4096"),
         ("~", "does not name anything"),
-        ("~me/x", "~ after = is not replaced"),
+        ("~me/x", "does not expand ~ after ="),
     ],
 )
 def test_what_no_path_can_be(key: str, text: str, words: str) -> None:
