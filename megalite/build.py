@@ -186,7 +186,8 @@ class Engine(Stage):
         the first replica.
         """
         copy = self.config.model.tie_embeddings and not self.mesh.is_first_stage
-        frozen = {n: range(p.numel() if self.mesh.dp.rank == 0 else 0) for n, p in self.parameters.items()}
+        first = self.mesh.group("dp", "cp").rank == 0
+        frozen = {n: range(p.numel() if first else 0) for n, p in self.parameters.items()}
         spans = {**frozen, **self.grads.spans}
         return {n: spans[n] for n in self.stored() if not (copy and n == "embed.weight")}
 
@@ -275,7 +276,7 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
     active = {name: parameter for name, parameter in parameters.items() if name in chosen}
     # in a bucket of its own a tied matrix has the same shares on both of its stages
     alone = ("embed.weight",) if m.tie_embeddings and mesh.pp.size > 1 else ()
-    grads = GradBuffers(active, mesh.dp, p.bucket_mb * 2**20, p.overlap, p.zero > 0, alone)
+    grads = GradBuffers(active, mesh.group("dp", "cp"), p.bucket_mb * 2**20, p.overlap, p.zero > 0, alone)
     buffers = None
     if p.zero:
         ends = [module for module in (model.embed, model.loss_head) if module is not None]
@@ -309,5 +310,5 @@ def make_optimizer(
         held=grads.held,
         sharded=grads.sharded,
         tp=mesh.tp,
-        dp=mesh.dp,
+        dp=mesh.group("dp", "cp"),
     )
