@@ -6,7 +6,7 @@ filling of the same interface, megalite.parallel.threads, runs every rank as a t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -93,6 +93,12 @@ def share_text(group: Group, text: str, device: torch.device) -> str:
     everybody = group.all_gather(rows.to(device)).cpu()
     texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everybody]
     return next((t for t in texts if t), "")
+
+
+def sum_numbers(group: Group, values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sum numbers over the group, each under its name, in one float64 all-reduce. Every rank has the same names."""
+    total = group.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
+    return dict(zip(values, total.tolist(), strict=True))
 
 
 class World(Protocol):

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -197,11 +198,11 @@ def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Si
 
     whole_step = trainer.train_step
 
-    def interrupted(run: trainer.Run) -> str:
-        if run.state.step + 1 == step:
+    def interrupted(engine: Any, dataset: Any, state: Any, *more: Any) -> Any:
+        if state.step + 1 == step:
             for number in signals:
                 os.kill(os.getpid(), number)
-        return whole_step(run)
+        return whole_step(engine, dataset, state, *more)
 
     if os.environ["RANK"] == str(rank):
         trainer.train_step = interrupted

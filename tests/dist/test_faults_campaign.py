@@ -33,7 +33,7 @@ PHASES = {
     "first evaluation": ("megalite.trainer", "evaluate", 1),
     "step": ("megalite.trainer", "train_step", 4),
     "backward": ("megalite.build", "Engine.forward_backward", 3),
-    "sum": ("megalite.trainer", "_sum", 6),
+    "sum": ("megalite.run.step", "sum_numbers", 3),
     "update": ("megalite.build", "Engine.update", 3),
     "save": ("megalite.checkpoint.save", "Saver.start", 2),
     "write": ("megalite.checkpoint.save", "Saver._write", 2),

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 FLOORS = {
     6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
-    5: ("trainer", "restore", "run_folder", "generate", "evaluate", "divergence", "together"),
-    4: ("build",),  # the only place where the tables meet
+    5: ("trainer", "run", "restore", "run_folder", "generate", "evaluate", "divergence", "together"),
+    4: ("build", "engine"),  # the only place where the tables meet
     3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "resume", "loaded", "agree"),
     2: ("parallel", "data", "watch", "plan", "topology", "activations", "batches"),
     1: ("config", "ops", "place", "launcher", "arguments", "disk"),

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from megalite import trainer
 from megalite.batches import Microbatch, TrainingError
 from megalite.build import Engine, build
 from megalite.checkpoint.folder import complete, latest, read_manifest
@@ -154,7 +153,7 @@ def test_a_long_evaluation_goes_in_chunks(
     make: Make, predicted: list[Counter[int]], micro: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make(train__eval_only=True, train__micro_batch_size=micro, train__global_batch_size=micro)
-    monkeypatch.setattr(trainer, "EVAL_MICROBATCHES", 2)
+    monkeypatch.setattr("megalite.engine.heldout.AT_ONCE", 2)
     run(config)
     windows = sum(-(-(tokens - 1) // SEQ) for tokens in HELDOUT.values())
     assert len(predicted) >= windows / (2 * micro)
@@ -274,7 +273,7 @@ def test_patience_starts_anew_with_every_gain(make: Make) -> None:
 def test_time_limit(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = make(train__time_limit_s=1e-6)
     assert run(config).step == 1
-    assert "stopped at step 1: train.time_limit_s; the same command goes on from here" in capsys.readouterr().out
+    assert "stopped at step 1: train.time_limit_s; run the same command to resume" in capsys.readouterr().out
     (saved,) = complete(Path(config.train.run_dir))
     assert run(make(), saved).step == 4
 

@@ -1,0 +1,1 @@
+"""One rank's part of the model at work: what runs forward, and what learns."""

@@ -1,0 +1,30 @@
+"""The loss of a model over a data set, at any layout and the same on every rank."""
+
+from __future__ import annotations
+
+from megalite.batches import load_microbatches
+from megalite.build import Stage
+from megalite.data.dataset import Samples
+from megalite.parallel.groups import sum_numbers
+from megalite.watch.progress import Bar
+
+# microbatches per pass through the pipeline: enough to fill the pipeline, few enough to hold in memory
+AT_ONCE = 32
+
+
+def held_out(stage: Stage, dataset: Samples, what: str, shows: bool) -> tuple[float, float]:
+    """(Σ loss in nats, Σ loss mask) over every sample of `dataset`. Collective.
+
+    `what` names the progress bar, which is drawn where `shows`. Raises TrainingError for a token that the model does
+    not have.
+    """
+    loss = tokens = 0.0
+    chunk = AT_ONCE * stage.config.train.micro_batch_size * stage.mesh.dp.size
+    with Bar(what, len(dataset), shows=shows) as bar:
+        for first in range(0, len(dataset), chunk):
+            samples = range(first, min(first + chunk, len(dataset)))
+            sums = stage.evaluate(load_microbatches(dataset, samples, stage.config, stage.mesh))
+            loss, tokens = loss + sums[0], tokens + sums[1]
+            bar.advance(len(samples), f"{samples.stop} of {len(dataset)} samples")
+    found = sum_numbers(stage.mesh.world, {"loss": loss, "tokens": tokens}, stage.mesh.device)
+    return found["loss"], found["tokens"]

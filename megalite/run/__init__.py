@@ -1,0 +1,1 @@
+"""A run: its steps, what is evaluated, saved and reported, and when it stops."""

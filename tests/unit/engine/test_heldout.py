@@ -1,0 +1,77 @@
+"""The loss over a data set: every prediction counted once, at every layout, however many go through at once."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from megalite.build import Stage, build_stage
+from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.data.dataset import Spread, WindowDataset, heldout_windows
+from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.engine.heldout import held_out
+from megalite.parallel.groups import SoloWorld, World
+from megalite.parallel.threads import run_threads
+
+MODEL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, ffn_hidden_size=36)
+SEQ = 8
+LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (4, 2, 1), (1, 1, 2), (2, 2, 3)]  # tp, pp, dp
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> WindowDataset:
+    """30 tokens of two documents: 29 predictions in 4 windows, the last of them not full."""
+    stream = np.random.default_rng(0).integers(0, 101, 30).tolist()
+    with IndexedWriter(tmp_path / "text", vocab_size=101) as writer:
+        writer.add_document(stream[:11])
+        writer.add_document(stream[11:])
+    return heldout_windows(IndexedDataset(tmp_path / "text"), SEQ)
+
+
+def config(tp: int = 1, pp: int = 1, dp: int = 1) -> Config:
+    train = TrainConfig(dtype="fp64", seq_len=SEQ, micro_batch_size=1, global_batch_size=dp)
+    return resolve(Config(MODEL, ParallelConfig(tp=tp, pp=pp, dp=dp, sp=False), train=train), tp * pp * dp)
+
+
+def by_hand(windows: WindowDataset, chosen: Sequence[int]) -> float:
+    """Σ nats from the logits of one window at a time."""
+    stage, total = build_stage(config(), SoloWorld()), 0.0
+    for number in chosen:
+        tokens, labels, mask, positions, _ = windows.batch([number])
+        with torch.no_grad():
+            logits = stage.logits(torch.from_numpy(tokens), torch.from_numpy(positions), None)
+        assert logits is not None
+        kept = mask[0] > 0
+        total += F.cross_entropy(logits[0][kept], torch.from_numpy(labels)[0][kept], reduction="sum").item()
+    return total
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 32])
+@pytest.mark.parametrize(("tp", "pp", "dp"), LAYOUTS)
+def test_every_prediction_counts_once(
+    tp: int, pp: int, dp: int, at_once: int, windows: WindowDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megalite.engine.heldout.AT_ONCE", at_once)
+
+    def main(world: World) -> tuple[float, float]:
+        return held_out(build_stage(config(tp, pp, dp), world), windows, "loss", shows=False)
+
+    expected = by_hand(windows, range(4))
+    for nats, tokens in run_threads(tp * pp * dp, main):
+        assert tokens == 29
+        assert nats == pytest.approx(expected, rel=1e-12)
+
+
+def test_of_some_samples(windows: WindowDataset) -> None:
+    nats, tokens = held_out(build_stage(config(), SoloWorld()), Spread(windows, 2), "loss", shows=False)
+    assert tokens == 8 + 5
+    assert nats == pytest.approx(by_hand(windows, [1, 3]), rel=1e-12)
+
+
+def test_a_model_of_zeros_has_the_loss_of_a_guess(windows: WindowDataset) -> None:
+    stage: Stage = build_stage(config(), SoloWorld(), lambda _, shape: torch.zeros(shape))
+    assert held_out(stage, windows, "loss", shows=False) == pytest.approx((29 * math.log(101), 29), rel=1e-12)
