@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config
+from megalite.config.errors import TrainingError
 from megalite.data.dataset import Batch, Layout, Samples
 from megalite.parallel.mesh import Mesh
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on, and the user has to change something."""
 
 
 @dataclass

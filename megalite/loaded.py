@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import complete, read_manifest
 from megalite.config import Config, ModelConfig, Request, from_mapping
 from megalite.config.batch import total_samples
 from megalite.config.read import read_yaml_file
-from megalite.config.tune import is_adapter
 from megalite.data.chat import find_template
 from megalite.data.origin import tokenizer_of_run
 from megalite.data.tokenizer import load_tokenizer

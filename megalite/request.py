@@ -6,7 +6,7 @@ No torch: a run that cannot go on as it is asked for is refused before torch has
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from megalite.checkpoint.folder import complete, find
@@ -88,22 +88,6 @@ def with_added_tokens(request: Request) -> Request:
     size = max(config.model.vocab_size, load_tokenizer(config.data.tokenizer, add).vocab_size)
     model = dataclasses.replace(config.model, vocab_size=size)
     return dataclasses.replace(request, config=dataclasses.replace(config, model=model))
-
-
-def new_rows(config: Config, known: Sequence[str]) -> range:
-    """The ids that model.add_tokens adds to a model that has those of `known` already; empty where it has all."""
-    add, tokenizer = config.model.add_tokens, config.data.tokenizer
-    if tokenizer is None or set(add) <= set(known):
-        return range(0)
-    before = load_tokenizer(tokenizer, [token for token in known if token in add])
-    after = load_tokenizer(tokenizer, add)
-    moved = [token for token, number in before.controls.items() if after.controls.get(token) != number]
-    if moved:
-        raise ConfigError(
-            f"model.add_tokens: {moved[0]} would get another id than in the checkpoint; keep its tokens first: "
-            f"{', '.join(known)}"
-        )
-    return range(before.vocab_size, after.vocab_size)
 
 
 def with_data_tokenizer(config: Config, say: Say) -> Config:

@@ -11,19 +11,18 @@ from torch import Tensor
 
 from megalite.build import Engine
 from megalite.checkpoint import folder as folders
+from megalite.checkpoint.contents import is_adapter, new_rows
 from megalite.checkpoint.load import load as load_tensors
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.manifest import Damaged
 from megalite.checkpoint.state import State, state_from
 from megalite.config import Config
-from megalite.config.tune import is_adapter
 from megalite.hf.folder import open_folder
 from megalite.hf.load import fill, nothing, read_whole
 from megalite.model.cut_table import ADAPTER
 from megalite.model.init import draw
 from megalite.optim.loss_scale import first_scale
 from megalite.parallel.groups import share_text
-from megalite.request import new_rows
 from megalite.tune.base import find_base, is_hf, name_of
 
 # parameters with a row for each token

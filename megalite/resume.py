@@ -12,15 +12,14 @@ from pathlib import Path
 
 from megalite import disk
 from megalite.checkpoint import lock
+from megalite.checkpoint.contents import check_adapter, is_adapter, new_rows
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, Request, check, from_mapping, resolve
 from megalite.config.batch import steps_for, total_samples
 from megalite.config.read import read_yaml_file
 from megalite.config.schema import MOST_STEPS, OptimConfig
-from megalite.config.tune import check_adapter, is_adapter
 from megalite.optim.lr import learning_rate
-from megalite.request import new_rows
 
 Say = Callable[[str], None]
 

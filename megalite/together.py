@@ -147,7 +147,7 @@ def failed_in_world(error: Exception) -> int:
     elif not isinstance(error, (ValueError, OSError)):
         import torch
 
-        from megalite.batches import TrainingError
+        from megalite.config.errors import TrainingError
 
         if isinstance(error, torch.OutOfMemoryError):
             text, status = f"out of memory: {first}", 1

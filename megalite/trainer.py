@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from megalite import disk
-from megalite.batches import TrainingError
 from megalite.build import Engine, build
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.state import State
 from megalite.config import Config
+from megalite.config.errors import TrainingError
 from megalite.data.sets import DataSets
 from megalite.divergence import Spikes, advice, locate, spike_warning
 from megalite.hf.keys import keep_hf

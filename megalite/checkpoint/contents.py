@@ -7,14 +7,16 @@ checkpoint hold it to the same rule, `check_contents`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.manifest import one_line
 from megalite.checkpoint.state import state_from
-from megalite.config import Config, from_mapping
+from megalite.config import Config, ConfigError, from_mapping
 from megalite.config.schema import SECTIONS
 from megalite.config.tune import Shape, adapter_shapes, shapes, trained
+from megalite.data.tokenizer import load_tokenizer
 
 # of weights, and of what is kept in full precision beside them
 _DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
@@ -114,3 +116,51 @@ def _require_sizes(config: Config, count: int) -> None:
             raise ValueError(f"model.{key} is {getattr(m, key)}, not a size")
     if m.num_layers > count:
         raise ValueError(f"model.num_layers is {m.num_layers}, and there are {count} tensors")
+
+
+def is_adapter(manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint holds LoRA factors alone."""
+    return bool(manifest["config"].get("tune", {}).get("mode") == "lora")
+
+
+def check_adapter(manifest: Mapping[str, Any], config: Config, folder: Path, resume: bool) -> None:
+    """ValueError if a run of `config` cannot take a checkpoint because of what the two train.
+
+    `resume`: as its own, else as the weights that it starts from.
+    """
+    mode = config.tune.mode
+    if not is_adapter(manifest):
+        if resume and mode == "lora":
+            raise ValueError(
+                f"{folder} holds whole weights and tune.mode=lora writes adapters; start from it in another "
+                f"train.run_dir, with checkpoint.load={folder}"
+            )
+        return
+    if mode != "lora":
+        raise ValueError(
+            f"{folder} holds LoRA factors alone, and tune.mode={mode} needs whole weights; merge them first, "
+            f"or use tune.mode=lora"
+        )
+    for key in ("lora_rank", "lora_alpha", "lora_targets"):
+        saved, asked = manifest["config"]["tune"][key], getattr(config.tune, key)
+        if saved != asked:
+            raise ValueError(
+                f"{folder} holds adapters of tune.{key}={saved}, not {asked}; use tune.{key}={saved} "
+                f"or another train.run_dir"
+            )
+
+
+def new_rows(config: Config, known: Sequence[str]) -> range:
+    """The ids that model.add_tokens adds to a model that has those of `known` already; empty where it has all."""
+    add, tokenizer = config.model.add_tokens, config.data.tokenizer
+    if tokenizer is None or set(add) <= set(known):
+        return range(0)
+    before = load_tokenizer(tokenizer, [token for token in known if token in add])
+    after = load_tokenizer(tokenizer, add)
+    moved = [token for token, number in before.controls.items() if after.controls.get(token) != number]
+    if moved:
+        raise ConfigError(
+            f"model.add_tokens: {moved[0]} would get another id than in the checkpoint; keep its tokens first: "
+            f"{', '.join(known)}"
+        )
+    return range(before.vocab_size, after.vocab_size)

@@ -4,6 +4,7 @@ Nothing here imports torch, so that a mistake is told within a second.
 """
 
 from megalite.config.check import check, resolve
+from megalite.config.errors import ConfigError
 from megalite.config.load import Hardware, Request, from_mapping, parse_command_line
 from megalite.config.schema import (
     CheckpointConfig,
@@ -17,7 +18,6 @@ from megalite.config.schema import (
     TuneConfig,
 )
 from megalite.config.show import key_help, to_yaml
-from megalite.config.values import ConfigError
 
 __all__ = [
     "CheckpointConfig",

@@ -6,8 +6,9 @@ import math
 import re
 from collections.abc import Iterator
 
+from megalite.config.errors import ConfigError
 from megalite.config.schema import Config
-from megalite.config.values import ConfigError, shown
+from megalite.config.values import shown
 
 
 def batch_size(config: Config, samples: int) -> int:

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterable
 
 from megalite.config.batch import skipped_ranges, total_samples
+from megalite.config.errors import ConfigError
 from megalite.config.groups import check_groups
 from megalite.config.schema import MOST_BATCH, Config, ModelConfig, TuneConfig
 from megalite.config.tune import adapter_shapes, hidden_matrices, shapes, trained
-from megalite.config.values import ConfigError, check_values, shown
+from megalite.config.values import check_values, shown
 
 
 def _require(condition: bool, message: str) -> None:

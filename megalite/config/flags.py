@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from megalite.config.errors import ConfigError
 from megalite.config.read import read_yaml_file
 from megalite.config.schema import SECTIONS, hints_of
-from megalite.config.values import ConfigError, number, shown
+from megalite.config.values import number, shown
 
 TABLE = Path(__file__).parent / "flags.yaml"
 ON, OFF = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")

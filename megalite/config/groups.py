@@ -13,8 +13,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
 
+from megalite.config.errors import ConfigError
 from megalite.config.schema import OptimConfig
-from megalite.config.values import ConfigError, Range, shown
+from megalite.config.values import Range, shown
 
 SETTINGS = {"lr_scale": Range(1e-6, 1000, 0.1, zero=True), "weight_decay": Range(1e-9, 10, 0.1, zero=True)}
 

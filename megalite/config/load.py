@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import megalite
+from megalite.config.errors import ConfigError
 from megalite.config.flags import Unknown, explain
 from megalite.config.read import coerce, read_yaml, read_yaml_file
 from megalite.config.schema import SECTIONS, Config, hints_of
 from megalite.config.show import key_help
-from megalite.config.values import ConfigError, Range, check_values, shown
+from megalite.config.values import Range, check_values, shown
 
 PRESETS = Path(__file__).parent / "presets"
 Nested = dict[str, dict[str, Any]]

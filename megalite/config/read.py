@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 
 import yaml
 
+from megalite.config.errors import ConfigError
 from megalite.config.show import type_name
-from megalite.config.values import ConfigError, shown
+from megalite.config.values import shown
 
 MOST_BYTES = 2**20  # of a configuration file; the longest of people's are a hundredth of it
 MOST_DIGITS = 40

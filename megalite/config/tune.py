@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase, translate
-from pathlib import Path
-from typing import Any
 
+from megalite.config.errors import ConfigError
 from megalite.config.schema import Config, ModelConfig
-from megalite.config.values import ConfigError, shown
+from megalite.config.values import shown
 
 Shape = tuple[int, ...]
 
@@ -152,35 +151,3 @@ def _require_all_used(key: str, patterns: Collection[str], names: Collection[str
         if not any(map(re.compile(translate(pattern)).match, names)):
             near = difflib.get_close_matches(shown(pattern), sorted(names)[:2000], n=3, cutoff=0.0)
             raise ConfigError(f"{key}: nothing is named {shown(pattern)}; near to it: {', '.join(near)}")
-
-
-def is_adapter(manifest: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint holds LoRA factors alone."""
-    return bool(manifest["config"].get("tune", {}).get("mode") == "lora")
-
-
-def check_adapter(manifest: Mapping[str, Any], config: Config, folder: Path, resume: bool) -> None:
-    """ValueError if a run of `config` cannot take a checkpoint because of what the two train.
-
-    `resume`: as its own, else as the weights that it starts from.
-    """
-    mode = config.tune.mode
-    if not is_adapter(manifest):
-        if resume and mode == "lora":
-            raise ValueError(
-                f"{folder} holds whole weights and tune.mode=lora writes adapters; start from it in another "
-                f"train.run_dir, with checkpoint.load={folder}"
-            )
-        return
-    if mode != "lora":
-        raise ValueError(
-            f"{folder} holds LoRA factors alone, and tune.mode={mode} needs whole weights; merge them first, "
-            f"or use tune.mode=lora"
-        )
-    for key in ("lora_rank", "lora_alpha", "lora_targets"):
-        saved, asked = manifest["config"]["tune"][key], getattr(config.tune, key)
-        if saved != asked:
-            raise ValueError(
-                f"{folder} holds adapters of tune.{key}={saved}, not {asked}; use tune.{key}={saved} "
-                f"or another train.run_dir"
-            )

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megalite.config.errors import ConfigError
+
 LONGEST = 4096  # bytes of a path on Linux, and enough for a list of patterns
 # file systems of the kernel: a folder made there is lost, or cannot be made
 KERNEL = ("/proc", "/sys", "/dev")
@@ -20,10 +22,6 @@ KERNEL = ("/proc", "/sys", "/dev")
 CONTROL = ("Cc", "Cs", "Zl", "Zp")
 # what other programs write for "not set"
 NOTHING = ("", "null", "none", "~", "true", "false")
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's: one line with the value, the rule and a remedy."""
 
 
 def shown(value: object, longest: int = 80) -> str:

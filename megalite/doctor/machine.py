@@ -91,7 +91,7 @@ def _text(found: str | bytes) -> str:
 
 def _peak(name: str) -> str:
     try:
-        from megalite.watch.flops import peak_flops
+        from megalite.watch.hardware import peak_flops
     except ImportError:
         return ""  # no torch: told elsewhere
     peak = peak_flops(name, "bf16")

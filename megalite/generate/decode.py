@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from megalite.build import Stage, build_stage
+from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import read_manifest
 from megalite.checkpoint.load import load
-from megalite.config.tune import is_adapter
 from megalite.generate.sampling import choose
 from megalite.generate.source import Source
 from megalite.generate.text import Reply, Settings

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.config.check import valid_tp
-from megalite.config.tune import is_adapter
 from megalite.data.origin import tokenizer_of_run
 from megalite.data.tokenizer import Tokenizer, load_tokenizer
 from megalite.hf.fields import read_json

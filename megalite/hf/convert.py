@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.read import read_yaml_file
-from megalite.config.tune import is_adapter
 from megalite.data.origin import tokenizer_of_run
 from megalite.data.tokenizer_files import copy_files
 from megalite.hf.export import export

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megalite.batches import TrainingError
 from megalite.build import Engine
 from megalite.checkpoint.state import State
+from megalite.config.errors import TrainingError
 from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
 from megalite.engine.heldout import held_out

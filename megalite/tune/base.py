@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config
-from megalite.config.tune import is_adapter
 from megalite.hf.folder import weight_files
 
 # of each end of a file of Hugging Face's, which has no checksums: its header and some of its values

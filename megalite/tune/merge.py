@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.config import Config
 from megalite.config.schema import SECTIONS
-from megalite.config.tune import Projection, adapted, is_adapter, projections
+from megalite.config.tune import Projection, adapted, projections
 from megalite.hf.folder import open_folder
 from megalite.hf.load import read_whole, stored_dtype
 from megalite.tune.base import base_of, is_hf

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 
 import torch
 
-from megalite.watch.hardware import GPUS
-
-PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
-# a slice of a GPU, or one held back by its case: the name says nothing of its speed
-NOT_WHOLE = re.compile(r"\b(MIG|vGPU|GRID|Laptop|Max-Q)\b", re.IGNORECASE)
-
-
-def peak_flops(name: str, precision: str) -> float | None:
-    """FLOP/s at most of the device `name` (as torch or NVML spell it), None where it is not known.
-
-    `precision`: fp16, bf16, tf32 or fp32. Of several names that fit the longest counts.
-
-    >>> peak_flops("NVIDIA H100 80GB HBM3", "bf16")
-    989400000000000.0
-    """
-    if precision not in PRECISIONS or NOT_WHOLE.search(name):
-        return None
-    fits = [known for known in GPUS if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE)]
-    peak = GPUS[max(fits, key=len)][1][PRECISIONS.index(precision)] if fits else None
-    return peak * 1e12 if peak is not None else None
+from megalite.watch.hardware import peak_flops
 
 
 class Meter:

@@ -16,6 +16,9 @@ import re
 from megalite.config import ConfigError
 from megalite.config.values import Range, shown
 
+PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
+# a slice of a GPU, or one held back by its case: the name says nothing of its speed
+NOT_WHOLE = re.compile(r"\b(MIG|vGPU|GRID|Laptop|Max-Q)\b", re.IGNORECASE)
 Peaks = tuple[float | None, float | None, float | None, float | None]
 # name: GiB, of each size that is sold; fp16, bf16, tf32, fp32 (matrix cores where torch uses them for fp32), None: not
 # there, or not published
@@ -95,3 +98,18 @@ def gpu_gib(text: str) -> float:
 
 def _squashed(name: str) -> str:
     return re.sub(r"[^a-z0-9.]|geforce|tesla", "", name.lower())
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """FLOP/s at most of the device `name` (as torch or NVML spell it), None where it is not known.
+
+    `precision`: fp16, bf16, tf32 or fp32. Of several names that fit the longest counts.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3", "bf16")
+    989400000000000.0
+    """
+    if precision not in PRECISIONS or NOT_WHOLE.search(name):
+        return None
+    fits = [known for known in GPUS if re.search(rf"\b{re.escape(known)}\b", name, re.IGNORECASE)]
+    peak = GPUS[max(fits, key=len)][1][PRECISIONS.index(precision)] if fits else None
+    return peak * 1e12 if peak is not None else None

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megalite.batches import TrainingError
 from megalite.config import Config, parse_command_line
+from megalite.config.errors import TrainingError
 from megalite.parallel.groups import World
 from megalite.together import describe_error, in_world
 

@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from megalite.batches import Microbatch, TrainingError
+from megalite.batches import Microbatch
 from megalite.build import Engine, build
 from megalite.checkpoint.folder import complete, latest, read_manifest
 from megalite.config import Config, ConfigError, check, resolve
+from megalite.config.errors import TrainingError
 from megalite.data.indexed import IndexedWriter
 from megalite.data.sets import open_data
 from megalite.optim.lr import learning_rate

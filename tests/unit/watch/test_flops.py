@@ -5,8 +5,8 @@ import torch
 
 from megalite.config import ModelConfig
 from megalite.plan import training_flops
-from megalite.watch.flops import Meter, describe, peak_flops
-from megalite.watch.hardware import GPUS
+from megalite.watch.flops import Meter, describe
+from megalite.watch.hardware import GPUS, peak_flops
 
 CPU = torch.device("cpu")
 
