@@ -31,7 +31,7 @@ from ranks import Ranks
 
 from megalite.checkpoint.state import State
 from megalite.config import ModelConfig
-from megalite.config.tune import shapes
+from megalite.config.trained import shapes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -55,8 +55,8 @@ def measure(folder: str, rounds: int) -> int:
     from megalite.checkpoint.save import Saver, save
     from megalite.config import CheckpointConfig, Config, TrainConfig
     from megalite.parallel.cuts import even, uncut
-    from megalite.parallel.launch import start_world
     from megalite.parallel.mesh import Mesh
+    from megalite.run.world import start_world
 
     def config(asynchronous: bool) -> Config:
         return Config(

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from megalite.config import parse_command_line, resolve
-from megalite.hf.export import export
+from megalite.exchange.hf_export import export
 from megalite.model.names import global_shapes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "dist"
 from ranks import Ranks
 
 from megalite.config import Config, parse_command_line, resolve
-from megalite.plan import Memory, memory
+from megalite.plan.costs import Memory, memory
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ, BATCH, STEPS = 256, 4, 2
@@ -37,9 +37,9 @@ def measure(folder: str, recompute: str, dp: int, zero: int) -> int:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from megalite.batches import Microbatch
-    from megalite.build import build
-    from megalite.parallel.launch import start_world
+    from megalite.engine.batches import Microbatch
+    from megalite.engine.engine import build
+    from megalite.run.world import start_world
 
     config = configuration(recompute, dp, zero)
     with start_world(config) as world:

@@ -114,11 +114,11 @@ def model_config(shape: Shape) -> Any:
 def megalite_step(shape: Shape, contender: Contender) -> Iterator[Step]:
     import torch
 
-    from megalite.batches import Microbatch
-    from megalite.build import build
     from megalite.config import Config, ParallelConfig, TrainConfig, check, resolve
+    from megalite.engine.batches import Microbatch
+    from megalite.engine.engine import build
     from megalite.optim.adamw import clip_scale
-    from megalite.parallel.launch import start_world
+    from megalite.run.world import start_world
 
     parallel = ParallelConfig(tp=contender.tp, pp=contender.pp, dp=contender.dp)
     size = shape.micro_batch * shape.microbatches
@@ -134,7 +134,7 @@ def megalite_step(shape: Shape, contender: Contender) -> Iterator[Step]:
         microbatches = [Microbatch(row[:, :-1], row[:, 1:], mask, positions) for row in rows]
 
         def step() -> float:
-            # as train_step of megalite.trainer
+            # as train_step of megalite.run.trainer
             values = [*engine.forward_backward(microbatches), engine.gradient_squares()]
             sums = engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
             engine.grads.flat.mul_(clip_scale(config.optim, sums[2], sums[1])[1])
@@ -154,8 +154,8 @@ def transformers_step(shape: Shape, contender: Contender) -> Iterator[Step]:
 
     from megalite.config import OptimConfig
     from megalite.model.decoder import Decoder
-    from megalite.model.hf import global_names, to_hf
     from megalite.model.init import draw
+    from megalite.model.layouts import global_names, to_hf
 
     model = model_config(shape)
     llama = LlamaForCausalLM(

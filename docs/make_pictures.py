@@ -288,9 +288,9 @@ def _train(axis: str, tied: bool, steps: int) -> list[tuple[float, Any]]:
     """Loss and whole weights after each step of a small fp32 model; two ranks on `axis`, or one for ''."""
     import torch
 
-    from megalite.batches import Microbatch
-    from megalite.build import build
     from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+    from megalite.engine.batches import Microbatch
+    from megalite.engine.engine import build
     from megalite.optim.adamw import clip_scale
     from megalite.parallel.groups import World
     from megalite.parallel.threads import run_threads

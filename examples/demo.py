@@ -20,8 +20,8 @@ from megalite.data.corpus import Corpus, prepare
 from megalite.data.indexed import IndexedDataset
 from megalite.data.ngram import Baseline, KneserNeyBigram, Unigram, total_nats
 from megalite.data.questions import PHRASINGS, Questions, make_rows, prepare_questions
-from megalite.data.rows import filled_lines, parse_json
-from megalite.evaluate.rows import exact_match
+from megalite.inference.eval_rows import exact_match
+from megalite.text.rows import filled_lines, parse_json
 from megalite.watch.metrics import read_metrics
 from megalite.watch.plot import plot_losses
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite.entry import pretrain
-from megalite.together import leave
+from megalite.run.entry import pretrain
+from megalite.run.together import leave
 
 if __name__ == "__main__":
     corpus = Path(__file__).resolve().parent / "corpus"

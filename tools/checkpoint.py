@@ -17,10 +17,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite.arguments import Parser
 from megalite.checkpoint.describe import describe, describe_lines, many, size
 from megalite.checkpoint.folder import complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged, Removed
+from megalite.launch.arguments import Parser
 
 EXAMPLES = """examples:
   python tools/checkpoint.py info runs/tiny
@@ -241,7 +241,7 @@ def add_merge(verbs: Verbs) -> None:
 
 def merge(options: argparse.Namespace) -> int:
     """Write the new run folder."""
-    from megalite.tune.adapter import merge_adapter
+    from megalite.exchange.adapter import merge_adapter
 
     print(f"wrote {merge_adapter(options.adapter, options.target, options.base)}")
     return 0
@@ -277,10 +277,10 @@ def convert(options: argparse.Namespace) -> int:
     if options.verify:
         if there == "megatron":
             raise ValueError("--verify needs a Hugging Face folder on one side; convert to hf and verify that")
-        from megalite.hf.verify import require_transformers
+        from megalite.exchange.hf_verify import require_transformers
 
         require_transformers()
-    from megalite.hf.folder import find_tokenizer, open_folder, require_new
+    from megalite.exchange.hf_folder import find_tokenizer, open_folder, require_new
 
     # these load no torch, and are where most goes wrong
     require_new(Path(options.target[1]), "target")
@@ -290,7 +290,7 @@ def convert(options: argparse.Namespace) -> int:
     if here == "hf" and find_tokenizer(Path(options.target[1])) is None:
         print("note: it has no tokenizer, as none lies with the run or its data; copy tokenizer.json into it")
     if options.verify:
-        from megalite.hf.verify import verify
+        from megalite.exchange.hf_verify import verify
 
         hf, megalite = (options.source, options.target) if there == "hf" else (options.target, options.source)
         found = verify(Path(hf[1]), Path(megalite[1]))
@@ -303,18 +303,18 @@ def written(options: argparse.Namespace) -> Path:
     """The new folder, by one of the ways that there are."""
     (there, source), (here, target) = ((kind, Path(path)) for kind, path in (options.source, options.target))
     if there == "hf":
-        from megalite.hf.convert import from_hf_folder
+        from megalite.exchange.convert import from_hf_folder
 
         return from_hf_folder(source, target, options.dtype)
     if there == "megatron":
-        from megalite.hf.megatron import from_megatron
+        from megalite.exchange.megatron import from_megatron
 
         return from_megatron(source, target, options.allow_pickle, options.dtype)
     if here == "hf":
-        from megalite.hf.convert import to_hf_folder
+        from megalite.exchange.convert import to_hf_folder
 
         return to_hf_folder(source, target, options.dtype, int(options.shard_gb * 10**9))
-    from megalite.tune.adapter import export_peft, import_peft
+    from megalite.exchange.adapter import export_peft, import_peft
 
     if here == "peft":
         return export_peft(source, target, options.base)

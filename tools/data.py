@@ -14,15 +14,15 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite.arguments import Parser
-from megalite.data.chat import ChatTemplate, find_template, template_names
 from megalite.data.indexed import paths
 from megalite.data.instructions import Options, examples, write_indexed
 from megalite.data.new_tokenizer import new_tokenizer
 from megalite.data.packing import Conversations, SftDataset
 from megalite.data.report import Report
 from megalite.data.survey import histogram, marked, survey
-from megalite.data.tokenizer import load_tokenizer
+from megalite.launch.arguments import Parser
+from megalite.text.chat import ChatTemplate, find_template, template_names
+from megalite.text.tokenizer import load_tokenizer
 
 TRAINED, PLAIN = "\033[32m", "\033[0m"
 

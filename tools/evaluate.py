@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite import together
-from megalite.agree import paths_report
-from megalite.arguments import Parser
 from megalite.config import check
 from megalite.data.dataset import check_vocabulary, heldout_windows
 from megalite.data.native import open_indexed
 from megalite.data.origin import made_with
 from megalite.data.preprocess import preprocess
-from megalite.evaluate.rows import (
+from megalite.inference.chat import Chat
+from megalite.inference.eval_rows import (
     choose_shots,
     cloze_sequences,
     exact_match,
@@ -33,12 +31,14 @@ from megalite.evaluate.rows import (
     token_f1,
     with_shots,
 )
-from megalite.generate.chat import Chat
-from megalite.generate.source import Source, open_source
-from megalite.generate.text import Reply, Settings
+from megalite.inference.reply import Reply, Settings
+from megalite.inference.source import Source, open_source
+from megalite.launch.arguments import Parser
+from megalite.run import together
+from megalite.run.agree import paths_report
 
 if TYPE_CHECKING:
-    from megalite.build import Stage
+    from megalite.engine.engine import Stage
     from megalite.parallel.groups import World
 
 SEQ_LEN = 2048
@@ -105,7 +105,7 @@ def main() -> int:
 
 
 def measure(world: "World", source: Source, run: Any) -> dict[str, Any]:
-    from megalite.generate.decode import load_stage
+    from megalite.inference.decode import load_stage
 
     figures: dict[str, Any] = run(load_stage(source, world))
     return figures
@@ -177,7 +177,7 @@ def answers(options: argparse.Namespace, source: Source, scratch: str) -> tuple[
         replies.append(reply)
 
     def run(stage: "Stage") -> dict[str, Any]:
-        from megalite.evaluate.measure import answer
+        from megalite.inference.measure import answer
 
         answer(stage, replies, settings, options.batch_size)
         said: list[dict[str, Any]] = [
@@ -199,7 +199,7 @@ def choices(options: argparse.Namespace, source: Source, scratch: str) -> tuple[
     sequences = cloze_sequences(source, rows, shots, options.delimiter)
 
     def run(stage: "Stage") -> dict[str, Any]:
-        from megalite.evaluate.measure import score
+        from megalite.inference.measure import score
 
         scores = score(stage, rows, sequences)
         said: list[dict[str, Any]] = [

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megalite import together
-from megalite.agree import paths_report
-from megalite.arguments import Parser
-from megalite.data.rows import decode, filled_lines, kind, parse_json, text_fault
-from megalite.generate.chat import Chat
-from megalite.generate.source import Source, open_source
-from megalite.generate.text import Reply, Settings, in_order
+from megalite.inference.chat import Chat
+from megalite.inference.reply import Reply, Settings, in_order
+from megalite.inference.source import Source, open_source
+from megalite.launch.arguments import Parser
+from megalite.run import together
+from megalite.run.agree import paths_report
+from megalite.text.rows import decode, filled_lines, kind, parse_json, text_fault
 
 if TYPE_CHECKING:
-    from megalite.build import Stage
+    from megalite.engine.engine import Stage
     from megalite.parallel.groups import World
 
 WEEK_S = 7 * 24 * 3600.0
@@ -95,7 +95,7 @@ def main() -> int:
         return together.fail(error)
 
     def run(world: "World") -> None:
-        from megalite.generate.decode import load_stage
+        from megalite.inference.decode import load_stage
 
         stage = load_stage(source, world)
         if replies:
@@ -143,7 +143,7 @@ def reply(source: Source, chat: Chat | None, prompt: str, settings: Settings) ->
 
 def show(stage: "Stage", prompts: Sequence[str], replies: Sequence[Reply], settings: Settings) -> None:
     """Print prompts and replies, one after the other, as they come."""
-    from megalite.generate.decode import stream
+    from megalite.inference.decode import stream
 
     begun = set[int]()
     for number, text in in_order(stream(stage, replies, settings), replies):
@@ -157,7 +157,7 @@ def show(stage: "Stage", prompts: Sequence[str], replies: Sequence[Reply], setti
 
 def interact(stage: "Stage", source: Source, chat: Chat | None, settings: Settings) -> None:
     """Continue or answer each line that is typed, until the end of input."""
-    from megalite.generate.decode import share_text, stream
+    from megalite.inference.decode import share_text, stream
 
     for line in lines():
         line = share_text(line, stage.mesh.world, stage.mesh.device)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megalite.arguments import Parser
 from megalite.data.preprocess import preprocess
-from megalite.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
+from megalite.launch.arguments import Parser
+from megalite.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
 # Megatron's names for the two kinds; the file itself says which one it is.
 TOKENIZER_TYPES = {

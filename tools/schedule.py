@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megalite.arguments import Parser
+from megalite.launch.arguments import Parser
 from megalite.pipeline.draw import save_png, text_grid
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedule import SCHEDULES, forward_only, make_plan

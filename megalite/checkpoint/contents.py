@@ -15,8 +15,8 @@ from megalite.checkpoint.manifest import one_line
 from megalite.checkpoint.state import state_from
 from megalite.config import Config, ConfigError, from_mapping
 from megalite.config.schema import SECTIONS
-from megalite.config.tune import Shape, adapter_shapes, shapes, trained
-from megalite.data.tokenizer import load_tokenizer
+from megalite.config.trained import Shape, adapter_shapes, shapes, trained
+from megalite.text.tokenizer import load_tokenizer
 
 # of weights, and of what is kept in full precision beside them
 _DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalite import launcher
 from megalite.config import ConfigError
+from megalite.launch import launcher
 from megalite.watch.progress import duration
 
 NAME, BESIDE = "LOCK", ".LOCK-"

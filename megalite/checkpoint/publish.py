@@ -26,7 +26,7 @@ from megalite.checkpoint.folder import BUILDING, complete, read_manifest, step_o
 from megalite.checkpoint.manifest import FORMAT, check_files, digest
 from megalite.checkpoint.retain import remove, surplus
 from megalite.config import Config
-from megalite.disk import write_whole_text
+from megalite.watch.disk import write_whole_text
 
 
 def write_rank(building: Path, rank: int, parts: list[Part], tensors: Iterable[Tensor], faults: Faults) -> None:

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalite import disk, launcher
 from megalite.checkpoint.blocks import Part, parts_of
 from megalite.checkpoint.faults import Faults
 from megalite.checkpoint.folder import building_folder, step_folder
 from megalite.checkpoint.manifest import Damaged
 from megalite.checkpoint.publish import missing_parts, point_at, prune, publish, write_rank
 from megalite.config import Config
+from megalite.launch import launcher
 from megalite.parallel.cuts import Shard, uncut
 from megalite.parallel.groups import share_text
 from megalite.parallel.mesh import Mesh
+from megalite.watch import disk
 
 # how long rank 0 waits, in the end, between looks for the others' parts; how long a file system may take to show them
 LOOK_S, SHOW_S = 0.5, 30.0

@@ -5,7 +5,7 @@ Nothing here imports torch, so that a mistake is told within a second.
 
 from megalite.config.check import check, resolve
 from megalite.config.errors import ConfigError
-from megalite.config.load import Hardware, Request, from_mapping, parse_command_line
+from megalite.config.parse import Hardware, Request, from_mapping, parse_command_line
 from megalite.config.schema import (
     CheckpointConfig,
     Config,

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 from megalite.config.batch import skipped_ranges, total_samples
 from megalite.config.errors import ConfigError
-from megalite.config.groups import check_groups
+from megalite.config.param_groups import check_groups
 from megalite.config.schema import MOST_BATCH, Config, ModelConfig, TuneConfig
-from megalite.config.tune import adapter_shapes, hidden_matrices, shapes, trained
+from megalite.config.trained import adapter_shapes, hidden_matrices, shapes, trained
 from megalite.config.values import check_values, shown
 
 
@@ -36,7 +36,7 @@ def valid_tp(model: ModelConfig) -> list[int]:
 def resolve(config: Config, world_size: int) -> Config:
     """The configuration with every null replaced that follows from other keys and the number of ranks.
 
-    parallel.tp and parallel.pp must have been chosen before (megalite.plan). Call `check` on the result.
+    parallel.tp and parallel.pp must have been chosen before (megalite.plan.costs). Call `check` on the result.
     """
     check_values(config)
     model, parallel, optim = config.model, config.parallel, config.optim

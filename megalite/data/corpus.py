@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megalite.data.preprocess import preprocess
-from megalite.data.tokenizer import load_tokenizer
+from megalite.text.tokenizer import load_tokenizer
 
 # Raised whenever the same text would give other files, so that old caches are not taken for new ones.
 RECIPE = 1

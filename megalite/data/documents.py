@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megalite.data.rows import Line, decode, kind, parse_json, read_lines, text_fault
+from megalite.text.rows import Line, decode, kind, parse_json, read_lines, text_fault
 
 
 class Row(NamedTuple):

@@ -17,8 +17,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.rows import read_object
 from megalite.data.temporary import Locks, remove_leftovers
+from megalite.text.rows import read_object
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

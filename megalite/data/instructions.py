@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.chat import ChatTemplate, control_pattern
-from megalite.data.controls import Controls, keep_text, unmark
-from megalite.data.conversations import normalise, read_rows
 from megalite.data.indexed import IndexedWriter, paths
-from megalite.data.jinja import LimitError
-from megalite.data.masks import UntrainedError, require_trained, token_weights, weighted_spans
-from megalite.data.messages import Conversation
 from megalite.data.origin import describe_tokenizer
 from megalite.data.report import Report
-from megalite.data.tokenizer import Encoding, Tokenizer
+from megalite.text.chat import ChatTemplate, control_pattern
+from megalite.text.controls import Controls, keep_text, unmark
+from megalite.text.conversations import normalise, read_rows
+from megalite.text.jinja import LimitError
+from megalite.text.masks import UntrainedError, require_trained, token_weights, weighted_spans
+from megalite.text.messages import Conversation
+from megalite.text.tokenizer import Encoding, Tokenizer
 from megalite.watch.progress import Bar
 
 # Raised whenever the same rows would give other files, so that old caches are not taken for new ones.

@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megalite.data.chat import BUILT_IN
 from megalite.data.corpus import build_once, train_tokenizer
 from megalite.data.documents import read_rows, texts
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
-from megalite.data.tokenizer_files import CONFIG, TEMPLATE
+from megalite.text.chat import BUILT_IN
+from megalite.text.tokenizer import Tokenizer, load_tokenizer
+from megalite.text.tokenizer_files import CONFIG, TEMPLATE
 
 # what the template chatml writes to begin and end turns
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")

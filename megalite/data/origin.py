@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megalite.data.indexed import paths
-from megalite.data.rows import read_object
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.text.rows import read_object
+from megalite.text.tokenizer import Tokenizer, load_tokenizer
 
 
 def describe_tokenizer(tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megalite.data.documents import Row, read_rows, texts
 from megalite.data.indexed import IndexedWriter, paths, token_dtype
 from megalite.data.origin import describe_tokenizer
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.text.tokenizer import Tokenizer, load_tokenizer
 from megalite.watch.progress import Bar
 
 BATCH_BYTES = 1 << 18

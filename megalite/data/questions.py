@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megalite.data.corpus import HELDOUT_EVERY, LANGUAGES, build_once
-from megalite.data.rows import filled_lines, parse_json
+from megalite.text.rows import filled_lines, parse_json
 
 # the last phrasing of each task is held out
 PHRASINGS = {

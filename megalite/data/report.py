@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.messages import Conversation
-from megalite.data.tokenizer import Encoding, Tokenizer
+from megalite.text.messages import Conversation
+from megalite.text.tokenizer import Encoding, Tokenizer
 
 SHOWN_ROWS = 5
 # what templates write where they mean a control token; [INST] is ordinary text to the models that began with it

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megalite.config import Config, DataConfig
-from megalite.data.chat import ChatTemplate, find_template
 from megalite.data.dataset import PretrainDataset, Samples, Section, check_vocabulary, heldout_windows
 from megalite.data.indexed import IndexedDataset, paths
 from megalite.data.instructions import Options, prepare
@@ -24,7 +23,8 @@ from megalite.data.native import open_indexed
 from megalite.data.origin import find_tokenizer_of
 from megalite.data.packing import Conversations, SftDataset
 from megalite.data.survey import Survey, shown_path, survey
-from megalite.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
+from megalite.text.chat import ChatTemplate, find_template
+from megalite.text.tokenizer import Tokenizer, load_tokenizer, tokenizer_file
 
 _log = logging.getLogger(__name__)
 

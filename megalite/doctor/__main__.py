@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from megalite import __version__, doctor
-from megalite.arguments import Parser
 from megalite.doctor import Finding, Findings, machine, ranks, said, software
+from megalite.launch.arguments import Parser
 
 Probe = Callable[[], Findings]
 SECTIONS: dict[str, Sequence[Probe]] = {

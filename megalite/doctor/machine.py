@@ -39,7 +39,7 @@ def cores() -> Findings:
 
 
 def memory() -> Findings:
-    from megalite.topology import available_memory
+    from megalite.plan.topology import available_memory
 
     total, free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), available_memory()
     remedy = "end other programs, or ask for more memory: one rank of a small model takes 0.5 GiB"
@@ -91,7 +91,7 @@ def _text(found: str | bytes) -> str:
 
 def _peak(name: str) -> str:
     try:
-        from megalite.watch.hardware import peak_flops
+        from megalite.plan.hardware import peak_flops
     except ImportError:
         return ""  # no torch: told elsewhere
     peak = peak_flops(name, "bf16")

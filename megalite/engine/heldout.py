@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from megalite.batches import load_microbatches
-from megalite.build import Stage
 from megalite.data.dataset import Samples
+from megalite.engine.batches import load_microbatches
+from megalite.engine.engine import Stage
 from megalite.parallel.groups import sum_numbers
 from megalite.watch.progress import Bar
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 
-from megalite.config import ModelConfig, tune
+from megalite.config import ModelConfig
+from megalite.config import trained as tune
 
 Shape = tune.Shape
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megalite.config import OptimConfig
-from megalite.config.groups import group_settings
+from megalite.config.param_groups import group_settings
 from megalite.optim.apex import fused_adam
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megalite.config import ModelConfig, OptimConfig
-from megalite.config.groups import group_settings
-from megalite.model.hf import from_hf, to_hf
+from megalite.config.param_groups import group_settings
+from megalite.model.layouts import from_hf, to_hf
 from megalite.optim.adamw import AdamW
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import Group

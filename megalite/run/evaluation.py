@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megalite.build import Engine
 from megalite.checkpoint.state import State
 from megalite.config.errors import TrainingError
 from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
+from megalite.engine.engine import Engine
 from megalite.engine.heldout import held_out
 from megalite.watch.metrics import Metrics
 from megalite.watch.progress import Progress

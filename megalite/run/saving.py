@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megalite.build import Engine
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.save import SaveFailed, Saver
 from megalite.checkpoint.state import State
+from megalite.engine.engine import Engine
 from megalite.watch.metrics import Metrics
 from megalite.watch.progress import Progress
 

@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megalite.batches import Microbatch, load_microbatches
-from megalite.build import Engine
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.state import State
 from megalite.config import Config
 from megalite.config.batch import batch_size, is_skipped
 from megalite.data.dataset import Samples
+from megalite.engine.batches import Microbatch, load_microbatches
+from megalite.engine.engine import Engine
+from megalite.launch.stop import Stop
 from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import exhausted, next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import sum_numbers
-from megalite.watch.stop import Stop
 
 
 @dataclass(frozen=True)

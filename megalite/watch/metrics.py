@@ -16,7 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from megalite import disk
+from megalite.watch import disk
 
 # lines kept of a disk that refuses them: a day of short steps
 KEPT_LINES = 100_000

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PRELOADED = ["pytest", "pynvml", "ranks", "megalite.trainer", "torch._dynamo"]
+PRELOADED = ["pytest", "pynvml", "ranks", "megalite.run.trainer", "torch._dynamo"]
 # as seen by every rank; one thread, because sums over two differ
 COMMON = {
     "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{Path(__file__).parent}",
@@ -173,7 +173,7 @@ def _end_with_parent() -> None:
 
 def pretrain(argv: Sequence[str]) -> int:
     """What `examples/pretrain_7b.py --preset tiny` does in each process."""
-    from megalite import entry  # reads the rank from the environment
+    from megalite.run import entry  # reads the rank from the environment
 
     return entry.pretrain(argv, default_preset="tiny", corpus=REPOSITORY / "examples" / "corpus")
 
@@ -186,7 +186,7 @@ def pretrain_at(folders: Sequence[Path], argv: Sequence[str]) -> int:
 
 def finetune(argv: Sequence[str]) -> int:
     """What `examples/sft_7b.py --preset tiny` does in each process."""
-    from megalite import entry
+    from megalite.run import entry
 
     corpus = REPOSITORY / "examples" / "corpus"
     return entry.pretrain(["--preset", "tiny", *argv], default_preset="sft-7b", corpus=corpus, tuning=True)
@@ -194,7 +194,7 @@ def finetune(argv: Sequence[str]) -> int:
 
 def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Signals) -> int:
     """`pretrain`, in which one rank's process gets these signals at the beginning of a step."""
-    from megalite import trainer
+    from megalite.run import trainer
 
     whole_step = trainer.train_step
 
@@ -211,12 +211,12 @@ def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Si
 
 def save_untrained(argv: Sequence[str], source: Path | None = None) -> int:
     """Build what this command line asks for, load `source` into it if there is one, and save it without a step."""
-    from megalite import restore
-    from megalite.build import build
     from megalite.checkpoint.save import save
     from megalite.config import parse_command_line
-    from megalite.entry import configure
-    from megalite.parallel.launch import start_world
+    from megalite.engine import restore
+    from megalite.engine.engine import build
+    from megalite.run.entry import configure
+    from megalite.run.world import start_world
 
     config, _ = configure(parse_command_line(argv, default_preset="tiny", prog="test"))
     with start_world(config) as world:

@@ -11,7 +11,7 @@ from ranks import finetune, pretrain, run_ranks, whole_tensors
 from megalite.checkpoint.folder import latest
 from megalite.data.new_tokenizer import new_tokenizer
 from megalite.data.preprocess import preprocess
-from megalite.data.tokenizer import load_tokenizer
+from megalite.text.tokenizer import load_tokenizer
 from megalite.watch.metrics import read_metrics
 
 SHAPE = ["model.vocab_size=400", "model.hidden_size=32", "model.num_layers=2", "model.ffn_hidden_size=64"]

@@ -76,7 +76,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def slow_step(argv: list[str], step: int) -> int:
     """`pretrain`, in which every rank is long at one step."""
-    from megalite import trainer
+    from megalite.run import trainer
 
     whole_step = trainer.train_step
 

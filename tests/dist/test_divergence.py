@@ -16,7 +16,7 @@ STEP = 4
 
 def poisoned(argv: Sequence[str], rank: int) -> int:
     """`pretrain`, in which one rank's first feed-forward gives a NaN at the samples of one step, each time anew."""
-    from megalite.build import Engine
+    from megalite.engine.engine import Engine
 
     if os.environ["RANK"] == str(rank):
         run = Engine._run

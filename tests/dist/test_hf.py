@@ -9,11 +9,11 @@ from ranks import pretrain, refused, run_ranks, whole_tensors
 from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.folder import complete
-from megalite.hf.convert import from_hf_folder
-from megalite.hf.fields import read_json
-from megalite.hf.folder import open_folder
-from megalite.hf.load import read_whole
-from megalite.hf.verify import verify
+from megalite.exchange.convert import from_hf_folder
+from megalite.exchange.hf_fields import read_json
+from megalite.exchange.hf_folder import open_folder
+from megalite.exchange.hf_verify import verify
+from megalite.exchange.hf_weights import read_whole
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,11 +7,11 @@ import torch
 from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
-from megalite.build import Engine, Microbatch, build
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
-from megalite.parallel.launch import start_world
+from megalite.engine.engine import Engine, Microbatch, build
 from megalite.pipeline.schedule import make_plan
 from megalite.pipeline.simulate import simulate
+from megalite.run.world import start_world
 
 STAGES, MICROBATCHES = 4, 8
 

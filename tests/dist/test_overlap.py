@@ -8,10 +8,10 @@ import torch
 from ranks import run_ranks
 from torch.profiler import record_function
 
-from megalite.batches import Microbatch
-from megalite.build import build
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
-from megalite.parallel.launch import start_world
+from megalite.engine.batches import Microbatch
+from megalite.engine.engine import build
+from megalite.run.world import start_world
 from megalite.watch.trace import traced
 
 SEQ = 256

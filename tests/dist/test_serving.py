@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from megalite.config import ModelConfig
-from megalite.data.chat import BUILT_IN
 from megalite.data.corpus import train_tokenizer
-from megalite.hf.convert import to_hf_folder, write_run
+from megalite.exchange.convert import to_hf_folder, write_run
 from megalite.model.init import draw
 from megalite.model.names import global_shapes
+from megalite.text.chat import BUILT_IN
 
 ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "examples" / "corpus"

@@ -9,10 +9,10 @@ import torch
 from assets import asset
 from ranks import finetune, run_ranks
 
-from megalite.generate.chat import Chat
-from megalite.generate.decode import load_stage, stream
-from megalite.generate.source import open_source
-from megalite.generate.text import Reply, Settings
+from megalite.inference.chat import Chat
+from megalite.inference.decode import load_stage, stream
+from megalite.inference.reply import Reply, Settings
+from megalite.inference.source import open_source
 from megalite.parallel.groups import SoloWorld
 from megalite.watch.metrics import read_metrics
 

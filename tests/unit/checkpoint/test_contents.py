@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from megalite.build import build
 from megalite.checkpoint import save as save_module
 from megalite.checkpoint.folder import complete, read_manifest
 from megalite.checkpoint.manifest import Damaged, digest
@@ -23,6 +22,7 @@ from megalite.config import (
     check,
     resolve,
 )
+from megalite.engine.engine import build
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
 from tools.checkpoint import main

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from megalite.build import Engine, build
 from megalite.checkpoint import save as save_module
 from megalite.checkpoint.folder import complete, read_manifest, step_folder
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.state import State
 from megalite.config import CheckpointConfig, Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.engine.engine import Engine, build
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
 

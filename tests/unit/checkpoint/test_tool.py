@@ -28,7 +28,7 @@ from megalite.checkpoint.state import State
 from megalite.checkpoint.verify import verify
 from megalite.config import Config, ModelConfig, from_mapping
 from megalite.config.read import read_yaml_file
-from megalite.config.tune import shapes
+from megalite.config.trained import shapes
 from megalite.parallel.cuts import even
 from tools.checkpoint import main
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite import restore
-from megalite.batches import Microbatch
-from megalite.build import Engine, build
 from megalite.checkpoint.folder import read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.save import save
 from megalite.config import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.engine import restore
+from megalite.engine.batches import Microbatch
+from megalite.engine.engine import Engine, build
 from megalite.optim.adamw import clip_scale
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads

@@ -15,13 +15,14 @@ import pytest
 import yaml
 from campaign import rounds
 
-from megalite import entry, topology
 from megalite.config import Config, ConfigError, from_mapping, parse_command_line, to_yaml
 from megalite.config.flags import SPECIAL, _table
-from megalite.config.load import PRESETS, preset_names
+from megalite.config.parse import PRESETS, preset_names
 from megalite.config.read import read_yaml
 from megalite.config.schema import SECTIONS
 from megalite.config.values import number
+from megalite.plan import topology
+from megalite.run import entry
 
 KEYS = {f"{section}.{f.name}": f for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 SECONDS = 2.0

@@ -7,7 +7,7 @@ import pytest
 
 from megalite.config import ConfigError, parse_command_line
 from megalite.config.flags import SPECIAL, TABLE, _keys, _table
-from megalite.config.load import OPTIONS
+from megalite.config.parse import OPTIONS
 from megalite.config.read import coerce, read_yaml_file
 from megalite.config.schema import SECTIONS, hints_of
 

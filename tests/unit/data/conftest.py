@@ -7,7 +7,7 @@ import pytest
 
 from megalite.data.corpus import Corpus, prepare
 from megalite.data.indexed import IndexedDataset, IndexedWriter
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.text.tokenizer import Tokenizer, load_tokenizer
 
 CORPUS = Path(__file__).parents[3] / "examples" / "corpus"
 

@@ -6,7 +6,7 @@ import pytest
 
 from megalite.data.corpus import Corpus, prepare
 from megalite.data.indexed import IndexedDataset
-from megalite.data.tokenizer import Tokenizer
+from megalite.text.tokenizer import Tokenizer
 
 CORPUS = Path(__file__).parents[3] / "examples" / "corpus"
 

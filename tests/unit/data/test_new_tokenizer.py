@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-from megalite.data.chat import ChatTemplate, control_pattern, find_template
 from megalite.data.instructions import Options, Report, _example
 from megalite.data.new_tokenizer import new_tokenizer
-from megalite.data.tokenizer import load_tokenizer
-from megalite.hf.tokenizer import write_tokenizer
+from megalite.exchange.hf_tokenizer import write_tokenizer
+from megalite.text.chat import ChatTemplate, control_pattern, find_template
+from megalite.text.tokenizer import load_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "data.py"
 TEXTS = ["In the beginning", "  two  spaces\n\n a new line\t", "床前明月光，疑是地上霜。\n", "naïve 😀 <|im_end|> 山"]

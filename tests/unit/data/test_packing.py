@@ -12,13 +12,13 @@ from assets import asset
 
 from megalite.config import Config, DataConfig, ModelConfig, TrainConfig
 from megalite.data import instructions
-from megalite.data.chat import BUILT_IN, ChatTemplate
 from megalite.data.corpus import Corpus
 from megalite.data.indexed import IndexedDataset
 from megalite.data.instructions import Options, write_indexed
 from megalite.data.packing import Conversations, Piece, SftDataset, pack, pieces
 from megalite.data.sets import DataSets, open_data
-from megalite.data.tokenizer import Tokenizer
+from megalite.text.chat import BUILT_IN, ChatTemplate
+from megalite.text.tokenizer import Tokenizer
 
 SEQ = 32
 

@@ -13,7 +13,7 @@ from megalite.data import preprocess as module
 from megalite.data.documents import Row
 from megalite.data.indexed import IndexedDataset, paths
 from megalite.data.preprocess import preprocess
-from megalite.data.tokenizer import Tokenizer, load_tokenizer
+from megalite.text.tokenizer import Tokenizer, load_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
 TEXTS = [f"verse {i}\nof 山 chapter {i * i}" for i in range(200)]

@@ -10,7 +10,7 @@ from megalite.data import sets
 from megalite.data.corpus import Corpus
 from megalite.data.preprocess import preprocess
 from megalite.data.sets import open_data
-from megalite.data.tokenizer import load_tokenizer
+from megalite.text.tokenizer import load_tokenizer
 
 CORPUS = Path(__file__).parents[3] / "examples" / "corpus"
 

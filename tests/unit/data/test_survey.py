@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from assets import asset
 
-from megalite.data.chat import ChatTemplate, find_template
 from megalite.data.instructions import Options, Report, examples, write_indexed
 from megalite.data.packing import Conversations
 from megalite.data.survey import Survey, histogram, marked, survey
-from megalite.data.tokenizer import load_tokenizer
+from megalite.text.chat import ChatTemplate, find_template
+from megalite.text.tokenizer import load_tokenizer
 
 TOOL = Path(__file__).parents[3] / "tools" / "data.py"
 SMOLLM2, MISTRAL = "smollm2", "mistral-v1/tokenizer.model"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from megalite.build import Stage, build_stage
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
 from megalite.data.dataset import Spread, WindowDataset, heldout_windows
 from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.engine.engine import Stage, build_stage
 from megalite.engine.heldout import held_out
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from megalite.config import ModelConfig
 from megalite.model.decoder import Decoder
-from megalite.model.hf import global_names
+from megalite.model.layouts import global_names
 
 MODEL = ModelConfig(
     vocab_size=31,

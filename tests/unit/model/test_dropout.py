@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite.batches import load_microbatches
-from megalite.build import Engine, Microbatch, build
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.data.dataset import Batch
+from megalite.engine.batches import load_microbatches
+from megalite.engine.engine import Engine, Microbatch, build
 from megalite.model import dropout
 from megalite.model.dropout import Dropout, keep_mask, sample_keys
 from megalite.parallel.groups import SoloWorld, World

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite.build import build
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.engine.engine import build
 from megalite.model.decoder import Decoder
-from megalite.model.hf import global_names
 from megalite.model.init import draw, materialise
+from megalite.model.layouts import global_names
 from megalite.parallel.groups import Group, World
 from megalite.parallel.threads import run_threads
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megalite.activations import stage_activation_bytes
-from megalite.build import Engine, Microbatch, build
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.engine.engine import Engine, Microbatch, build
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
+from megalite.plan.activations import stage_activation_bytes
 
 SMALL = ModelConfig(
     vocab_size=67, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, qk_norm=True

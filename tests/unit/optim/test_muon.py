@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megalite import plan
-from megalite.build import build
 from megalite.checkpoint.load import load
 from megalite.config import (
     CheckpointConfig,
@@ -24,14 +22,16 @@ from megalite.config import (
     check,
     resolve,
 )
-from megalite.config.tune import hidden_matrices
+from megalite.config.trained import hidden_matrices
+from megalite.engine.engine import build
 from megalite.model.decoder import Decoder
-from megalite.model.hf import from_hf, global_names, to_hf
 from megalite.model.init import draw
+from megalite.model.layouts import from_hf, global_names, to_hf
 from megalite.optim.muon import Muon, lr_ratio, orthogonalise
 from megalite.parallel.cuts import uncut
 from megalite.parallel.groups import SoloWorld
 from megalite.parallel.threads import run_threads
+from megalite.plan import costs as plan
 
 STEPS = 20
 MODEL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=36)

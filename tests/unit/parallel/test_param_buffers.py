@@ -3,8 +3,8 @@
 import pytest
 from torch import Tensor
 
-from megalite.build import Engine, build
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.engine.engine import Engine, build
 from megalite.parallel.threads import run_threads
 
 

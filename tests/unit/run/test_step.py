@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite.batches import Microbatch
-from megalite.build import Engine, build
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, resolve
 from megalite.data.dataset import PretrainDataset, Samples
 from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.engine.batches import Microbatch
+from megalite.engine.engine import Engine, build
+from megalite.launch.stop import Stop
 from megalite.optim.loss_scale import first_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
 from megalite.run.step import Outcome, train_step
-from megalite.watch.stop import Stop
 
 MODEL = ModelConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, ffn_hidden_size=24)
 

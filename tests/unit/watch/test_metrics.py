@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite import entry
+from megalite.run import entry
 from megalite.watch.metrics import Metrics, read_metrics, require_tensorboard
 
 

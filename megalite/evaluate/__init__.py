@@ -1,1 +1,0 @@
-"""What a model is worth: held-out loss, answers to questions, choices by likelihood."""

@@ -1,0 +1,1 @@
+"""Weights in other formats: Hugging Face, Megatron-LM, peft; adapters and their bases."""

@@ -1,0 +1,194 @@
+"""An adapter written out: merged into a run folder of whole weights, or in the format of Hugging Face's peft, and back.
+
+peft's format: adapter_config.json and adapter_model.safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megalite.checkpoint.folder import find, read_manifest, step_folder
+from megalite.checkpoint.load import read_tensor
+from megalite.checkpoint.publish import new_folder
+from megalite.checkpoint.save import write_whole
+from megalite.config import Config, TrainConfig, resolve, to_yaml
+from megalite.config.trained import adapted, adapter_shapes, projections, shapes
+from megalite.exchange.adapter_config import FILE, read_settings, require_targets, tune_config
+from megalite.exchange.base import is_hf, name_of
+from megalite.exchange.convert import FRESH, keep_beside, write_run
+from megalite.exchange.hf_fields import plain
+from megalite.exchange.hf_folder import open_folder, read_header, require_new
+from megalite.exchange.merge import config_of, find_adapter, open_merged
+from megalite.model.names import names_there
+
+PREFIX = "base_model.model."
+
+
+def merge_adapter(adapter: Path, target: Path, base: Path | None = None) -> Path:
+    """Write the new run folder `target`, at step 0, of a LoRA run's merged weights. `base` as in `open_merged`."""
+    config, get, dtype_of = open_merged(adapter, base)
+    run_dir = find_adapter(adapter).parents[1]
+    dtypes = {name: dtype_of(name) for name in shapes(config.model)}
+    beside, files = _with_model(run_dir)
+    return write_run(target, config.model, get, dtypes, context=config.train.seq_len, beside=beside, files=files)
+
+
+def export_peft(adapter: Path, target: Path, base_name: str | None = None) -> Path:
+    """Write a LoRA checkpoint's factors to the new folder `target`, as PeftModel.from_pretrained reads them.
+
+    `base_name`: of the model that peft should put them beside, a name or folder of Hugging Face's; None: where the
+    adapter's base lay, if that is one. Beside q, k and v there stand q, k and v here, so no row changes its place, but
+    for GPT-2's c_attn.
+    """
+    folder = find_adapter(adapter)
+    require_new(target, "target")
+    manifest = read_manifest(folder)
+    config = config_of(manifest)
+    if base_name is None:
+        place = manifest["base"].partition(" ")[2]
+        base_name = place if is_hf(Path(place)) else ""
+    tensors = {}
+    for ours, theirs in _peft_names(config).items():
+        factor = read_tensor(folder, manifest, f"weight.{ours}")
+        tensors[theirs] = factor[_fused_rows(config)] if ours.endswith(".lora_qkv.b") else factor
+    modules = sorted({_module_of(name) for name in tensors})
+    ends = {".".join(name.split(".")[-2:]) for name in modules}
+    everywhere = len(modules) == len(ends) * config.model.num_layers
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": config.tune.lora_rank,
+        "lora_alpha": config.tune.lora_alpha,
+        "lora_dropout": config.tune.lora_dropout,
+        "target_modules": sorted(ends) if everywhere else modules,
+        "fan_in_fan_out": config.model.position == "learned",
+        "bias": "none",
+        "inference_mode": True,
+    }
+    with new_folder(target) as building:
+        save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
+        (building / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def import_peft(source: Path, base: Path, target: Path) -> Path:
+    """Write peft's adapter folder `source` as a checkpoint of the new run folder `target`, to weights at `base`.
+
+    `base`: a Hugging Face folder, a run or its checkpoint, whose tokenizer and chat template come along. Start from it
+    with tune.mode=lora, checkpoint.load=target and checkpoint.load_optim=false. ValueError, by name, for what is not
+    LoRA as built here.
+    """
+    require_new(target, "target")
+    base = base if is_hf(base) else find(base)
+    settings = read_settings(source)
+    tune = tune_config(settings)
+    config = dataclasses.replace(_config_beside(base, target), tune=tune)
+    factors = _read_factors(source / "adapter_model.safetensors")
+    every = _peft_names(config)
+    tune = dataclasses.replace(tune, lora_targets=_targets(config, set(factors), source))
+    config = dataclasses.replace(config, tune=tune)
+    known, expected = _peft_names(config), adapter_shapes(config)
+    for name in sorted(set(factors) ^ set(known.values())):
+        why = f"has no place beside {base}" if name in factors else "is missing, though another layer has it"
+        raise ValueError(f"{source}: tensor {plain(name)} {why}; every layer needs factors beside the same linears")
+    require_targets(settings, map(_module_of, factors), map(_module_of, every.values()))
+    for ours, theirs in known.items():
+        if tuple(factors[theirs].shape) != expected[ours]:
+            raise ValueError(
+                f"{source}: tensor {theirs} is {list(factors[theirs].shape)}, beside {base} it has to be "
+                f"{list(expected[ours])}; is that the right base?"
+            )
+
+    def get(full: str) -> Tensor:
+        factor = factors[known[full.removeprefix("weight.")]]
+        return factor[_fused_rows(config).argsort()] if full.endswith(".lora_qkv.b") else factor
+
+    beside, files = (base, []) if is_hf(base) else _with_model(base.parents[1])
+    with new_folder(target) as building:
+        if beside is not None:
+            keep_beside(beside, building)
+        for file in files:
+            shutil.copyfile(file, building / file.name)
+        described = {f"weight.{name}": (factors[known[name]].dtype, shape) for name, shape in expected.items()}
+        write_whole(step_folder(building, 0), config, described, get, FRESH | {"base": name_of(base)})
+        (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    return step_folder(target, 0)
+
+
+def _with_model(run_dir: Path) -> tuple[Path | None, list[Path]]:
+    """What a run keeps of the model beside its weights: its folder hf/, if it has one, and tokenizer and template."""
+    beside = run_dir / "hf"
+    return beside if beside.is_dir() else None, [*run_dir.glob("tokenizer*"), *run_dir.glob("chat_template.jinja")]
+
+
+def _config_beside(base: Path, run_dir: Path) -> Config:
+    """The configuration of a run in `run_dir` that starts from the weights `base`."""
+    if is_hf(base):
+        folder = open_folder(base)
+        model = dataclasses.replace(folder.model, from_hf=str(base.resolve()))
+        return resolve(Config(model=model, train=TrainConfig(run_dir=str(run_dir), seq_len=folder.context)), 1)
+    config = config_of(read_manifest(base))
+    load = dataclasses.replace(config.checkpoint, load=str(base.resolve()))
+    return dataclasses.replace(config, checkpoint=load, train=dataclasses.replace(config.train, run_dir=str(run_dir)))
+
+
+def _read_factors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; save the adapter again as safetensors")
+    read_header(file)
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); save the adapter again as safetensors") from None
+
+
+def _peft_names(config: Config) -> dict[str, str]:
+    """peft's name of every factor by ours."""
+    found = {}
+    for linear, chosen in adapted(config).items():
+        there = names_there(f"{linear}.weight", config.model)
+        modules = dict(zip((p.name for p in projections(config.model)[linear.split(".", 2)[2]]), there, strict=True))
+        for p in chosen:
+            theirs = PREFIX + modules[p.name].removesuffix(".weight")
+            found[f"{linear}.lora_{p.name}.a"] = f"{theirs}.lora_A.weight"
+            found[f"{linear}.lora_{p.name}.b"] = f"{theirs}.lora_B.weight"
+    return found
+
+
+def _module_of(factor: str) -> str:
+    """The module of the base that a factor of peft's stands beside."""
+    return factor.removeprefix(PREFIX).rsplit(".", 2)[0]
+
+
+def _fused_rows(config: Config) -> Tensor:
+    """Which of our rows of qkv, ordered by kv group, stands where in GPT-2's [queries, keys, values]."""
+    m = config.model
+    assert m.num_kv_heads is not None
+    assert m.head_dim is not None
+    rows = torch.arange((m.num_heads + 2 * m.num_kv_heads) * m.head_dim).view(m.num_kv_heads, -1, m.head_dim)
+    return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
+
+
+def _targets(config: Config, names: set[str], source: Path) -> str:
+    """tune.lora_targets for the factors `names` of peft's."""
+    used = set()
+    for ours, theirs in _peft_names(config).items():
+        if theirs in names:
+            linear, projection = ours.split(".", 2)[2].rsplit(".", 2)[:2]
+            used.add((linear, projection.removeprefix("lora_")))
+    patterns = []
+    for linear, inside in projections(config.model).items():
+        chosen = [p.there for p in inside if (linear, p.name) in used]
+        patterns += [linear] if len(chosen) == len(inside) else chosen
+    if not patterns:
+        raise ValueError(f"{source} has no factor for any linear of this model's blocks")
+    return " ".join(patterns)

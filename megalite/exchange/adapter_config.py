@@ -1,0 +1,141 @@
+"""peft's adapter_config.json as a `TuneConfig`: plain LoRA, and everything else refused by name. No torch here.
+
+The keys are those that peft's LoraConfig has had from 0.2 to 0.21. What a key of another peft or tool changes is not
+known, so one that is not in these tables has to be null.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from re import _parser as parser  # type: ignore[attr-defined]
+from typing import Any
+
+from megalite.config import TuneConfig
+from megalite.exchange.hf_config import ARCHITECTURES
+from megalite.exchange.hf_fields import Fields, plain, read_json
+
+FILE = "adapter_config.json"
+# beginnings that leave the base as it was. pissa, olora, loftq, corda and lora_ga put other weights in its place, and
+# mica trains one factor alone
+INITIAL = (True, False, "gaussian", "orthogonal", "eva")
+# key -> the values at which peft computes plain LoRA, beside null
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM",),
+    "bias": ("none",),
+    **dict.fromkeys(("use_rslora", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"), (False,)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({},)),
+    **dict.fromkeys(("modules_to_save", "layers_to_transform", "target_parameters"), ([],)),
+    **dict.fromkeys(("trainable_token_indices", "alora_invocation_tokens", "layer_replication", "enable_lora"), ()),
+    **dict.fromkeys(("megatron_config", "velora_config", "monteclora_config", "arrow_config", "kasa_config"), ()),
+    "use_bdlora": (),
+}
+# what the numbers are not computed from: origins, how training began, and what belongs to a key above
+FREE = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"),
+        *("layers_pattern", "fan_in_fan_out", "merge_weights"),
+    }
+)
+READ = frozenset({"r", "lora_alpha", "lora_dropout", "init_lora_weights", "target_modules", "exclude_modules"})
+MOST_RANK = 2**20
+
+
+def read_settings(folder: Path) -> Fields:
+    """The keys of a folder's adapter_config.json. ValueError, by name, for what is not plain LoRA."""
+    fields = Fields(read_json(folder / FILE), str(folder / FILE))
+    for key, value in fields.values.items():
+        if key not in NEUTRAL and key not in FREE | READ and value is not None:
+            raise fields.refuse(key, "is not a key of LoRA in peft 0.21, so what it changes is not known; remove it")
+    fields.word("peft_type")
+    fields.word("bias", "none")
+    fields.neutral(NEUTRAL, "is not supported, only plain LoRA is; merge the adapter in peft if peft can")
+    initial = fields.values.get("init_lora_weights", True)
+    if not any(initial is known or (isinstance(initial, str) and initial == known) for known in INITIAL):
+        raise fields.refuse(
+            "init_lora_weights",
+            "is not supported, it changes the base or the method; merge the adapter in peft, or save it there as plain "
+            "LoRA (save_pretrained with path_initial_model_for_weight_conversion)",
+        )
+    mapping, bases = fields.values.get("auto_mapping") or {}, list(ARCHITECTURES.values())
+    if not isinstance(mapping, dict) or mapping.get("base_model_class", bases[0]) not in bases:
+        raise fields.refuse("auto_mapping", f"is not supported; the base has to be one of {', '.join(bases)}")
+    for key in ("fan_in_fan_out", "inference_mode", "merge_weights"):
+        fields.flag(key, False)
+    return fields
+
+
+def tune_config(fields: Fields) -> TuneConfig:
+    """Rank, scale and dropout; ValueError for numbers that are none."""
+    return TuneConfig(
+        mode="lora",
+        lora_rank=fields.whole("r", high=MOST_RANK),
+        lora_alpha=fields.number("lora_alpha", above=0),
+        lora_dropout=fields.number("lora_dropout", 0.0, low=0, below=1),
+    )
+
+
+def require_targets(fields: Fields, held: Iterable[str], modules: Iterable[str]) -> None:
+    """ValueError unless the factors that the file has belong to the modules that peft would put factors beside.
+
+    `held`: of which modules the file has factors; `modules`: of all linears of the base's blocks. Factors of another
+    module peft would leave unread, and to a module without any it would add random ones.
+    """
+    held = set(held)
+    for module in modules:
+        if _is_targeted(fields, module) != (module in held):
+            rest = f"{module}, whose factors the file has" if module in held else f"more: the file has none of {module}"
+            word = "does not name" if module in held else "names"
+            raise fields.refuse("target_modules", f"{word} {plain(rest)}; save the adapter again with peft")
+
+
+def _is_targeted(fields: Fields, module: str) -> bool:
+    """Whether peft puts factors beside the module (check_target_module_exists in peft/tuners/tuners_utils.py)."""
+    excluded = fields.values.get("exclude_modules")
+    if excluded and _fits(fields, "exclude_modules", module):
+        return False
+    target = fields.values.get("target_modules")
+    if isinstance(target, str) and target.lower() == "all-linear":
+        return True
+    return _fits(fields, "target_modules", module)
+
+
+def _fits(fields: Fields, key: str, module: str) -> bool:
+    """A text is a pattern of the whole name; of a list each word is the name or its end, from a point on."""
+    names = fields.values.get(key)
+    if isinstance(names, str):
+        try:
+            if _may_take_for_ever(names):
+                raise fields.refuse(key, "repeats a repetition, which may take for ever; list module names instead")
+            return re.fullmatch(names, module) is not None
+        except (re.error, RecursionError, OverflowError) as error:
+            raise fields.refuse(key, f"is no pattern ({error}); save the adapter again with peft") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise fields.refuse(key, "is neither a text nor a list of texts; name the modules that have factors")
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+@functools.cache
+def _may_take_for_ever(pattern: str) -> bool:
+    """Whether a repetition or a choice stands within a repetition, or there are very many of them.
+
+    Python's matcher then tries exponentially many ways on a name that does not fit.
+    """
+    repeats, found = (parser.MAX_REPEAT, parser.MIN_REPEAT), 0
+
+    def inside(part: Any, repeated: bool) -> bool:
+        nonlocal found
+        if isinstance(part, parser.SubPattern):
+            return any(inside(item, repeated) for item in part)
+        if not isinstance(part, list | tuple):
+            return False
+        varies = part[:1] == (parser.BRANCH,) or (part[:1] in [(r,) for r in repeats] and part[1][0] != part[1][1])
+        found += varies
+        within = repeated or (part[:1] in [(r,) for r in repeats] and part[1][1] > 1)
+        return (varies and repeated) or any(inside(item, within) for item in part)
+
+    return inside(parser.parse(pattern), False) or found > 12

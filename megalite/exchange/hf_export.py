@@ -1,0 +1,163 @@
+"""A Hugging Face folder written tensor by tensor: shards of safetensors, their index, config.json and what goes along.
+
+The folder gets its name when all of it is on disk. No more than one parameter is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.publish import new_folder
+from megalite.config import ModelConfig
+from megalite.exchange.hf_config import differing, read_model, write_model
+from megalite.exchange.hf_fields import read_json
+from megalite.exchange.hf_folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
+from megalite.exchange.hf_tokenizer import write_tokenizer
+from megalite.exchange.hf_weights import DTYPES
+from megalite.model.layouts import to_hf
+from megalite.model.names import global_names, hf_shapes, names_there
+from megalite.text.chat import ChatTemplate, find_template, turn_ends
+from megalite.text.tokenizer import load_tokenizer
+from megalite.text.tokenizer_files import TEMPLATE, TEMPLATES
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def export(
+    target: Path,
+    model: ModelConfig,
+    get: Callable[[str], Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    context: int,
+    carried: Path | None = None,
+    tokenizer: Path | None = None,
+    template: Path | None = None,
+    shard_bytes: int = 2 * 10**9,
+) -> Path:
+    """Write the model whose parameter `name` is `get(name)`, of dtype `dtypes[name]`, to the new `target`.
+
+    `carried`: a folder of the files that came with the model, config.json among them; else they are made of `tokenizer`
+    and `context`. `template`: a chat template in the place of the carried one. ValueError where the model is of no
+    family.
+    """
+    require_new(target, "target")
+    config = _config_json(model, context, carried)
+    with new_folder(target) as building:
+        if carried is not None:
+            carry(carried, building)
+        if tokenizer is not None and (carried is None or model.add_tokens):
+            config |= write_tokenizer(tokenizer, building, model_type=config["model_type"])
+        if template is not None:
+            _put_template(template, building)
+            _name_turn_end(building, config)
+        spelled = "dtype" if "dtype" in config else "torch_dtype"
+        config[spelled] = str(next(iter(dtypes.values()))).removeprefix("torch.")
+        _write_json(building / "config.json", config)
+        there = {other: dtypes[name] for name in global_names(model) for other in names_there(name, model)}
+        _write_weights(building, model, get, there, shard_bytes)
+    return target
+
+
+def _config_json(model: ModelConfig, context: int, carried: Path | None) -> dict[str, Any]:
+    if carried is None or not (carried / "config.json").is_file():
+        return write_model(model, context)
+    path = carried / "config.json"
+    config = read_json(path)
+    there = read_model(config, str(path))
+    if model.add_tokens:
+        config["vocab_size"] = model.vocab_size
+        there = dataclasses.replace(there, vocab_size=model.vocab_size)
+    if wrong := differing(model, there):
+        key = wrong[0]
+        raise ValueError(
+            f"{path}: model.{key} is {getattr(there, key)} there and {getattr(model, key)} in the checkpoint; move the "
+            f"file away and config.json is made anew"
+        )
+    return config
+
+
+def _put_template(template: Path, folder: Path) -> None:
+    """A run's chat template in the place of all those that lie there, if it is another."""
+    there = folder / TEMPLATE
+    if not (there.is_file() and there.read_bytes() == template.read_bytes()):
+        shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+        shutil.copyfile(template, there)
+
+
+def _name_turn_end(folder: Path, config: Mapping[str, Any]) -> None:
+    """See that generation_config.json names the token that ends a turn, at which transformers' generate stops."""
+    try:
+        tokenizer = load_tokenizer(folder)
+        ends = turn_ends(ChatTemplate(*find_template(None, tokenizer), tokenizer), tokenizer)
+    except ValueError:
+        return  # no tokenizer, or a template that does not show such a conversation
+    path = folder / "generation_config.json"
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found = read_json(path) if path.is_file() else {key: config.get(key) for key in kept}
+    eos = found.get("eos_token_id")
+    named = eos if isinstance(eos, list) else [eos] if isinstance(eos, int) else []
+    if missing := sorted(ends - set(named)):
+        _write_json(path, found | {"eos_token_id": [*named, *missing]})
+
+
+def _write_weights(
+    folder: Path,
+    model: ModelConfig,
+    get: Callable[[str], Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    shard_bytes: int,
+) -> None:
+    """The tensors in megalite's order, in as many files as it takes; a file begins with a parameter, never within."""
+    shapes = hf_shapes(model)
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in global_names(model):
+        size = sum(_size(dtypes[there], shapes[there]) for there in names_there(name, model))
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        keys = [there for name in names for there in names_there(name, model)]
+        with open(folder / file, "wb") as stream:
+            total += _write_header(stream, {key: (dtypes[key], shapes[key]) for key in keys})
+            for name in names:
+                for values in to_hf(name, get(name), model).values():
+                    stream.write(values.contiguous().view(torch.uint8).numpy().data)
+        weight_map |= dict.fromkeys(keys, file)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * ITEM_BYTES[NAMES[dtype]]
+
+
+def _write_header(stream: BinaryIO, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """A safetensors header (huggingface.co/docs/safetensors, "Format") for these tensors in turn; gives their bytes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (dtype, shape) in tensors.items():
+        start, end = end, end + _size(dtype, shape)
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    stream.write(len(text).to_bytes(8, "little") + text)
+    return end
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

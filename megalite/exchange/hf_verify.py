@@ -1,0 +1,99 @@
+"""Whether transformers computes from a Hugging Face folder what megalite computes from its checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.folder import find, read_manifest
+from megalite.checkpoint.load import load
+from megalite.exchange.convert import saved_config
+from megalite.exchange.hf_weights import nothing
+from megalite.model.decoder import Decoder
+from megalite.model.init import materialise
+from megalite.parallel.groups import Group
+
+TOLERANCE = 1e-5
+SEQUENCES, LENGTH = 2, 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The largest difference of two logits in fp32, divided by the largest logit."""
+
+    difference: float
+    logit: float
+
+    @property
+    def relative(self) -> float:
+        return self.difference / self.logit
+
+    @property
+    def equal(self) -> bool:
+        return self.relative <= TOLERANCE
+
+    def __str__(self) -> str:
+        word = "verified" if self.equal else "DIFFERENT"
+        return (
+            f"{word}: largest difference of logits {self.difference:.3e}, of {self.logit:.3f}: relative "
+            f"{self.relative:.3e}, allowed {TOLERANCE:.0e}, over {SEQUENCES} x {LENGTH} random tokens in fp32"
+        )
+
+
+def require_transformers() -> None:
+    """ValueError where the other side cannot run."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(
+            "--verify runs the model in transformers too, which is not installed; pip install transformers"
+        )
+
+
+@torch.inference_mode()
+def verify(hf: Path, run: Path) -> Verdict:
+    """Run both sides in fp32 on the same random token ids, one after the other, so that one model is in memory."""
+    require_transformers()
+    vocabulary = saved_config(find(run)).model.vocab_size
+    tokens = torch.randint(vocabulary, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
+    theirs = _transformers_logits(hf, tokens)
+    ours = load_decoder(run)(tokens, torch.arange(LENGTH).expand(SEQUENCES, -1))
+    return Verdict(float((ours - theirs).abs().max()), float(theirs.abs().max()))
+
+
+def load_decoder(run: Path) -> Decoder:
+    """The whole model of a run folder or checkpoint on the CPU, in fp32, for evaluation."""
+    step = find(run)
+    model = saved_config(step).model
+    with torch.device("meta"):
+        decoder = Decoder(model, range(model.num_layers), kernel="torch")
+    shards = materialise(
+        decoder,
+        model,
+        Group([0], 0),
+        nothing,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    load(step, read_manifest(step), shards, {"weight": dict(decoder.named_parameters())})
+    return decoder.eval()
+
+
+def _transformers_logits(folder: Path, tokens: Tensor) -> Tensor:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        # a local folder, and no code out of it
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
+        )
+        logits: Tensor = model.eval()(tokens, use_cache=False).logits
+    # whatever transformers raises of a folder that it does not take
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: transformers cannot run it ({type(error).__name__} {reason})") from None
+    return logits

@@ -1,0 +1,97 @@
+"""Weights out of a Hugging Face folder: whole parameters one at a time, or of each only the rows that a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megalite.exchange.hf_folder import HFFolder, Stored
+from megalite.model.layouts import from_hf
+from megalite.model.names import is_turned, names_there
+from megalite.parallel.cuts import Shard
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def fill(parameters: Mapping[str, Tensor], shards: Mapping[str, Shard], folder: HFFolder) -> None:
+    """Give a rank's parameters their values; of each tensor it reads what it holds."""
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(read_local(folder, name, shards[name]))
+
+
+def nothing(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A whole parameter that takes no memory and no time to draw, where `fill` comes after."""
+    return torch.zeros(()).expand(shape)
+
+
+def read_whole(folder: HFFolder, name: str) -> Tensor:
+    """The whole parameter `name` (megalite's name) in the dtype it is stored in."""
+    return from_hf(lambda there: _read(folder.tensors[there]), name, folder.model)
+
+
+def read_local(folder: HFFolder, name: str, shard: Shard) -> Tensor:
+    """What `shard` says a rank holds of the parameter `name`; only those rows, or columns, are read. Padding is 0."""
+    model = folder.model
+    there = [folder.tensors[other] for other in names_there(name, model)]
+    turned = is_turned(name, len(shard.whole_shape), model)
+    dtype = stored_dtype(folder, name)
+    local = torch.zeros(shard.local_shape, dtype=dtype)
+    for piece in shard.pieces:
+        rows = shard.local_rows(local, piece)
+        if shard.dim == 1:
+            # cut by columns: one tensor there, its rows as here
+            (stored,) = there
+            columns = slice(piece.start, piece.start + piece.length)
+            rows.copy_(_read(stored, columns).t() if turned else _read(stored, slice(None), columns))
+            continue
+        done = 0
+        for index, low, high in _runs(folder, name, range(piece.start, piece.start + piece.length)):
+            part = slice(low, high)
+            values = _read(there[index], slice(None), part).t() if turned else _read(there[index], part)
+            rows[done : done + high - low].copy_(values)
+            done += high - low
+    return local
+
+
+def stored_dtype(folder: HFFolder, name: str) -> torch.dtype:
+    """The dtype that holds all tensors a parameter is joined of."""
+    found = [DTYPES[folder.tensors[other].dtype] for other in names_there(name, folder.model)]
+    dtype = found[0]
+    for other in found[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def _runs(folder: HFFolder, name: str, rows: range) -> Iterator[tuple[int, int, int]]:
+    """Where `rows` of a parameter stand there: (which of its tensors, first row, end), in order.
+
+    The map of values is asked itself, about row numbers instead of rows.
+    """
+    model, there = folder.model, names_there(name, folder.model)
+    shapes = [folder.tensors[other].shape for other in there]
+    turned = is_turned(name, len(shapes[0]), model)
+    counts = [shape[-1 if turned else 0] for shape in shapes]
+    starts = [sum(counts[:i]) for i in range(len(counts))]
+    numbers = {o: torch.arange(start, start + count) for o, start, count in zip(there, starts, counts, strict=True)}
+    sources = from_hf(numbers.__getitem__, name, model)[rows.start : rows.stop].tolist()
+    first = 0
+    for i in range(1, len(sources) + 1):
+        if i == len(sources) or sources[i] != sources[i - 1] + 1 or sources[i] in starts:
+            index = max(j for j, start in enumerate(starts) if start <= sources[first])
+            low = sources[first] - starts[index]
+            yield index, low, low + i - first
+            first = i
+
+
+def _read(stored: Stored, *part: slice) -> Tensor:
+    """A tensor, or the part of it, from its file. The file is mapped for this one read, so that no page of it stays."""
+    try:
+        with safe_open(stored.file, framework="pt", device="cpu") as file:
+            values: Tensor = file.get_slice(stored.key)[part or (slice(None),)]
+            return values
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ValueError(f"{stored.file}: tensor {stored.key} cannot be read ({error}); fetch it again") from None

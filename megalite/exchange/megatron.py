@@ -1,0 +1,266 @@
+"""Megatron-LM's old checkpoints as a run folder: iter_NNNNNNN/mp_rank_TT[_PPP]/model_optim_rng.pt of its legacy models.
+
+Names and layouts are those of `--transformer-impl local` (megatron/legacy/model/language_model.py): rows of
+query_key_value are [queries, key, value] by kv group, as here, and dense_h_to_4h of SwiGLU is gate, then up, on each
+rank.
+
+A .pt file is a pickle. torch opens it with weights_only, for tensors, plain containers and argparse.Namespace. Enums of
+Megatron-LM and numpy's random states are in every such file: what stands in for them does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.config import Config, ConfigError, ModelConfig, TrainConfig, check, resolve
+from megalite.exchange.convert import DTYPES, write_run
+from megalite.exchange.megatron_args import Described, read_args
+from megalite.model.cut_table import shard_of
+from megalite.model.names import global_shapes
+
+RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+FILE = "model_optim_rng.pt"
+LAYER = {
+    "attn_norm": "input_norm",
+    "attn.qkv": "self_attention.query_key_value",
+    "attn.out": "self_attention.dense",
+    "mlp_norm": "post_attention_norm",
+    "mlp.down": "mlp.dense_4h_to_h",
+}
+# older Megatron-LM called both norms after LayerNorm, the attention by another name, and the layers a transformer
+ALIASES = {"input_layernorm": "input_norm", "post_attention_layernorm": "post_attention_norm"}
+ALIASES |= {"final_layernorm": "final_norm"}
+EMBEDDING = {"word_embeddings": "embed", "position_embeddings": "pos_embed"}
+NUMPY = {
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    *("numpy.ndarray", "numpy.dtype"),
+}
+State = dict[str, Tensor]
+
+
+class Standin:
+    """In the place of an object whose class is not opened; it keeps its name and what it was made with."""
+
+    name = ""
+
+    def __init__(self, *args: object) -> None:
+        self.made_with = args
+
+    def __setstate__(self, state: object) -> None:
+        """Nothing of it is needed."""
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(map(str, self.made_with))})"
+
+
+def from_megatron(source: Path, target: Path, allow_pickle: bool, dtype: str | None = None) -> Path:
+    """Write the new run folder `target` of the folder `source`, of one iteration or of a run (its latest).
+
+    Shards are mapped, and read as parameters are joined of them. ValueError without `allow_pickle`, and for what is
+    missing or not supported.
+    """
+    iteration = _iteration(source)
+    if not allow_pickle:
+        raise ValueError(
+            f"{iteration}: {FILE} is a pickle, a format that can run code as it is opened; megalite opens it for "
+            f"tensors alone, and only where you say that you trust its origin: add --allow-pickle"
+        )
+    ranks = _ranks(iteration)
+    described = {place: read_args(args, iteration) for place, (_, args) in ranks.items()}
+    first = described[0, 0]
+    for place, other in described.items():
+        if other != first or str(ranks[place][1]["iteration"]) != str(ranks[0, 0][1]["iteration"]):
+            name = f"mp_rank_{place[0]:02d} of stage {place[1]}"
+            raise ValueError(f"{iteration}: {name} is of another run or iteration than mp_rank_00; copy those of one")
+    tp, pp = len({t for t, _ in ranks}), len({p for _, p in ranks})
+    said = first.tp or tp, first.pp or pp
+    if set(ranks) != {(t, p) for t in range(tp) for p in range(pp)} or (tp, pp) != said:
+        raise ValueError(
+            f"{iteration}: holds {len(ranks)} ranks, not tp {said[0]} x pp {said[1]}; copy all mp_rank folders"
+        )
+    model = _checked(first, iteration)
+    found = _collect([[ranks[t, p][0] for t in range(tp)] for p in range(pp)], model, iteration)
+    shapes = global_shapes(model)
+    if extra := sorted(found.keys() - shapes.keys()):
+        raise ValueError(f"{iteration}: tensor {extra[0]} has no place in the model that its arguments describe")
+    if missing := [name for name in shapes if name not in found]:
+        raise ValueError(f"{iteration}: {missing[0]} is missing; copy all mp_rank folders")
+    return write_run(
+        target,
+        model,
+        lambda name: _joined(name, found[name], shapes[name], model, iteration),
+        {name: DTYPES[dtype] if dtype else found[name][0].dtype for name in shapes},
+        context=first.context,
+    )
+
+
+def _checked(described: Described, iteration: Path) -> ModelConfig:
+    """The model, resolved; ValueError for one that cannot run."""
+    try:
+        config = resolve(Config(model=described.model, train=TrainConfig(seq_len=described.context)), 1)
+        check(config, 1)
+    except ConfigError as error:
+        raise ValueError(f"{iteration}: {error}") from None
+    return config.model
+
+
+def _iteration(source: Path) -> Path:
+    pointer = source / "latest_checkpointed_iteration.txt"
+    if pointer.is_file():
+        word = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if word != "release" and not re.fullmatch(r"\d{1,9}", word):
+            raise ValueError(f"{pointer}: holds neither a number nor release; name iter_NNNNNNN itself")
+        return source / ("release" if word == "release" else f"iter_{int(word):07d}")
+    if not source.is_dir() or not any(RANK.fullmatch(p.name) or p.suffix == ".distcp" for p in source.iterdir()):
+        raise ValueError(f"{source}: holds no mp_rank_NN folder; name iter_NNNNNNN, or the folder it lies in")
+    return source
+
+
+def _ranks(iteration: Path) -> dict[tuple[int, int], tuple[list[Any], dict[str, Any]]]:
+    """Of each (tp, pp) rank the language models of its virtual stages, and the arguments of the run that wrote it."""
+    found: dict[tuple[int, int], tuple[list[Any], dict[str, Any]]] = {}
+    for folder in sorted(iteration.iterdir()) if iteration.is_dir() else []:
+        if place := RANK.fullmatch(folder.name):
+            content = _open(folder / FILE)
+            if not isinstance(content, dict) or not isinstance(content.get("args"), argparse.Namespace):
+                raise ValueError(f"{folder / FILE}: holds no args; it is not a Megatron-LM checkpoint")
+            # with virtual stages model0, model1, ...
+            parts = ["model"] if "model" in content else [f"model{i}" for i in range(1000) if f"model{i}" in content]
+            models = [content[key].get("language_model") for key in parts if isinstance(content[key], dict)]
+            if not models or not all(isinstance(model, dict) for model in models):
+                raise ValueError(
+                    f"{folder / FILE}: holds no model.language_model; of Megatron-LM its legacy models are read "
+                    f"(--use-legacy-models), others by way of a Hugging Face folder"
+                )
+            version = content.get("checkpoint_version", 3.0)
+            if not isinstance(version, int | float) or version not in (2, 3):
+                raise ValueError(f"{folder / FILE}: checkpoint_version={version} is not supported; 2.0 and 3.0 are")
+            args = {str(key): value for key, value in vars(content["args"]).items()}
+            args["iteration"] = content.get("iteration")
+            if found.setdefault((int(place[1]), int(place[2] or 0)), (models, args))[1] is not args:
+                raise ValueError(f"{folder}: another folder holds the same rank; keep those of one run")
+    if any(iteration.glob("*.distcp")) or (iteration / "metadata.json").is_file():
+        raise ValueError(
+            f"{iteration}: a distributed checkpoint of megatron-core, which is not supported; convert it to a Hugging "
+            f"Face folder there, and that with --from hf"
+        )
+    if (0, 0) not in found:
+        raise ValueError(f"{iteration}: holds no mp_rank_00 folder; name iter_NNNNNNN, or the folder it lies in")
+    return found
+
+
+def _open(path: Path) -> Any:
+    """What a .pt file holds, its tensors mapped. No code of it is run; ValueError for a class that has no stand-in."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        allowed: list[Any] = [argparse.Namespace]
+        refused = []
+        for name in names:
+            if name.startswith("megatron.") or name in NUMPY:
+                allowed.append((type("Standin", (Standin,), {"name": name}), name))
+            elif name == "builtins.getattr":
+                # Python 3.11.0 to 3.11.3 wrote an enum's member so
+                allowed.append((_member, name))
+            elif name != "argparse.Namespace":
+                refused.append(name)
+        if not refused:
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # whatever torch raises of a file that is damaged or made to be
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path}: not a Megatron-LM checkpoint ({type(error).__name__} {reason}); copy it again"
+        ) from None
+    raise ValueError(
+        f"{path}: holds {', '.join(sorted(refused)[:3])}, which is not opened: only tensors, plain containers, "
+        f"argparse.Namespace and Megatron-LM's enums are; save it again without that in Megatron-LM"
+    )
+
+
+def _member(owner: object, name: object) -> Standin:
+    """getattr of an enum that has a stand-in, and of nothing else."""
+    if not (isinstance(owner, type) and issubclass(owner, Standin) and isinstance(name, str)):
+        raise pickle.UnpicklingError("getattr of what is no enum")
+    return owner(name)
+
+
+def _collect(stages: list[list[list[Any]]], model: ModelConfig, where: Path) -> dict[str, list[Tensor]]:
+    """Of each parameter its shards over tp. `stages`: of each stage the virtual stages of each tp rank.
+
+    Layers are numbered within a virtual stage. Chunk v of all stages comes before chunk v + 1, and how many layers each
+    has is what it holds: first and last stages may have fewer than the others.
+    """
+    found: dict[str, list[Tensor]] = {}
+    first = 0
+    for chunk in range(max(len(models) for stage in stages for models in stage)):
+        for stage in stages:
+            if any(len(models) != len(stages[0][0]) for models in stage):
+                raise ValueError(
+                    f"{where}: its ranks hold different numbers of virtual stages; copy all mp_rank folders"
+                )
+            shards = [_renamed(models[chunk], first, model, where) for models in stage]
+            if any(shard.keys() != shards[0].keys() for shard in shards):
+                raise ValueError(f"{where}: its tp ranks hold different tensors; copy all mp_rank folders of one run")
+            for name in shards[0]:
+                found.setdefault(name, [shard[name] for shard in shards])
+            layers = [int(name.split(".")[1]) for name in shards[0] if name.startswith("layers.")]
+            first = max(layers, default=first - 1) + 1
+    return found
+
+
+def _renamed(language_model: Any, first_layer: int, model: ModelConfig, where: Path) -> State:
+    """The tensors of one virtual stage of a tp rank by megalite's names."""
+    there = {other: here for here, other in LAYER.items()}
+    there["mlp.dense_h_to_4h"] = "mlp.gate_up" if model.gated else "mlp.up"
+    state: dict[str, Any] = {}
+    for part, inside in language_model.items():
+        for key, value in inside.items() if isinstance(inside, dict) else ():
+            module, _, leaf = str(key).rpartition(".")
+            for old, new in ALIASES.items():
+                module = module.replace(old, new)
+            module = re.sub(r"^(layers\.\d+\.)attention\.", r"\1self_attention.", module)
+            layer = re.fullmatch(r"layers\.(\d{1,5})\.(.+)", module)
+            if leaf == "_extra_state" or str(key).endswith("rotary_emb.inv_freq"):
+                continue
+            if part == "embedding" and isinstance(value, dict):
+                state |= {f"{EMBEDDING.get(str(key), key)}.{end}": tensor for end, tensor in value.items()}
+            elif part == "output_layer":
+                state[f"loss_head.head.{key}"] = value
+            elif part in ("encoder", "transformer") and module == "final_norm":
+                state[f"loss_head.norm.{leaf}"] = value
+            elif part in ("encoder", "transformer") and layer and layer[2] in there:
+                state[f"layers.{int(layer[1]) + first_layer}.{there[layer[2]]}.{leaf}"] = value
+            else:
+                state[f"{part}.{key}"] = value
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dtype not in DTYPES.values() or value.layout != torch.strided:
+            raise ValueError(f"{where}: {name} is no plain tensor of {', '.join(DTYPES)}; it is not supported")
+    return state
+
+
+def _joined(name: str, shards: list[Tensor], shape: tuple[int, ...], model: ModelConfig, where: Path) -> Tensor:
+    """A whole parameter of its tp shards; the vocabulary's padding is left out."""
+    if name in ("embed.weight", "loss_head.head.weight"):
+        if any(shard.dim() != 2 or shard.shape != shards[0].shape for shard in shards):
+            raise ValueError(f"{where}: {name} is of different shapes on its tp ranks; copy one run's folders")
+        rows = torch.cat(shards)
+        if rows.shape[0] < shape[0] or rows.shape[1:] != shape[1:]:
+            raise ValueError(f"{where}: {name} is {list(rows.shape)}, the arguments of the run say {list(shape)}")
+        return rows[: shape[0]].clone()
+    whole = torch.empty(shape, dtype=shards[0].dtype)
+    for rank, local in enumerate(shards):
+        shard = shard_of(name, shape, model, len(shards), rank)
+        if tuple(local.shape) != shard.local_shape:
+            raise ValueError(f"{where}: {name} of tp rank {rank} is {list(local.shape)}, not {list(shard.local_shape)}")
+        if shard.local_shape == shape and rank and not torch.equal(local, whole):
+            raise ValueError(f"{where}: {name} differs between tp ranks, which hold the same; copy one run's folders")
+        shard.put(local, whole)
+    return whole

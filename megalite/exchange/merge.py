@@ -1,0 +1,99 @@
+"""LoRA's factors put into the weights they stand beside: W + (alpha / r) B A."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalite.checkpoint.contents import is_adapter
+from megalite.checkpoint.folder import find, read_manifest
+from megalite.checkpoint.load import read_tensor
+from megalite.config import Config
+from megalite.config.schema import SECTIONS
+from megalite.config.trained import Projection, adapted, projections
+from megalite.exchange.base import base_of, is_hf
+from megalite.exchange.hf_folder import open_folder
+from megalite.exchange.hf_weights import read_whole, stored_dtype
+from megalite.model.lora import join
+
+Get = Callable[[str], Tensor]
+
+
+def delta(linear: str, chosen: tuple[Projection, ...], config: Config, get: Get) -> Tensor:
+    """(alpha / r) B A of the linear `linear`, [out, in] in the order of its rows, in at least fp32.
+
+    `get(name)`: a whole factor.
+    """
+    m, t = config.model, config.tune
+    assert m.head_dim is not None
+    parts = {}
+    for p in chosen:
+        a, b = (get(f"{linear}.lora_{p.name}.{factor}") for factor in "ab")
+        wide = torch.promote_types(a.dtype, torch.float32)
+        # what a row is here, join has as the last dimension
+        parts[p.name] = (b.to(wide) @ a.to(wide) * (t.lora_alpha / t.lora_rank)).t()
+    rows = {p.name: p.rows for p in projections(m)[linear.split(".", 2)[2]]}
+    return join(parts, rows, m.head_dim).t()
+
+
+def merged(config: Config, get: Get) -> Get:
+    """A function of whole parameters' names: W + (alpha / r) B A, in W's dtype. `get` gives weights and factors."""
+    linears = adapted(config)
+
+    def found(name: str) -> Tensor:
+        weight, linear = get(name), name.removesuffix(".weight")
+        if linear not in linears:
+            return weight
+        change = delta(linear, linears[linear], config, get)
+        return (weight.to(torch.promote_types(weight.dtype, change.dtype)) + change).to(weight.dtype)
+
+    return found
+
+
+def read_base(base: Path) -> tuple[Get, Callable[[str], torch.dtype]]:
+    """Two functions of a parameter's name: its whole value, and the dtype that it is stored in."""
+    if is_hf(base):
+        folder = open_folder(base)
+        return (lambda name: read_whole(folder, name)), (lambda name: stored_dtype(folder, name))
+    manifest = read_manifest(base)
+    return (
+        lambda name: read_tensor(base, manifest, f"weight.{name}"),
+        lambda name: getattr(torch, manifest["tensors"][f"weight.{name}"]["dtype"]),
+    )
+
+
+def open_merged(adapter: Path, base: Path | None = None) -> tuple[Config, Get, Callable[[str], torch.dtype]]:
+    """Of a LoRA checkpoint or run: its configuration, its merged weights by name, and the dtypes of the base's.
+
+    One parameter is read at a time. `base`: where its base lies now, if not where it lay. ValueError where that is gone
+    or another.
+    """
+    folder = find_adapter(adapter)
+    manifest = read_manifest(folder)
+    weight, dtype_of = read_base(base_of(folder, base))
+
+    def get(name: str) -> Tensor:
+        return read_tensor(folder, manifest, f"weight.{name}") if ".lora_" in name else weight(name)
+
+    config = config_of(manifest)
+    return config, merged(config, get), dtype_of
+
+
+def config_of(manifest: dict[str, Any]) -> Config:
+    """The configuration that a checkpoint was written with."""
+    sections = {name: dict(values) for name, values in manifest["config"].items()}
+    stages = sections["parallel"]["stages"]
+    sections["parallel"]["stages"] = None if stages is None else tuple(stages)
+    return Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
+
+
+def find_adapter(path: Path) -> Path:
+    """The LoRA checkpoint meant by `path`, a run or a step folder; ValueError if it is none."""
+    folder = find(path)
+    if not is_adapter(read_manifest(folder)):
+        raise ValueError(f"{folder} holds whole weights and no LoRA factors; there is nothing to merge or to export")
+    return folder

@@ -1,1 +1,0 @@
-"""Text from a model at any tensor and pipeline parallel layout."""

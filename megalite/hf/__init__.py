@@ -1,1 +1,0 @@
-"""Folders of Hugging Face models, and Megatron-LM checkpoints of old: in, out, and whether both sides agree."""

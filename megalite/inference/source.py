@@ -1,0 +1,133 @@
+"""Which model is meant, and how it is laid out over the ranks of this run. No torch: mistakes are told first."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalite.checkpoint.contents import is_adapter
+from megalite.checkpoint.folder import find, read_manifest
+from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config.check import valid_tp
+from megalite.data.origin import tokenizer_of_run
+from megalite.exchange.base import base_of
+from megalite.exchange.hf_fields import read_json
+from megalite.exchange.hf_folder import HFFolder, find_tokenizer, open_folder
+from megalite.plan.topology import device_memory
+from megalite.text.tokenizer import Tokenizer, load_tokenizer
+
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's weights and tokenizer, and the configuration of this run of it: no dp, no sp.
+
+    `weights`: a checkpoint, of LoRA too, or a Hugging Face folder. `start`: ids that a text begins with. `stops`: ids
+    that end one. `limit`: positions the model has, None: no bound.
+    """
+
+    weights: Path | HFFolder
+    config: Config
+    tokenizer: Tokenizer
+    start: tuple[int, ...]
+    stops: frozenset[int]
+    limit: int | None
+
+
+def open_source(
+    path: str | Path,
+    *,
+    tp: int | None = None,
+    pp: int | None = None,
+    world_size: int = 1,
+    device: str = "auto",
+    dtype: str | None = None,
+    timeout_s: float = 600.0,
+) -> Source:
+    """The model of a run folder, a checkpoint or a Hugging Face folder, for tp x pp = world_size ranks.
+
+    `dtype`: of weights and activations; None: the run's, or in which the folder's are stored. ValueError in one line
+    for all that is wrong with it.
+    """
+    hugging_face = (Path(path) / "config.json").is_file()
+    source = _of_folder(Path(path), dtype) if hugging_face else _of_checkpoint(find(path), dtype)
+    config, tokenizer = source.config, source.tokenizer
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}: it is another "
+            f"model's; put the right one in its place"
+        )
+    tp, pp = _layout(config.model, tp, pp, world_size)
+    config = dataclasses.replace(
+        config,
+        parallel=ParallelConfig(tp=tp, pp=pp, sp=False, timeout_s=timeout_s),
+        train=dataclasses.replace(config.train, device=device),
+    )
+    config = resolve(config, world_size)
+    check(config, world_size)
+    device_memory(device, world_size)  # a GPU that is not there is told now
+    return dataclasses.replace(source, config=config)
+
+
+def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
+    """The model of a checkpoint by its manifest, and the tokenizer in the folder of its run."""
+    manifest = read_manifest(folder)
+    if is_adapter(manifest):
+        base_of(folder)
+    saved = manifest["config"]
+    run_dir = folder.parent.parent
+    file = next((f for name in TOKENIZERS if (f := run_dir / name).is_file()), None)
+    file = file or tokenizer_of_run(saved.get("data", {}), run_dir)
+    if file is None:
+        raise ValueError(f"{run_dir} has no {' or '.join(TOKENIZERS)}; copy the one its data was made with")
+    tokenizer = load_tokenizer(file)
+    try:
+        model, train = ModelConfig(**saved["model"]), saved["train"]
+        kept = TrainConfig(dtype=dtype or train["dtype"], seq_len=train["seq_len"], kernels=train["kernels"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: written by another version of megalite ({error}); use that one") from None
+    # documents are joined by the end-of-document token, so a text begins after one
+    end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    start = end if tokenizer.bos_id is None or not _begins(saved) else (*end, tokenizer.bos_id)
+    limit = model.max_positions if model.position == "learned" else None
+    return Source(folder, Config(model=model, train=kept), tokenizer, start, frozenset(end), limit)
+
+
+def _begins(saved: dict[str, Any]) -> bool:
+    """Whether documents of the training data begin with a token of their own, as far as the data is still there."""
+    prefix = saved.get("data", {}).get("path")
+    side = Path(f"{prefix}.json")
+    return prefix is not None and side.is_file() and bool(read_json(side).get("prepend_bos"))
+
+
+def _of_folder(path: Path, dtype: str | None) -> Source:
+    """A Hugging Face folder: its tokenizer says what a text begins with, generation_config.json what may end one."""
+    folder = open_folder(path)
+    file = find_tokenizer(path)
+    if file is None:
+        raise ValueError(f"{path} has no {' or '.join(TOKENIZERS)}; fetch it again with its tokenizer")
+    tokenizer = load_tokenizer(file)
+    stops = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
+    for name in ("config.json", "generation_config.json"):
+        found = read_json(path / name).get("eos_token_id") if (path / name).is_file() else None
+        stops |= {each for each in (found if isinstance(found, list) else [found]) if isinstance(each, int)}
+    stored = {tensor.dtype for tensor in folder.tensors.values()}
+    one = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F64": "fp64"}[stored.pop()] if len(stored) == 1 else "fp32"
+    config = Config(model=folder.model, train=TrainConfig(dtype=dtype or one, seq_len=folder.context))
+    return Source(folder, config, tokenizer, tokenizer.prefix, frozenset(stops), folder.context)
+
+
+def _layout(model: ModelConfig, tp: int | None, pp: int | None, world_size: int) -> tuple[int, int]:
+    """tp and pp of this run; what is not given follows from the number of ranks. ConfigError where they do not fit."""
+    if tp is None and pp is None:
+        tp = max(size for size in valid_tp(model) if world_size % size == 0)
+    if min(1 if tp is None else tp, 1 if pp is None else pp) < 1:
+        raise ConfigError(f"tp={tp}, pp={pp}: both are at least 1")
+    tp, pp = tp or max(1, world_size // (pp or 1)), pp or max(1, world_size // (tp or 1))
+    if tp * pp != world_size:
+        start = f"start it with torchrun --nproc_per_node {tp * pp}" if tp * pp > 1 else "leave out torchrun"
+        raise ConfigError(f"tp {tp} x pp {pp} make {tp * pp} ranks, but the world size is {world_size}; {start}")
+    return tp, pp

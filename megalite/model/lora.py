@@ -1,0 +1,155 @@
+"""LoRA (Hu et al. 2021): y = W x + (alpha / r) · B A x, with W frozen; one (A, B) per projection of Hugging Face's.
+
+The factors are cut as the linear is, by rows of the cut table. Beside a column-parallel linear A is whole on every rank
+and B has this rank's rows; the low-rank product A x is what travels, r features a token in place of in. Beside a
+row-parallel one A has this rank's columns and B is whole; the summand B A x joins W x before the reduction.
+Shapes as in tensor_parallel: x [b, s, in], a [r, in], b [out, r].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from megalite.config import Config
+from megalite.config.trained import Projection, adapted, projections
+from megalite.model.decoder import Block, Decoder
+from megalite.model.dropout import Dropout
+from megalite.parallel.groups import Group
+from megalite.parallel.tensor_parallel import ColumnLinear, RowLinear, column_input
+
+
+class Factors(nn.Module):
+    """A pair: a [rank, columns], b [rows, rank]."""
+
+    def __init__(self, rank: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(rank, columns))
+        self.b = nn.Parameter(torch.empty(rows, rank))
+
+
+def join(parts: Mapping[str, Tensor], rows: Mapping[str, int], head_dim: int) -> Tensor:
+    """What the projections `parts` {name: [..., rows[name]]} give, in the order of the fused linear; absent ones: 0.
+
+    `rows`: of all projections of the linear, in order. Query, key and value alternate by kv group, gate and up do not.
+    """
+    some = next(iter(parts.values()))
+    whole = [parts[n] if n in parts else some.new_zeros((*some.shape[:-1], rows[n])) for n in rows]
+    if list(rows) != ["q", "k", "v"]:
+        return whole[0] if len(whole) == 1 else torch.cat(whole, -1)
+    groups = rows["k"] // head_dim
+    return torch.cat([part.unflatten(-1, (groups, -1, head_dim)) for part in whole], -2).flatten(-3)
+
+
+class LoraColumn(ColumnLinear):
+    """A frozen column-parallel linear and its factors; `rows`: what this rank has of each projection's outputs."""
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        group: Group,
+        sp: bool,
+        chosen: Sequence[Projection],
+        *,
+        rank: int,
+        scale: float,
+        dropout: Dropout,
+        rows: Mapping[str, int],
+        head_dim: int,
+    ) -> None:
+        super().__init__(linear, group, sp)
+        self.scale, self.dropout, self.rows, self.head_dim = scale, dropout, rows, head_dim
+        self.pairs = {p.name: Factors(rank, p.rows, p.columns) for p in chosen}
+        self.keys: Tensor | None = None
+        for name, pair in self.pairs.items():
+            self.add_module(f"lora_{name}", pair)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = self.pairs.values()
+        # under sp x is this rank's part of the sequence
+        low = F.linear(self.dropout(x, self.keys), torch.cat([pair.a for pair in pairs]))
+        low = column_input(low * self.scale, self.group, self.sp)
+        parts = {n: F.linear(part, pair.b) for n, pair, part in zip(self.pairs, pairs, low.chunk(len(pairs), -1))}
+        return super().forward(x) + join(parts, self.rows, self.head_dim)
+
+
+class LoraRow(RowLinear):
+    """A frozen row-parallel linear and its factors."""
+
+    def __init__(
+        self, linear: nn.Linear, group: Group, sp: bool, of: Projection, *, rank: int, scale: float, dropout: Dropout
+    ) -> None:
+        super().__init__(linear, group, sp)
+        self.scale, self.dropout = scale, dropout
+        self.keys: Tensor | None = None
+        self.pairs = {of.name: Factors(rank, of.rows, of.columns)}
+        self.add_module(f"lora_{of.name}", self.pairs[of.name])
+
+    def product(self, x: Tensor) -> Tensor:
+        (pair,) = self.pairs.values()
+        # this rank has part of the features, so they take the place of rows, which a dropout can count from the whole's
+        dropped = self.dropout(x.transpose(1, 2), self.keys).transpose(1, 2)
+        return super().product(x) + F.linear(F.linear(dropped, pair.a) * self.scale, pair.b)
+
+
+def adapt(decoder: Decoder, config: Config, group: Group) -> None:
+    """Put factors beside the linears that tune.lora_targets names, in place.
+
+    Call it on the cut model while its weights are on meta and whole, and before `recompute`: what runs again has to
+    find the keys of its own microbatch.
+    """
+    m, t, sp = config.model, config.tune, config.parallel.sp
+    assert m.head_dim is not None
+    assert m.num_kv_heads is not None
+    # places of dropout after the model's own
+    first_site = 3 * m.num_layers + 1
+    linears = projections(m)
+    for name, chosen in adapted(config).items():
+        _, layer, kind = name.split(".", 2)
+        if layer not in decoder.layers:
+            continue
+        parent_name, _, child = name.rpartition(".")
+        parent = decoder.get_submodule(parent_name)
+        linear: Any = decoder.get_submodule(name)
+        dropout = Dropout(t.lora_dropout, site=first_site + 4 * int(layer) + list(linears).index(kind))
+        scale = t.lora_alpha / t.lora_rank
+        adapter: LoraRow | LoraColumn
+        if kind in ("attn.out", "mlp.down"):
+            dropout.shard = group.rank
+            adapter = LoraRow(linear, group, sp, chosen[0], rank=t.lora_rank, scale=scale, dropout=dropout)
+        else:
+            dropout.shard = group.rank if sp else 0
+            kv = max(1, m.num_kv_heads // group.size) * m.head_dim
+            rows = {p.name: kv if p.name in ("k", "v") else p.rows // group.size for p in linears[kind]}
+            adapter = LoraColumn(
+                linear,
+                group,
+                sp,
+                chosen,
+                rank=t.lora_rank,
+                scale=scale,
+                dropout=dropout,
+                rows=rows,
+                head_dim=m.head_dim,
+            )
+        setattr(parent, child, adapter)
+    for block in decoder.layers.values() if t.lora_dropout else ():
+        assert isinstance(block, Block)
+        _note_keys(block)
+
+
+def _note_keys(block: Block) -> None:
+    """Let the adapters of a block know the samples' keys, of which the linears that they replace are told nothing."""
+    adapters = [module for module in block.modules() if isinstance(module, LoraColumn | LoraRow)]
+    inner = block.forward
+
+    def forward(x: Tensor, rope: object, positions: Tensor, bounds: Tensor | None, keys: Tensor | None) -> Tensor:
+        for adapter in adapters:
+            adapter.keys = keys
+        return inner(x, rope, positions, bounds, keys)  # type: ignore[arg-type]
+
+    block.forward = forward  # type: ignore[method-assign]

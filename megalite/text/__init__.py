@@ -1,0 +1,1 @@
+"""Text: rows of files, tokenizers, conversations and chat templates."""

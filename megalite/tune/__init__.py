@@ -1,1 +1,0 @@
-"""Training a part of the model, or a little beside it."""

@@ -1,0 +1,236 @@
+"""What a configuration costs, against a real model on meta, brute force and what must grow with what."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from megalite.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    parse_command_line,
+    resolve,
+)
+from megalite.model.decoder import Decoder
+from megalite.parallel.groups import SoloWorld
+from megalite.plan import costs as plan
+from megalite.plan.costs import head_flops, layer_flops, memory, parameters, stage_layers
+
+SMALL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, ffn_hidden_size=20)
+LLAMA_7B = ModelConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    ffn_hidden_size=11008,
+    num_kv_heads=32,
+    head_dim=128,
+)
+
+
+def make(model: ModelConfig = SMALL, ranks: int = 1, train: dict[str, Any] | None = None, **parallel: Any) -> Config:
+    config = Config(model=model, parallel=ParallelConfig(**parallel), train=TrainConfig(**(train or {})))
+    return resolve(config, ranks)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("kv", "head_dim"), [(4, 6), (2, 6), (1, 10)])
+def test_parameters_are_those_of_the_model(tied: bool, qkv_bias: bool, qk_norm: bool, kv: int, head_dim: int) -> None:
+    model = dataclasses.replace(
+        SMALL, tie_embeddings=tied, qkv_bias=qkv_bias, qk_norm=qk_norm, num_kv_heads=kv, head_dim=head_dim
+    )
+    with torch.device("meta"):
+        decoder = Decoder(model, range(3))
+    assert parameters(model) == sum(p.numel() for p in decoder.parameters())
+    assert plan.layer_parameters(model) == sum(p.numel() for p in decoder.layers["0"].parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": "layernorm"},
+        {"activation": "gelu"},
+        {"linear_bias": True},
+        {"linear_bias": True, "activation": "gelu_tanh", "qkv_bias": True},
+        {"position": "learned", "max_positions": 13, "tie_embeddings": True},
+    ],
+    ids=str,
+)
+def test_parameters_of_options_are_those_of_the_model(options: dict[str, Any]) -> None:
+    model = dataclasses.replace(SMALL, num_kv_heads=2, head_dim=6, **options)
+    with torch.device("meta"):
+        decoder = Decoder(model, range(3))
+    assert parameters(model) == sum(p.numel() for p in decoder.parameters())
+    assert plan.layer_parameters(model) == sum(p.numel() for p in decoder.layers["0"].parameters())
+
+
+def test_a_window_saves_the_scores_it_hides() -> None:
+    model = dataclasses.replace(SMALL, num_kv_heads=4, head_dim=6)
+    full, whole = layer_flops(model, 64), layer_flops(dataclasses.replace(model, sliding_window=64), 64)
+    assert full == whole
+    windowed = layer_flops(dataclasses.replace(model, sliding_window=8), 64)
+    assert full - windowed == pytest.approx(4 * 24 * (32 - (8 - 0.5)))
+
+
+def test_known_sizes() -> None:
+    assert parameters(LLAMA_7B) == 6_738_415_616  # Touvron et al. 2023; as Hugging Face counts it
+    # 6 FLOPs per parameter and token, the embedding not multiplied, plus attention's 6 s h a layer, halved by causality
+    weights = parameters(LLAMA_7B) - 32000 * 4096 - 65 * 4096
+    attention = 32 * 6 * 2048 * 4096
+    assert plan.training_flops(LLAMA_7B, 2048) == pytest.approx(6 * weights + attention, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [
+        ("llama2-7b", 6_738_415_616),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3-70b", 70_553_706_496),
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen3-8b", 8_190_735_360),
+        ("sft-7b", 6_738_415_616),
+    ],
+)
+def test_presets_are_the_published_models(preset: str, count: int) -> None:
+    config = parse_command_line(["--preset", preset], default_preset=None, prog="").config
+    assert parameters(resolve(config, 1).model) == count
+
+
+def slowest(counts: tuple[int, ...], head: float) -> float:
+    return max(*counts[:-1], counts[-1] + head) if len(counts) > 1 else counts[0] + head
+
+
+def splits(layers: int, stages: int) -> list[tuple[int, ...]]:
+    return [
+        tuple(b - a for a, b in itertools.pairwise((0, *cuts, layers)))
+        for cuts in itertools.combinations(range(1, layers), stages - 1)
+    ]
+
+
+@pytest.mark.parametrize("vocab", [16, 500, 2000, 8000])
+def test_balanced_stages_are_the_best_there_are(vocab: int) -> None:
+    for layers, stages in itertools.product((1, 4, 7, 10), (1, 2, 3, 4)):
+        if stages > layers:
+            continue
+        model = dataclasses.replace(SMALL, num_layers=layers, vocab_size=vocab)
+        config = make(model, stages, pp=stages)
+        found = stage_layers(config)
+        counts = tuple(map(len, found))
+        assert [layer for stage in found for layer in stage] == list(range(layers))
+        head = head_flops(config.model) / layer_flops(config.model, config.train.seq_len)
+        every = splits(layers, stages)
+        best = min(slowest(split, head) for split in every)
+        assert slowest(counts, head) == pytest.approx(best, rel=1e-12)
+        # and the most even one of those
+        uneven = [sum(c * c for c in s[:-1]) + (s[-1] + head) ** 2 for s in every if slowest(s, head) <= best + 1e-9]
+        assert sum(c * c for c in counts[:-1]) + (counts[-1] + head) ** 2 == pytest.approx(min(uneven), rel=1e-12)
+
+
+def test_the_head_makes_the_last_stage_shorter() -> None:
+    heavy = dataclasses.replace(SMALL, num_layers=8, vocab_size=4000)
+    light = dataclasses.replace(heavy, vocab_size=16)
+    assert [len(r) for r in stage_layers(make(light, 4, pp=4))] == [2, 2, 2, 2]
+    counts = [len(r) for r in stage_layers(make(heavy, 4, pp=4))]
+    assert counts[-1] == 1
+    assert sum(counts) == 8
+
+
+def test_stages_written_by_hand_are_taken() -> None:
+    config = make(dataclasses.replace(SMALL, num_layers=7), 3, pp=3, stages=(1, 4, 2))
+    assert stage_layers(config) == [range(0, 1), range(1, 5), range(5, 7)]
+
+
+def need(model: ModelConfig = LLAMA_7B, ranks: int = 64, train: dict[str, Any] | None = None, **parallel: Any) -> Any:
+    train = {"seq_len": 2048, "micro_batch_size": 1, "global_batch_size": 64, "dtype": "bf16"} | (train or {})
+    return memory(make(model, ranks, train, **parallel), "cuda")
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"tp": 2}, {}),
+        ({"tp": 4}, {"tp": 2}),
+        ({"tp": 8}, {"tp": 4}),
+        ({"pp": 2}, {}),
+        ({"pp": 4}, {"pp": 2}),
+        ({"tp": 2, "pp": 4}, {"tp": 2, "pp": 2}),
+        ({"tp": 2}, {"tp": 2, "sp": False}),
+        ({"pp": 4}, {"pp": 4, "schedule": "gpipe"}),
+        ({}, {"train": {"seq_len": 4096}}),
+        ({}, {"train": {"micro_batch_size": 2}}),
+        ({}, {"train": {"dtype": "fp32", "micro_batch_size": 8}}),
+        ({"model": dataclasses.replace(LLAMA_7B, num_layers=31)}, {}),
+        ({"model": dataclasses.replace(LLAMA_7B, tie_embeddings=True)}, {}),
+        ({"model": dataclasses.replace(LLAMA_7B, num_kv_heads=8)}, {}),
+        ({"model": dataclasses.replace(LLAMA_7B, vocab_size=16000)}, {}),
+        ({"recompute": "full"}, {}),
+        ({"recompute": "full"}, {"recompute": "full", "recompute_layers": 8}),
+        ({"recompute": "full", "recompute_layers": 8}, {"recompute": "full", "recompute_layers": 4}),
+        (
+            {"recompute": "selective", "train": {"kernels": "fused"}},
+            {"train": {"kernels": "fused"}},
+        ),
+        ({"train": {"kernels": "auto"}}, {"train": {"kernels": "fused"}}),
+        ({"train": {"dtype": "fp32"}}, {"train": {"dtype": "fp64"}}),
+    ],
+)
+def test_memory_is_monotone(less: dict[str, Any], more: dict[str, Any]) -> None:
+    assert need(**less).total < need(**more).total
+
+
+def test_memory_of_one_rank_counts_every_parameter() -> None:
+    config = make(dataclasses.replace(SMALL, tie_embeddings=True, num_layers=5))
+    found = memory(config, "cpu")
+    count = parameters(config.model)
+    # the final norm is the only thing left out
+    assert found.weights == pytest.approx(4 * count, rel=0.01)
+    assert found.gradients == found.weights
+    assert found.optimizer == 2 * found.weights
+    half = memory(make(dataclasses.replace(SMALL, num_layers=5), train={"dtype": "bf16"}), "cpu")
+    assert half.optimizer == 6 * half.weights  # masters beside moments
+    assert half.gradients == 2 * half.weights + SMALL.vocab_size * SMALL.hidden_size * 2  # fp32, and one in passing
+    assert found.total == sum(dataclasses.astuple(found))
+    assert "weights" in found.table()
+
+
+def test_activations_are_about_what_autograd_keeps() -> None:
+    """Within a quarter of the bytes that a block's saved tensors hold."""
+    from megalite.engine.engine import Microbatch, build
+
+    model = ModelConfig(vocab_size=64, hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=4, ffn_hidden_size=176)
+    config = make(model, train={"seq_len": 128, "micro_batch_size": 2, "global_batch_size": 2, "kernels": "auto"})
+    engine = build(config, SoloWorld())
+    saved: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    tokens = torch.zeros(2, 128, dtype=torch.long)
+    mb = Microbatch(tokens, tokens, torch.ones(2, 128), torch.arange(128).expand(2, 128))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = engine.model(mb.tokens, mb.positions, None, mb.labels, mb.loss_mask)
+    kept = sum(saved.values())
+    loss.backward()
+    planned = memory(config, "cpu")
+    assert 0.75 < (planned.activations + planned.logits) / kept < 1.5
+
+
+def test_zero_divides_optimizer_states_alone() -> None:
+    whole, shared = (
+        memory(make(LLAMA_7B, 8, {"seq_len": 2048, "dtype": "bf16", "global_batch_size": 64}, tp=2, zero=zero), "cuda")
+        for zero in (0, 1)
+    )
+    assert shared.optimizer == whole.optimizer // 4
+    assert dataclasses.replace(shared, optimizer=whole.optimizer) == whole
+    # of bf16: 2 bytes of weights, 4 of gradients, 12 / dp of optimizer
+    assert shared.optimizer * 4 == pytest.approx(6 * shared.weights, rel=1e-6)

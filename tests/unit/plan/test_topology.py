@@ -1,0 +1,320 @@
+"""Which topology is chosen, what does not fit and what would, and plans for hardware that is not here."""
+
+import contextlib
+import dataclasses
+import itertools
+import re
+import time
+from typing import Any
+
+import pytest
+
+from megalite.config import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    check,
+    parse_command_line,
+    resolve,
+)
+from megalite.config.schema import MOST_LAYERS
+from megalite.plan import topology
+from megalite.plan.costs import GIB, memory
+from megalite.plan.hardware import GPUS, gpu_gib
+from megalite.plan.topology import Machine, check_memory, choose_topology, memory_table, other_machine
+from megalite.run import entry
+
+LLAMA_7B = ModelConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    num_layers=32,
+    num_heads=32,
+    ffn_hidden_size=11008,
+    num_kv_heads=32,
+    head_dim=128,
+)
+TRAIN = TrainConfig(seq_len=2048, micro_batch_size=1, global_batch_size=64, dtype="bf16")
+
+
+def machine(gib: float, ranks: int, local: int = 8) -> Machine:
+    return Machine(ranks, local, "cuda", int(gib * GIB), "GPUs of a test")
+
+
+def make(ranks: int, train: dict[str, Any] | None = None, **parallel: Any) -> Config:
+    config = Config(
+        model=LLAMA_7B, parallel=ParallelConfig(**parallel), train=dataclasses.replace(TRAIN, **(train or {}))
+    )
+    return resolve(config, ranks)
+
+
+def chosen(
+    gib: float, ranks: int, explicit: frozenset[str] = frozenset(), local: int = 8, **parallel: Any
+) -> tuple[tuple[int | None, int | None], str]:
+    config = Config(model=LLAMA_7B, parallel=ParallelConfig(**parallel), train=TRAIN)
+    config, said = choose_topology(config, machine(gib, ranks, local), explicit)
+    return (config.parallel.tp, config.parallel.pp), said
+
+
+def planned(*argv: str) -> tuple[Config, Machine, str]:
+    """What `--dry-run` of the example plans."""
+    request = parse_command_line([*argv, "--dry-run"], default_preset="llama2-7b", prog="")
+    made = entry.machine_of(request)
+    config, why = entry.configure(request, made)
+    return config, made, why
+
+
+def test_instruction_tuning_of_a_7b_fits_eight_gpus_of_80_gib() -> None:
+    request = parse_command_line(["--preset", "sft-7b"], default_preset=None, prog="")
+    eight = machine(0.94 * 80, 8)
+    config, _ = choose_topology(request.config, eight, request.explicit)
+    config = resolve(config, 8)
+    check(config, 8)
+    assert (config.parallel.tp, config.parallel.pp, config.parallel.dp, config.parallel.zero) == (1, 1, 8, 1)
+    assert 70 * GIB < check_memory(config, eight).total < 75.2 * GIB
+
+
+def test_the_smallest_topology_that_fits_is_chosen() -> None:
+    sizes = {}
+    for gib in (24, 40, 80, 200):
+        (tp, pp), said = chosen(gib, 16)
+        fitting = [
+            (a * b, -a)
+            for a, b in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16))
+            if a * b <= 16 and memory(make(16, tp=a, pp=b), "cuda").total <= gib * GIB
+        ]
+        assert (tp * pp, -tp) == min(fitting)
+        assert "the smallest that fits" in said
+        assert f"tp {tp} x pp {pp} x dp {16 // tp // pp} on 16 ranks" in said
+        sizes[gib] = tp * pp
+    assert sizes[200] == 1
+    assert sizes[24] > sizes[40] >= sizes[80] > 1
+
+
+def test_tp_stays_within_a_node() -> None:
+    assert chosen(24, 16, local=2)[0][0] <= 2
+    assert chosen(24, 16, local=8)[0][0] == 8
+
+
+def test_where_nothing_fits_the_least_is_named() -> None:
+    (tp, pp), said = chosen(4, 4)
+    assert tp * pp == 4
+    assert "none fits; this one needs the least memory" in said
+
+
+def test_what_the_user_set_is_never_changed() -> None:
+    both = frozenset({"parallel.tp", "parallel.pp"})
+    assert chosen(24, 8, both, tp=1, pp=2) == ((1, 2), "tp 1 x pp 2 x dp 4 on 8 ranks (as asked)")
+    assert chosen(24, 8, frozenset({"parallel.tp"}), tp=1)[0][0] == 1
+    assert chosen(24, 8, frozenset({"parallel.pp"}), pp=8)[0] == (1, 8)
+    assert chosen(24, 6, frozenset({"parallel.stages"}), stages=(10, 10, 12))[0][1] == 3
+
+
+def test_a_presets_topology_holds_where_it_divides_the_ranks() -> None:
+    assert chosen(1000, 8, tp=2, pp=2) == ((2, 2), "tp 2 x pp 2 x dp 2 on 8 ranks (the preset's)")
+    assert chosen(1000, 2, tp=2, pp=2)[0] == (1, 1)
+
+
+def test_a_chosen_tp_divides_the_sequence() -> None:
+    config = Config(model=LLAMA_7B, train=dataclasses.replace(TRAIN, seq_len=2047))
+    config, _ = choose_topology(config, machine(24, 8), frozenset())
+    assert config.parallel.tp == 1
+    check(resolve(config, 8), 8)
+
+
+def test_what_does_not_fit_is_refused_with_bytes_and_remedies() -> None:
+    config = make(2, tp=2)
+    with pytest.raises(ConfigError) as error:
+        check_memory(config, machine(24, 2))
+    text = str(error.value)
+    assert "6.74e9 parameters does not fit 2 ranks of 24.0 GiB per GPU: tp 2 x pp 1 x dp 1 needs" in text
+    for kind in ("weights", "gradients", "optimizer", "activations", "logits", "overhead"):
+        assert kind in text
+    assert f"GPUs of {-(-memory(config, 'cuda').total / 0.94 // GIB):.0f} GiB" in text
+    assert check_memory(config, machine(1000, 2)) == memory(config, "cuda")
+
+
+@pytest.mark.parametrize("gib", [16, 20, 24, 30, 40, 50, 60])
+@pytest.mark.parametrize("keys", [{"tp": 2}, {"pp": 2}, {"tp": 4, "pp": 2}, {}])
+@pytest.mark.parametrize("micro", [1, 4])
+def test_every_remedy_that_it_names_would_do(gib: float, keys: dict[str, int], micro: int) -> None:
+    config = make(8, {"micro_batch_size": micro}, **keys)
+    try:
+        check_memory(config, machine(gib, 8))
+    except ConfigError as error:
+        named = str(error).split("what would fit: ")[1].split("; or ")
+    else:
+        return
+    assert named
+    for remedy in named:
+        ranks, larger = 8, gib
+        if found := re.match(r"(\d+) such ranks with ", remedy):
+            ranks = int(found[1])
+        if found := re.match(r"GPUs of (\d+) GiB", remedy):
+            larger = int(found[1]) * 0.94
+        changed = config
+        if "parallel.tp=" in remedy:
+            open_ = dataclasses.replace(config.parallel, tp=None, pp=None, dp=None)
+            changed = dataclasses.replace(config, parallel=open_)
+        for key, value in re.findall(r"([a-z]+\.\w+)=(\w+)", remedy):
+            section, name = key.split(".")
+            part = dataclasses.replace(getattr(changed, section), **{name: int(value) if value.isdigit() else value})
+            changed = dataclasses.replace(changed, **{section: part})
+        changed = resolve(changed, ranks)
+        check(changed, ranks)
+        check_memory(changed, machine(larger, ranks))
+
+
+def test_tuning_may_take_lora() -> None:
+    config = dataclasses.replace(make(1), checkpoint=CheckpointConfig(load="runs/base"))
+    with pytest.raises(ConfigError, match=r"what would fit: tune\.mode=lora; or"):
+        check_memory(config, machine(40, 1))
+    with pytest.raises(ConfigError) as error:
+        check_memory(make(1), machine(40, 1))
+    assert "lora" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "first_try", "tiny"),
+    [([], True, True), ([], False, False), (["--preset", "llama3-70b"], False, False)],
+)
+def test_tiny_is_advice_for_those_who_have_asked_for_nothing(argv: list[str], first_try: bool, tiny: bool) -> None:
+    config, _, _ = planned(*argv, "world=1", "gpu=16")
+    with pytest.raises(ConfigError) as error:
+        check_memory(config, machine(16, 1), first_try)
+    assert ("--preset tiny" in str(error.value)) == tiny
+    # and the machine at hand is not the only one to plan for
+    with pytest.raises(ConfigError, match="--dry-run world=64 gpu=h100 plans for other hardware"):
+        check_memory(config, Machine(1, 1, "cpu", 16 * GIB))
+
+
+def test_memory_of_this_machine_is_shared_among_its_ranks() -> None:
+    device, free = topology.device_memory("cpu", 1)
+    assert device == "cpu"
+    assert 0 < free < 2**50
+    assert topology.device_memory("cpu", 4)[1] < free / 2
+
+
+def test_a_gpu_asked_for_and_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topology, "gpu_memory", list)
+    with pytest.raises(ConfigError, match=r"train\.device=cuda: .* use cpu or auto"):
+        topology.device_memory("cuda", 1)
+    assert topology.device_memory("auto", 1)[0] == "cpu"
+    monkeypatch.setattr(topology, "gpu_memory", lambda: [80 * GIB, 40 * GIB])
+    device, free = topology.device_memory("auto", 2)
+    assert device == "cuda"
+    assert 36 * GIB < free < 40 * GIB  # the smaller one, less what is kept free; each rank has its own
+
+
+def test_a_plan_for_hardware_that_is_not_here() -> None:
+    config, made, why = planned("world=64", "gpu=h100")
+    assert (config.parallel.tp, config.parallel.pp, config.parallel.dp) == (2, 1, 32)
+    assert "on 64 ranks (the smallest that fits" in why
+    assert (made.ranks, made.local, made.device) == (64, 8, "cuda")
+    text = entry.describe(config, made)
+    assert "hardware: 64 ranks, 8 a node; GPUs of 79.6 GiB (gpu=h100)" in text
+    assert "fits: the fullest rank needs" in text
+    check_memory(config, made)
+
+
+def test_the_plan_of_a_70b_has_a_line_for_each_kind_of_rank() -> None:
+    config, made, _ = planned("--preset", "llama3-70b", "world=64", "gpu=80", "parallel.pp=4")
+    lines = memory_table(config, made).splitlines()
+    assert lines[2].split() == [
+        *("stage", "ranks", "weights", "gradients", "optimizer", "activations", "logits", "overhead", "total")
+    ]
+    assert [line.split()[:2] for line in lines[3:-1]] == [["0", "0-15"], ["1", "16-31"], ["2", "32-47"], ["3", "48-63"]]
+    assert max(float(line.split()[-1]) for line in lines[3:-1]) == pytest.approx(
+        memory(config, "cuda").total / GIB, abs=0.01
+    )
+    # stages that are alike are one line
+    config, made, _ = planned("--preset", "llama3-70b", "world=64", "gpu=80", "parallel.stages=10,10,10,10,10,10,10,10")
+    many = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=1))
+    assert re.search(r"^ +1-6 +8-55 ", memory_table(many, made), re.MULTILINE)
+
+
+def test_a_plan_that_does_not_fit_names_the_keys() -> None:
+    config, made, why = planned("--preset", "llama3-70b", "world=8", "gpu=h100")
+    assert "none fits" in why
+    assert "does NOT fit: the fullest rank needs" in memory_table(config, made)
+    with pytest.raises(ConfigError) as error:
+        check_memory(config, made)
+    assert "such ranks with parallel.tp=" in str(error.value)
+    assert "tiny" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["world=0"], "world=0 must be at least 1 and at most 1e6, e.g. 64"),
+        (["world=many"], "world=many: expected int"),
+        (["world=8", "per_node=0"], "per_node=0 must be at least 1"),
+        (["gpu=h1000"], "gpu=h1000 is not known; write its memory in GiB, e.g. gpu=80"),
+        (["gpu="], "is not known; write its memory in GiB"),
+        (["gpu=0"], "GiB of a GPU must be at least 1 and at most 2048"),
+        (["gpu=-5"], "gpu=-5 is not known"),
+        (["gpu=a100"], "write gpu=a100-40 or gpu=a100-80"),
+        (["gpu=24", "train.device=cpu"], "gpu=24 and train.device=cpu contradict each other"),
+        (["world=8", "world=16"], "one of them is given twice"),
+    ],
+)
+def test_hardware_that_cannot_be(argv: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        planned(*argv)
+    assert words in str(error.value)
+
+
+def test_hardware_is_for_plans() -> None:
+    for argv in (["world=8"], ["gpu=h100"], ["--world", "8"]):
+        with pytest.raises(ConfigError, match="is for --dry-run: a run has the ranks that torchrun starts"):
+            parse_command_line(argv, default_preset="tiny", prog="")
+    request = parse_command_line(["--world=8", "--gpu", "h200", "--print-config"], default_preset="tiny", prog="")
+    assert request.hardware is not None
+    assert (request.hardware.world, request.hardware.gpu, request.hardware.per_node) == (8, "h200", None)
+    assert other_machine("auto", 4, None, "24").local == 4
+    assert other_machine("auto", 64, 4, "24").local == 4
+    assert other_machine("cpu", 64, None, None).name == "nodes like this one"
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [
+        ("80", 80), ("23.5", 23.5), ("80GB", 80), ("40 GiB", 40), ("h100", 79.6), ("H100-80GB", 79.6),
+        ("NVIDIA H100 80GB HBM3", 79.6), ("a100-40", 40), ("A100-SXM4-80GB", 80), ("rtx 4090", 24), ("4090", 24),
+        ("h200", 140.4), ("H200-141GB", 140.4), ("l40s", 45), ("V100-32GB", 32), ("b200", 179), ("l4", 22.5),
+    ],
+)  # fmt: skip
+def test_gpus_by_name(text: str, gib: float) -> None:
+    assert gpu_gib(text) == gib
+
+
+def test_every_gpu_of_the_table_can_be_named() -> None:
+    for name, (sizes, _) in GPUS.items():
+        for size in sizes:
+            assert gpu_gib(f"{name}-{size:g}" if len(sizes) > 1 else name) == size
+
+
+@pytest.mark.parametrize("argv", [[], ["parallel.pp=100"], ["tune.freeze=layers.*"], ["train.ramp_start=1"]])
+def test_the_deepest_model_is_planned_at_once(argv: list[str]) -> None:
+    """Planning grows with the layers, not with their square."""
+    ramp = ["train.ramp_samples=1000000000", "train.global_batch_size=65536", "train.steps=1000000"]
+    began = time.process_time()
+    argv = [*argv, *(ramp if "train.ramp_start=1" in argv else []), f"model.num_layers={MOST_LAYERS}", "gpu=80"]
+    config, made, _ = planned(*argv, "world=800", "train.global_batch_size=65600")
+    entry.describe(config, made)
+    with contextlib.suppress(ConfigError):
+        check_memory(config, made)
+    assert time.process_time() - began < 5
+
+
+def test_deeper_ones_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.num_layers=100000 must be at least 1 and at most 1000, e.g. 32"):
+        planned("model.num_layers=100000")
+
+
+@pytest.mark.parametrize("argv", [["parallel.stages=1000"], ["parallel.stages=4,4", "parallel.pp=3"]])
+def test_stages_that_do_not_add_up_are_told_by_the_checks(argv: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.stages="):
+        planned("--preset", "tiny", "world=6", "gpu=80", *argv)

@@ -1,0 +1,57 @@
+"""What a failure in the world is called, and how it is told: one line for the user's, a traceback for ours."""
+
+import pytest
+import torch
+
+from megalite.config import Config, parse_command_line
+from megalite.config.errors import TrainingError
+from megalite.parallel.groups import World
+from megalite.run.together import describe_error, in_world
+
+
+@pytest.fixture
+def config() -> Config:
+    words = ["train.device=cpu", "train.threads=1"]
+    return parse_command_line(words, default_preset="tiny", prog="test").config
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("no room"), 2, "error: no room"),
+        (TrainingError("diverged"), 2, "error: diverged"),
+        (FileNotFoundError(2, "No such file or directory", "a.bin"), 2, "error: a.bin: No such file or directory"),
+        (ImportError("No module named 'x'"), 2, "error: No module named 'x'; python -m megalite.doctor says"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
+            1,
+            "error: out of memory: CUDA out of memory. Tried",
+        ),
+        (
+            RuntimeError("[gloo/x.cc] Connection closed\nmore"),
+            1,
+            "error: lost the others: [gloo/x.cc] Connection closed",
+        ),
+    ],
+)
+def test_a_failure_is_one_line(
+    config: Config, error: Exception, status: int, line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def main(world: World) -> None:
+        raise error
+
+    assert in_world(config, main) == status
+    (told,) = capfd.readouterr().err.splitlines()
+    assert told.startswith(line)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    assert in_world(config, lambda world: {}["missing"]) == 1
+    told = capfd.readouterr().err
+    assert told.startswith("Traceback")
+    assert told.rstrip().endswith("KeyError: 'missing'")
+
+
+def test_errors_of_the_system_name_their_file() -> None:
+    assert describe_error(OSError(28, "No space left on device", "/x/y")) == "/x/y: No space left on device"
+    assert describe_error(OSError("by hand")) == "by hand"
