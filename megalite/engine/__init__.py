@@ -1,1 +1,1 @@
-"""One rank's part of the model at work: what runs forward, and what learns."""
+"""The engine of one rank: stages that run forward, and what learns."""

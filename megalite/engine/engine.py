@@ -16,12 +16,12 @@ from megalite.config import Config
 from megalite.config.param_groups import check_groups
 from megalite.config.trained import adapter_shapes, hidden_matrices, shapes, trained
 from megalite.engine.batches import Microbatch
+from megalite.model.context import Context
 from megalite.model.cut_table import ADAPTER, cut_model, find_cut, global_name, is_partial
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import sample_keys
 from megalite.model.init import draw, materialise
 from megalite.model.lora import adapt
-from megalite.model.recompute import recompute
 from megalite.optim.adamw import AdamW
 from megalite.optim.muon import Muon
 from megalite.parallel.cuts import Shard, sum_of_squares
@@ -73,13 +73,12 @@ class Stage:
 
         def forward(m: int, x: Tensor | None) -> Tensor:
             mb = microbatches[m]
+            keys = sample_keys(c.train.seed, mb.samples) if drops and mb.samples is not None else None
             out: Tensor = self.model(
                 mb.tokens if x is None else x,
-                mb.positions,
-                mb.bounds,
+                Context(mb.positions, mb.bounds, keys),
                 mb.labels if last else None,
                 mb.loss_mask if last else None,
-                sample_keys(c.train.seed, mb.samples) if drops and mb.samples is not None else None,
             )
             return out
 
@@ -105,7 +104,7 @@ class Stage:
         self.model.eval()
         outputs = execute(
             self._plans(False, 1),
-            lambda _, x: self.model(tokens if x is None else x, positions, bounds),
+            lambda _, x: self.model(tokens if x is None else x, Context(positions, bounds)),
             link=self.mesh.link,
             ranks=self.mesh.pp.ranks,
             hidden=self._hidden(*tokens.shape),
@@ -250,7 +249,7 @@ def build_stage(config: Config, world: World, value: Callable[[str, tuple[int, .
         )
     cut_model(model, m, mesh.tp, p.sp)
     adapt(model, config, mesh.tp)
-    recompute(model, p.recompute, p.recompute_layers)
+    model.set_recompute(p.recompute, p.recompute_layers)
     shards = materialise(
         model,
         m,

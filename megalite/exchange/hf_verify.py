@@ -13,6 +13,7 @@ from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import load
 from megalite.exchange.convert import saved_config
 from megalite.exchange.hf_weights import nothing
+from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
 from megalite.parallel.groups import Group
@@ -59,7 +60,7 @@ def verify(hf: Path, run: Path) -> Verdict:
     vocabulary = saved_config(find(run)).model.vocab_size
     tokens = torch.randint(vocabulary, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
     theirs = _transformers_logits(hf, tokens)
-    ours = load_decoder(run)(tokens, torch.arange(LENGTH).expand(SEQUENCES, -1))
+    ours = load_decoder(run)(tokens, Context(torch.arange(LENGTH).expand(SEQUENCES, -1)))
     return Verdict(float((ours - theirs).abs().max()), float(theirs.abs().max()))
 
 

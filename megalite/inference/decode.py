@@ -22,6 +22,7 @@ from megalite.inference.reply import Reply, Settings
 from megalite.inference.sampling import choose
 from megalite.inference.source import Source
 from megalite.model.attention import Attention
+from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.parallel.groups import Group, World
 
@@ -30,9 +31,9 @@ BLOCK = 256
 
 
 class CachedCore(nn.Module):
-    """An attention core that remembers keys and values [2, b, capacity, kv, d], so each call brings only new tokens.
+    """An attention core with a cache of keys and values [2, b, capacity, kv, d]: each call brings only new tokens.
 
-    `bounds` count from the first token in the cache; None only while it is empty.
+    `context.bounds` count from the first token in the cache; None only while it is empty.
     """
 
     def __init__(self, core: nn.Module) -> None:
@@ -41,9 +42,7 @@ class CachedCore(nn.Module):
         self.past: Tensor | None = None
         self.length = 0
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, bounds: Tensor | None, keys: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         start, self.length = self.length, self.length + k.shape[1]
         if self.past is None or self.length > self.past.shape[2]:
             b, _, kv, d = k.shape
@@ -53,19 +52,21 @@ class CachedCore(nn.Module):
             self.past = grown
         self.past[0, :, start : self.length], self.past[1, :, start : self.length] = k, v
         k, v = self.past[:, :, : self.length]
-        out: Tensor = self.core(q, k, v, positions, bounds, keys)
+        out: Tensor = self.core(q, k, v, context)
         return out
 
 
 class LastToken(nn.Module):
-    """A loss head that sees the last token alone: the logits of a long prompt would take more room than the model."""
+    """A loss head applied to the last token only: the logits of a long prompt can take more memory than the model."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
-        out: Tensor = self.head(hidden[:, -1:])
+    def forward(
+        self, hidden: Tensor, context: Context, labels: Tensor | None = None, loss_mask: Tensor | None = None
+    ) -> Tensor:
+        out: Tensor = self.head(hidden[:, -1:], context)
         return out
 
 

@@ -1,9 +1,9 @@
 """A decoder written as if for one device: no group, no rank, no collective.
 
-What parallelism and kernels change, they change by swapping named modules: the linears `qkv`, `out`, `gate_up` (or
-`up`), `down` and `head`, the embeddings `embed` and `pos_embed`, the attention `core`, and the `cross_entropy` of the
-loss head; dropouts are told which part they see. A pipeline stage is the same model with the layers it does not own
-left out, so parameter names are the same at every topology.
+Parallelism and kernels change it by replacing named modules: the linears `qkv`, `out`, `gate_up` (or `up`), `down` and
+`head`, the embeddings `embed` and `pos_embed`, the attention `core`, and the `cross_entropy` of the loss head; dropouts
+are given the number of their part. What a forward pass needs besides hidden states is one `Context`. A pipeline stage
+is the same model without the layers it does not own, so parameter names are the same at every topology.
 
 By its configuration it is Llama (Touvron et al. 2023), GPT-2 (Radford et al. 2019) or one of their relatives; each
 option is one line of docs/model-options.md.
@@ -12,6 +12,7 @@ option is one line of docs/model-options.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,18 @@ from torch.nn import functional as F
 
 from megalite import ops
 from megalite.config import ModelConfig
-from megalite.model.attention import Attention, Rope, rope_scaling
+from megalite.model.attention import Attention, rope_scaling
+from megalite.model.context import Context
 from megalite.model.dropout import Dropout
-from megalite.model.layers import make_mlp, make_norm
+from megalite.model.layers import Linear, make_mlp, make_norm
+from megalite.model.recompute import KINDS, recomputed
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x), with dropout on what is added."""
+    """x + attention(norm x), then x + mlp(norm x), with dropout on each summand; [b, s, h] -> [b, s, h].
+
+    `recompute`: backward runs the block again instead of keeping its activations.
+    """
 
     def __init__(self, c: ModelConfig, kernel: str, layer: int) -> None:
         super().__init__()
@@ -36,12 +42,14 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(c)
         self.mlp = make_mlp(c)
         self.mlp_dropout = Dropout(c.dropout, site=3 * layer + 3)
+        self.recompute = False
 
-    def forward(
-        self, x: Tensor, rope: Rope | None, positions: Tensor, bounds: Tensor | None, keys: Tensor | None
-    ) -> Tensor:
-        x = x + self.attn_dropout(self.attn(self.attn_norm(x), rope, positions, bounds, keys), keys)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), keys)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return recomputed(self._forward, x, context) if self.recompute else self._forward(x, context)
+
+    def _forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attn_dropout(self.attn(self.attn_norm(x), context), context)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x), context), context)
 
 
 class CrossEntropy(nn.Module):
@@ -67,15 +75,17 @@ class CrossEntropy(nn.Module):
 
 
 class LossHead(nn.Module):
-    """Final norm and output head: hidden [b, s, h] to the summed loss, or without labels to logits [b, s, vocab]."""
+    """Final norm and output head: hidden [b, s, h] -> the summed loss, or without labels -> logits [b, s, vocab]."""
 
-    def __init__(self, norm: nn.Module, head: nn.Linear, label_smoothing: float = 0.0) -> None:
+    def __init__(self, norm: nn.Module, head: Linear, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.norm, self.head = norm, head
         self.cross_entropy = CrossEntropy(label_smoothing)
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
-        logits = self.head(self.norm(hidden))
+    def forward(
+        self, hidden: Tensor, context: Context, labels: Tensor | None = None, loss_mask: Tensor | None = None
+    ) -> Tensor:
+        logits = self.head(self.norm(hidden), context)
         if labels is None:
             return self.cross_entropy.whole(logits)
         return self.cross_entropy(logits, labels, loss_mask)
@@ -110,34 +120,45 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleDict({str(layer): Block(c, kernel, layer) for layer in layers})
         self.loss_head = None
         if last:
-            head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+            head = Linear(c.hidden_size, c.vocab_size, bias=False)
             if c.tie_embeddings and self.embed is not None:
                 head.weight = self.embed.weight
             self.loss_head = LossHead(make_norm(c), head, label_smoothing)
 
-    def forward(
-        self,
-        x: Tensor,
-        positions: Tensor,
-        bounds: Tensor | None = None,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        keys: Tensor | None = None,
-    ) -> Tensor:
-        """Tokens [b, s] (first stage) or hidden states [b, s, h] in; hidden states out, or what the loss head gives.
+    def set_recompute(self, kind: str, layers: int) -> None:
+        """Let the first `layers` blocks (0: all) keep fewer activations.
 
-        `positions` [b, s], `bounds` as in AttentionCore, `labels` and `loss_mask` [b, s], `keys` [b] of the samples.
+        kind: none; selective: the attention core keeps its inputs only; full: a block keeps its input only. Blocks and
+        cores may be cut, adapted or replaced before or after this call. ValueError: an unknown kind.
         """
+        if kind not in KINDS:
+            raise ValueError(f"recompute={kind} is not supported; use {', '.join(KINDS)}")
+        for number, block in enumerate(self.layers.values()):
+            assert isinstance(block, Block)
+            chosen = layers == 0 or number < layers
+            block.recompute = chosen and kind == "full"
+            block.attn.recompute = chosen and kind == "selective"
+
+    def forward(
+        self, x: Tensor, context: Context, labels: Tensor | None = None, loss_mask: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [b, s] (first stage) or hidden states [b, s, h] -> hidden states, or the result of the loss head.
+
+        labels, loss_mask: [b, s], for the loss; without labels the loss head returns logits. ValueError: the context
+        holds a field that this model does not support.
+        """
+        if context.index is not None or context.extra:
+            raise ValueError("Context.index and Context.extra are not supported by this model; leave them out")
         if self.embed is not None:
             x = self.embed(x)
         if self.pos_embed is not None:
-            x = x + self.pos_embed(positions)
+            x = x + self.pos_embed(context.positions)
         if self.dropout is not None:
-            x = self.dropout(x, keys)
-        rope = None
-        if self.rot_dim:
+            x = self.dropout(x, context)
+        if self.rot_dim and context.rope is None:
             wide = torch.promote_types(x.dtype, torch.float32)
-            rope = ops.rope_cos_sin(positions, self.rot_dim, self.rope_theta, wide, self.rope_scaling)
+            rope = ops.rope_cos_sin(context.positions, self.rot_dim, self.rope_theta, wide, self.rope_scaling)
+            context = replace(context, rope=rope)
         for block in self.layers.values():
-            x = block(x, rope, positions, bounds, keys)
-        return x if self.loss_head is None else self.loss_head(x, labels, loss_mask)
+            x = block(x, context)
+        return x if self.loss_head is None else self.loss_head(x, context, labels, loss_mask)

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from megalite.model.context import Context
+
 
 def _signed(x: int) -> int:
     """The int64 that has the low 64 bits of x."""
@@ -71,10 +73,10 @@ class Dropout(nn.Module):
     def active(self) -> bool:
         return self.p > 0 and self.training
 
-    def forward(self, x: Tensor, keys: Tensor | None) -> Tensor:
-        """`keys` [b] of the samples; None where nothing is to be dropped."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Shape as x. Which elements are dropped depends on `context.keys`, so training with p > 0 needs them."""
         if not self.active:
             return x
-        assert keys is not None, "dropout needs the keys of the samples"
-        kept = keep_mask(keys, self.site, x.shape, self.p, self.shard * x.shape[1])
+        assert context.keys is not None, "dropout needs the keys of the samples"
+        kept = keep_mask(context.keys, self.site, x.shape, self.p, self.shard * x.shape[1])
         return x.masked_fill(~kept, 0.0) / (1 - self.p)

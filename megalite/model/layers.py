@@ -1,4 +1,4 @@
-"""Norms and feed-forwards of the plain model: they know of no group and no rank.
+"""Linears, norms and feed-forwards of the plain model, written as if for one device.
 
 SwiGLU and GeGLU: Shazeer 2020; LayerNorm: Ba et al. 2016; GELU: Hendrycks & Gimpel 2016.
 """
@@ -13,10 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite.config import ModelConfig
+from megalite.model.context import Context
 
 Activation = Callable[[Tensor], Tensor]
 GATED: dict[str, Activation] = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": partial(F.gelu, approximate="tanh")}
 PLAIN: dict[str, Activation] = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+
+
+class Linear(nn.Linear):
+    """x Wᵀ + b, [..., in] -> [..., out]. What replaces it may need the context: an adapter drops by its keys."""
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
+        return F.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -46,13 +54,13 @@ class GatedMLP(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(c.hidden_size, 2 * c.ffn_hidden_size, bias=c.linear_bias)
-        self.down = nn.Linear(c.ffn_hidden_size, c.hidden_size, bias=c.linear_bias)
+        self.gate_up = Linear(c.hidden_size, 2 * c.ffn_hidden_size, bias=c.linear_bias)
+        self.down = Linear(c.ffn_hidden_size, c.hidden_size, bias=c.linear_bias)
         self.act = GATED[c.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.act(gate) * up)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        gate, up = self.gate_up(x, context).chunk(2, dim=-1)
+        return self.down(self.act(gate) * up, context)
 
 
 class MLP(nn.Module):
@@ -60,9 +68,9 @@ class MLP(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.up = nn.Linear(c.hidden_size, c.ffn_hidden_size, bias=c.linear_bias)
-        self.down = nn.Linear(c.ffn_hidden_size, c.hidden_size, bias=c.linear_bias)
+        self.up = Linear(c.hidden_size, c.ffn_hidden_size, bias=c.linear_bias)
+        self.down = Linear(c.ffn_hidden_size, c.hidden_size, bias=c.linear_bias)
         self.act = PLAIN[c.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x)))
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.down(self.act(self.up(x, context)), context)

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from megalite.config import Config
 from megalite.config.trained import Projection, adapted, projections
-from megalite.model.decoder import Block, Decoder
+from megalite.model.context import Context
+from megalite.model.decoder import Decoder
 from megalite.model.dropout import Dropout
 from megalite.parallel.groups import Group
 from megalite.parallel.tensor_parallel import ColumnLinear, RowLinear, column_input
@@ -64,17 +65,16 @@ class LoraColumn(ColumnLinear):
         super().__init__(linear, group, sp)
         self.scale, self.dropout, self.rows, self.head_dim = scale, dropout, rows, head_dim
         self.pairs = {p.name: Factors(rank, p.rows, p.columns) for p in chosen}
-        self.keys: Tensor | None = None
         for name, pair in self.pairs.items():
             self.add_module(f"lora_{name}", pair)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
         pairs = self.pairs.values()
         # under sp x is this rank's part of the sequence
-        low = F.linear(self.dropout(x, self.keys), torch.cat([pair.a for pair in pairs]))
+        low = F.linear(self.dropout(x, context), torch.cat([pair.a for pair in pairs]))
         low = column_input(low * self.scale, self.group, self.sp)
         parts = {n: F.linear(part, pair.b) for n, pair, part in zip(self.pairs, pairs, low.chunk(len(pairs), -1))}
-        return super().forward(x) + join(parts, self.rows, self.head_dim)
+        return super().forward(x, context) + join(parts, self.rows, self.head_dim)
 
 
 class LoraRow(RowLinear):
@@ -85,22 +85,20 @@ class LoraRow(RowLinear):
     ) -> None:
         super().__init__(linear, group, sp)
         self.scale, self.dropout = scale, dropout
-        self.keys: Tensor | None = None
         self.pairs = {of.name: Factors(rank, of.rows, of.columns)}
         self.add_module(f"lora_{of.name}", self.pairs[of.name])
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
         (pair,) = self.pairs.values()
         # this rank has part of the features, so they take the place of rows, which a dropout can count from the whole's
-        dropped = self.dropout(x.transpose(1, 2), self.keys).transpose(1, 2)
-        return super().product(x) + F.linear(F.linear(dropped, pair.a) * self.scale, pair.b)
+        dropped = self.dropout(x.transpose(1, 2), context).transpose(1, 2)
+        return super().product(x, context) + F.linear(F.linear(dropped, pair.a) * self.scale, pair.b)
 
 
 def adapt(decoder: Decoder, config: Config, group: Group) -> None:
     """Put factors beside the linears that tune.lora_targets names, in place.
 
-    Call it on the cut model while its weights are on meta and whole, and before `recompute`: what runs again has to
-    find the keys of its own microbatch.
+    Call it on the cut model while its weights are on meta and whole.
     """
     m, t, sp = config.model, config.tune, config.parallel.sp
     assert m.head_dim is not None
@@ -137,19 +135,3 @@ def adapt(decoder: Decoder, config: Config, group: Group) -> None:
                 head_dim=m.head_dim,
             )
         setattr(parent, child, adapter)
-    for block in decoder.layers.values() if t.lora_dropout else ():
-        assert isinstance(block, Block)
-        _note_keys(block)
-
-
-def _note_keys(block: Block) -> None:
-    """Let the adapters of a block know the samples' keys, of which the linears that they replace are told nothing."""
-    adapters = [module for module in block.modules() if isinstance(module, LoraColumn | LoraRow)]
-    inner = block.forward
-
-    def forward(x: Tensor, rope: object, positions: Tensor, bounds: Tensor | None, keys: Tensor | None) -> Tensor:
-        for adapter in adapters:
-            adapter.keys = keys
-        return inner(x, rope, positions, bounds, keys)  # type: ignore[arg-type]
-
-    block.forward = forward  # type: ignore[method-assign]

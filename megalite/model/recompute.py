@@ -1,29 +1,24 @@
-"""Activation recomputation: run a part of the forward again in backward instead of keeping what it made.
+"""Activation recomputation: run part of the forward pass again in backward instead of keeping its activations.
 
 Chen et al. 2016 (whole blocks); selective recomputation of the attention core: Korthikanti et al. 2022, section 5.
 """
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megalite.model.decoder import Block, Decoder
+KINDS = ("none", "selective", "full")
 
 
-def recompute(decoder: Decoder, kind: str, layers: int) -> None:
-    """Let the first `layers` blocks of a stage (0: all) keep less, in place; call it last, on the cut model.
+def recomputed(forward: Callable[..., Tensor], *args: object) -> Tensor:
+    """`forward(*args)`, of which autograd keeps the arguments alone; backward runs it again.
 
-    `kind`: none; selective, the attention core keeps its inputs alone; full, a block does. Names of parameters stay,
-    and so does every bit of loss and gradients: the same operations run on the same inputs. Collectives in what runs
-    again meet, since all ranks of a tp group have the same layers.
+    Loss and gradients keep every bit, because the same operations run on the same inputs. Collectives in what runs
+    again meet, because all ranks of a tensor-parallel group recompute the same layers.
     """
-    if kind == "none":
-        return
-    for block in list(decoder.layers.values())[: layers or None]:
-        assert isinstance(block, Block)
-        module = block if kind == "full" else block.attn.core
-        # dropout is a function of keys, so no generator's state has to be put back
-        again = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
-        module.forward = again  # type: ignore[method-assign]
+    # dropout is a function of keys, so no generator's state has to be restored
+    out: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+    return out

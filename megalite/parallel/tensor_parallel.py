@@ -8,7 +8,8 @@ sequence, features; under sequence parallelism outside of the linears [b, s/tp, 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,13 @@ from torch.profiler import record_function
 
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import Done, Group, Pending
+
+
+class LinearContext(Protocol):
+    """What a linear reads of a forward pass's context; `deferred`: see megalite/model/context.py."""
+
+    @property
+    def deferred(self) -> list[Callable[[], None]] | None: ...
 
 
 def _start_gather_sequence(x: Tensor, group: Group) -> tuple[Tensor, Pending]:
@@ -90,7 +98,7 @@ class ColumnLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.group, self.sp = group, sp
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: LinearContext) -> Tensor:
         out: Tensor = _ColumnLinear.apply(x, self.weight, self.bias, self.group, self.sp)
         return out
 
@@ -157,12 +165,12 @@ class RowLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.group, self.sp = group, sp
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, context: LinearContext) -> Tensor:
         """This rank's summand [b, s, out]."""
         return F.linear(x, self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = _sum_over(self.product(x), self.group, self.sp)
+    def forward(self, x: Tensor, context: LinearContext) -> Tensor:
+        out = _sum_over(self.product(x, context), self.group, self.sp)
         return out if self.bias is None else out + self.bias
 
 

@@ -1,1 +1,1 @@
-"""A run: its steps, what is evaluated, saved and reported, and when it stops."""
+"""A training run, from the command line to the last checkpoint."""

@@ -1,6 +1,6 @@
-"""Who may import whom: a module imports its own floor or those below, by the table here.
+"""Who may import whom: a module imports its own folder, or folders of lower floors, by the table here.
 
-A new module of megalite needs a floor. Of two that would do, take the lower: more may then import it.
+A new folder of megalite needs a floor. Of two that would do, take the lower: more may then import it.
 """
 
 import ast
@@ -13,47 +13,56 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 FLOORS = {
-    6: ("tools", "examples", "benchmarks", "entry", "doctor"),  # thin: parse, call, print
-    5: ("trainer", "run", "restore", "run_folder", "generate", "evaluate", "divergence", "together"),
-    4: ("build", "engine"),  # the only place where the tables meet
-    3: ("pipeline", "model", "optim", "checkpoint", "tune", "hf", "request", "resume", "loaded", "agree"),
-    2: ("parallel", "data", "watch", "plan", "topology", "activations", "batches"),
-    1: ("config", "ops", "place", "launcher", "arguments", "disk"),
+    6: ("tools", "examples", "benchmarks"),  # thin: parse, call, print
+    5: ("run", "inference"),
+    4: ("engine",),  # the only place where the tables meet
+    3: ("exchange", "optim", "doctor"),
+    2: ("model", "checkpoint", "data", "plan"),
+    1: ("config", "parallel", "pipeline", "ops", "text", "launch", "watch"),
     0: ("megalite",),  # the version alone
 }
 
 # (who, whom, who may all the same); a name stands for all that is under it too
+LAYOUT = tuple(f"megalite.model.{name}" for name in ("cut_table", "init", "lora"))
 NEVER = [
-    ("megalite.model", "megalite.parallel", ("megalite.model.cut_table", "megalite.model.init")),  # the plain model
+    ("megalite.model", "megalite.parallel", LAYOUT),  # the plain model
     ("megalite.model", "megalite.pipeline", ()),
-    ("megalite.pipeline", "megalite.model", ()),
     ("megalite", "megalite.run.trainer", ("megalite.run.entry",)),
+    # mistakes are reported without torch
     *(
         (f"megalite.{name}", "torch", ())
         for name in (
-            "arguments",
             "config",
-            "place",
-            "launcher",
+            "launch.arguments",
+            "launch.launcher",
+            "launch.peers",
+            "launch.place",
+            "launch.stop",
             "plan",
-            "topology",
-            "activations",
-            "generate.text",
-            "generate.source",
-            "generate.chat",
-            "evaluate.rows",
+            "text",
+            "pipeline.schedule",
+            "pipeline.simulate",
+            "pipeline.lower",
             "checkpoint.folder",
             "checkpoint.describe",
-            "tune.adapter_config",
-            "tune.base",
-            "request",
-            "resume",
-            "loaded",
-            "agree",
+            "exchange.adapter_config",
+            "exchange.base",
+            "exchange.hf_config",
+            "exchange.hf_fields",
+            "exchange.hf_folder",
+            "exchange.hf_keys",
+            "exchange.hf_rope",
+            "exchange.megatron_args",
+            "inference.chat",
+            "inference.eval_rows",
+            "inference.reply",
+            "inference.source",
+            "run.agree",
+            "run.loaded",
+            "run.request",
+            "run.resume",
         )
-    ),  # mistakes are told without torch
-    *((f"megalite.hf.{name}", "torch", ()) for name in ("config", "fields", "folder", "keys", "megatron_args", "rope")),
-    *((f"megalite.pipeline.{name}", "torch", ()) for name in ("schedule", "simulate", "lower")),
+    ),
 ]
 
 FILES = {
@@ -67,10 +76,13 @@ def under(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
+def room(module: str) -> str:
+    return module.removeprefix("megalite.").split(".")[0]
+
+
 def floor(module: str) -> int:
-    unit = module.removeprefix("megalite.").split(".")[0]
-    found = [number for number, units in FLOORS.items() if unit in units]
-    assert found, f"{module}: give {unit!r} a floor in {Path(__file__).name}"
+    found = [number for number, rooms in FLOORS.items() if room(module) in rooms]
+    assert found, f"{module}: give {room(module)!r} a floor in {Path(__file__).name}"
     return found[0]
 
 
@@ -86,6 +98,7 @@ def imports(path: Path) -> Iterator[str]:
             )
 
 
+ROOMS = sorted({room(module) for module in FILES} - {"megalite"})
 GRAPH = {module: sorted(set(imports(path))) for module, path in FILES.items()}
 
 
@@ -105,14 +118,33 @@ def reach(module: str) -> dict[str, str]:
 @pytest.mark.parametrize("module", FILES)
 def test_floors(module: str) -> None:
     for name in GRAPH[module]:
-        if name in FILES:
-            assert floor(name) <= floor(module), f"{module} imports {name} of a higher floor"
+        if name in FILES and room(name) != room(module):
+            assert floor(name) < floor(module), f"{module} imports {name}, which is not on a lower floor"
     for who, whom, exempt in NEVER:
         if under(module, who) and not under(module, whom) and module not in exempt:
             # of torch also what comes by way of others
             names = reach(module) if whom == "torch" else dict.fromkeys(GRAPH[module], module)
             broken = [f"{by} imports {name}" for name, by in names.items() if under(name, whom)]
             assert not broken, f"{module} must not reach {whom}: {', '.join(broken)}"
+
+
+def test_the_house(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints the house: `make check` shows it."""
+    arrows = {(room(who), room(whom)) for who in FILES for whom in GRAPH[who] if whom in FILES} - {
+        (r, r) for r in ROOMS
+    }
+    circles = [(a, b) for a, b in arrows if (b, a) in arrows]
+    up = [(a, b) for a, b in arrows if floor(b) > floor(a)]
+    within = [(a, b) for a, b in arrows if floor(b) == floor(a)]
+    with capsys.disabled():
+        print(
+            f"\n{len(FLOORS) - 1} floors, {len(ROOMS)} rooms, {len(FILES)} modules; "
+            f"{len(arrows)} arrows between rooms: {len(up)} up, {len(within)} within a floor, {len(circles)} circles"
+        )
+    assert not up
+    assert not within
+    assert not circles
+    assert set(ROOMS) == {name for names in FLOORS.values() for name in names} - {"megalite"}
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -16,6 +16,7 @@ from torch import Tensor
 from megalite.config import CheckpointConfig, Config, TuneConfig, check
 from megalite.config.trained import Projection, adapter_shapes, shapes, trained
 from megalite.engine.engine import build
+from megalite.model.context import Context
 from megalite.model.cut_table import ADAPTER
 from megalite.model.dropout import Dropout, keep_mask, sample_keys
 from megalite.model.lora import LoraRow
@@ -171,11 +172,12 @@ def test_dropout_of_lora_is_that_of_the_formula() -> None:
     pair = row.pairs["o"]
     torch.nn.init.normal_(pair.a)
     torch.nn.init.normal_(pair.b)
-    x, row.keys = torch.randn(BATCH, 5, 6, dtype=torch.float64), sample_keys(1, torch.arange(BATCH))
-    kept = keep_mask(row.keys, 7, (BATCH, 6, 5), 0.4).transpose(1, 2)
+    x, keys = torch.randn(BATCH, 5, 6, dtype=torch.float64), sample_keys(1, torch.arange(BATCH))
+    context = Context(torch.arange(5).expand(BATCH, -1), keys=keys)
+    kept = keep_mask(keys, 7, (BATCH, 6, 5), 0.4).transpose(1, 2)
     expected = linear(x) + 0.5 * (x * kept / 0.6) @ pair.a.T @ pair.b.T
-    assert torch.allclose(row(x), expected, rtol=1e-13)
-    assert torch.allclose(row.eval()(x), linear(x) + 0.5 * x @ pair.a.T @ pair.b.T, rtol=1e-13)
+    assert torch.allclose(row(x, context), expected, rtol=1e-13)
+    assert torch.allclose(row.eval()(x, context), linear(x) + 0.5 * x @ pair.a.T @ pair.b.T, rtol=1e-13)
 
 
 @pytest.mark.parametrize("parallel", ["tp1", "tp4-pp3", "tp2-sp-pp2-dp2-zero"])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megalite.exchange.adapter import import_peft
 from megalite.exchange.merge import open_merged
+from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
 from megalite.parallel.groups import Group
@@ -141,7 +142,7 @@ def our_answer(base: Path, adapter: Path, run: Path) -> Tensor | str:
     materialise(decoder, model, Group([0], 0), shape_only, dtype=torch.float32, device=torch.device("cpu"))
     for name, parameter in decoder.named_parameters():
         parameter.copy_(get(name))
-    logits: Tensor = decoder.eval()(TOKENS, torch.arange(TOKENS.shape[1]).expand(len(TOKENS), -1))
+    logits: Tensor = decoder.eval()(TOKENS, Context(torch.arange(TOKENS.shape[1]).expand(len(TOKENS), -1)))
     return logits
 
 

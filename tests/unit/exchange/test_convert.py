@@ -24,6 +24,7 @@ from megalite.exchange.hf_export import INDEX
 from megalite.exchange.hf_folder import open_config, open_folder
 from megalite.exchange.hf_verify import load_decoder, verify
 from megalite.exchange.hf_weights import fill, nothing, read_local, read_whole
+from megalite.model.context import Context
 from megalite.model.cut_table import cut_model, global_name, shard_of
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
@@ -57,7 +58,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(family: str, folder_
     decoder = load_decoder(run)
     with torch.inference_mode():
         for _ in range(64):
-            logits = decoder(tokens, torch.arange(tokens.shape[1])[None])
+            logits = decoder(tokens, Context(torch.arange(tokens.shape[1])[None]))
             tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
     assert tokens.tolist() == theirs.tolist()
 
@@ -241,7 +242,7 @@ def test_smollm2_has_the_perplexity_that_transformers_finds() -> None:
                 fill({global_name(n, tied=True): p for n, p in stage.named_parameters()}, shards, folder)
                 if not first:
                     world.receive(x, 0).wait()
-                out = stage(x, positions, None, tokens[:, 1:] if last else None, mask if last else None)
+                out = stage(x, Context(positions), tokens[:, 1:] if last else None, mask if last else None)
                 if not last:
                     world.send(out, 1)
             return out.item() if last and mesh.tp.rank == 0 else 0.0

@@ -16,6 +16,7 @@ from torch import Tensor
 from megalite.config import Config, TrainConfig, check, resolve
 from megalite.exchange.hf_folder import open_config, open_folder
 from megalite.exchange.hf_weights import nothing, read_whole
+from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
 from megalite.parallel.groups import Group
@@ -165,7 +166,7 @@ def our_logits(folder: Path) -> Tensor:
     materialise(decoder, opened.model, Group([0], 0), nothing, dtype=torch.float32, device=torch.device("cpu"))
     for name, parameter in decoder.named_parameters():
         parameter.copy_(read_whole(opened, name))
-    logits: Tensor = decoder.eval()(TOKENS, torch.arange(TOKENS.shape[1]).expand(len(TOKENS), -1))
+    logits: Tensor = decoder.eval()(TOKENS, Context(torch.arange(TOKENS.shape[1]).expand(len(TOKENS), -1)))
     return logits
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megalite.exchange.hf_verify import load_decoder
 from megalite.exchange.megatron import from_megatron
+from megalite.model.context import Context
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.randint(61, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -120,7 +121,7 @@ def require_equal(folder: Path, model: Any, run: Path) -> None:
     with torch.no_grad():
         theirs = model(TOKENS, use_cache=False).logits
         decoder = load_decoder(from_megatron(folder, run, allow_pickle=True))
-        ours = decoder(TOKENS, torch.arange(TOKENS.shape[1]).expand(len(TOKENS), -1))
+        ours = decoder(TOKENS, Context(torch.arange(TOKENS.shape[1]).expand(len(TOKENS), -1)))
     assert float((ours - theirs).abs().max() / theirs.abs().max()) <= 1e-5
 
 

@@ -13,6 +13,7 @@ from megalite.engine.engine import build_stage
 from megalite.inference import decode as decode_module
 from megalite.inference.decode import CachedCore, decode, share_text
 from megalite.inference.reply import Settings
+from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.model.init import draw
 from megalite.parallel.groups import SoloWorld, World
@@ -71,7 +72,7 @@ def expected(model: str) -> list[list[int]]:
             tokens = list(prompt)
             for _ in range(NEW):
                 positions = torch.arange(len(tokens)).unsqueeze(0)
-                tokens.append(int(plain(torch.tensor([tokens]), positions)[0, -1].argmax()))
+                tokens.append(int(plain(torch.tensor([tokens]), Context(positions))[0, -1].argmax()))
             found.append(tokens[len(prompt) :])
     assert len({token for row in found for token in row}) > NEW  # not one token for ever
     return found

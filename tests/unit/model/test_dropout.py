@@ -12,6 +12,7 @@ from megalite.data.dataset import Batch
 from megalite.engine.batches import load_microbatches
 from megalite.engine.engine import Engine, Microbatch, build
 from megalite.model import dropout
+from megalite.model.context import Context
 from megalite.model.dropout import Dropout, keep_mask, sample_keys
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.mesh import Mesh
@@ -185,13 +186,13 @@ def test_the_hash_is_splitmix64() -> None:
 def test_expectation_and_gradient() -> None:
     module, keys = Dropout(0.25, site=1), sample_keys(0, torch.arange(64))
     x = torch.ones(64, 32, 32, dtype=torch.float64, requires_grad=True)
-    out = module(x, keys)
+    out = module(x, Context(torch.arange(32).expand(64, -1), keys=keys))
     assert sorted(out.unique().tolist()) == [0, 1 / 0.75]
     assert out.mean().item() == pytest.approx(1, abs=0.02)
     out.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, out.detach())
-    assert module.eval()(x, None) is x
+    assert module.eval()(x, Context(torch.arange(32).expand(64, -1))) is x
 
 
 def test_samples_are_numbered_as_they_are_consumed() -> None:

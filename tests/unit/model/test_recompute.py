@@ -5,10 +5,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config import (
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    TuneConfig,
+    check,
+    resolve,
+)
+from megalite.config.trained import adapter_shapes, shapes
+from megalite.engine import engine as engine_module
 from megalite.engine.engine import Engine, Microbatch, build
+from megalite.model.attention import AttentionCore
+from megalite.model.context import Context
+from megalite.model.decoder import Block, Decoder
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
 from megalite.plan.activations import stage_activation_bytes
@@ -57,6 +72,74 @@ def test_every_bit_is_the_same(layout: dict[str, Any], kernels: str) -> None:
         for (loss, grads, evaluated), (loss_here, grads_here, evaluated_here) in zip(expected, found, strict=True):
             assert (loss, evaluated) == (loss_here, evaluated_here)
             assert torch.equal(grads, grads_here)
+
+
+LORA = {"mode": "lora", "lora_rank": 2, "lora_dropout": 0.3}
+LAYOUTS = [{}, {"tp": 2, "sp": True}, {"tp": 2, "pp": 2, "sp": False}]
+
+
+@pytest.mark.parametrize("kind", ["selective", "full"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_recompute_cuts_and_adapters_compose_in_either_order(
+    layout: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dropping = dataclasses.replace(SMALL, dropout=0.1, attention_dropout=0.1)
+    config = make(dropping, recompute=kind, recompute_layers=1, **layout)
+    config = dataclasses.replace(config, tune=TuneConfig(**LORA), checkpoint=CheckpointConfig(load="base"))
+    plain = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, recompute="none"))
+    generator = torch.Generator().manual_seed(1)
+    values = {
+        name: torch.empty(shape).normal_(0.0, 0.2, generator=generator)
+        for name, shape in (shapes(config.model) | adapter_shapes(config)).items()
+    }
+
+    def main(world: World, c: Config) -> tuple[float, Tensor]:
+        engine = build(c, world, lambda name, _: values[name])
+        numbered = [dataclasses.replace(mb, samples=torch.arange(2) + 2 * i) for i, mb in enumerate(batches(config, 4))]
+        return engine.forward_backward(numbered)[0], engine.grads.flat.clone()
+
+    def run(c: Config) -> list[tuple[float, Tensor]]:
+        return run_threads(c.parallel.tp * c.parallel.pp, lambda world: main(world, c))
+
+    expected, usual = run(plain), run(config)
+    assert all(bool(grad.any()) for _, grad in expected)
+    set_recompute, cut_model = Decoder.set_recompute, engine_module.cut_model
+
+    def recompute_first(decoder: Decoder, *args: Any) -> None:
+        set_recompute(decoder, kind, 1)
+        cut_model(decoder, *args)
+
+    # build cuts, adapts and sets recomputation; here it is set before all else and not again
+    monkeypatch.setattr(engine_module, "cut_model", recompute_first)
+    monkeypatch.setattr(Decoder, "set_recompute", lambda *_: None)
+    for found in (usual, run(config)):
+        for (loss, grad), (loss_here, grad_here) in zip(expected, found, strict=True):
+            assert loss == loss_here
+            assert torch.equal(grad, grad_here)
+
+
+def test_a_core_replaced_later_is_recomputed_too() -> None:
+    """A setting of the attention, not of the core that it had: another core takes its place."""
+    decoder = Decoder(make().model, range(2))
+    decoder.set_recompute("selective", 1)
+    runs = [0, 0]
+
+    def counted(core: nn.Module, layer: int) -> nn.Module:
+        core.register_forward_pre_hook(lambda *_: runs.__setitem__(layer, runs[layer] + 1))
+        return core
+
+    for number, block in enumerate(decoder.layers.values()):
+        assert isinstance(block, Block)
+        block.attn.core = counted(AttentionCore("torch"), number)
+    tokens = torch.arange(16).view(2, 8)
+    loss = decoder(tokens, Context(torch.arange(8).expand(2, 8)), tokens, torch.ones(2, 8))
+    loss.backward()
+    assert runs == [2, 1]
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="recompute=some is not supported; use none, selective, full"):
+        Decoder(make().model, range(2)).set_recompute("some", 0)
 
 
 def peak_bytes(engine: Engine, microbatches: list[Microbatch]) -> int:

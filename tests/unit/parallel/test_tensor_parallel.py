@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from megalite.model.context import Context
 from megalite.parallel.cuts import Shard, even, padded
 from megalite.parallel.groups import Group
 from megalite.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabCrossEntropy, VocabEmbedding
 from megalite.parallel.threads import run_threads
 
 B, S, H, VOCAB = 2, 12, 6, 101
+CONTEXT = Context(torch.arange(S).expand(B, -1))
 TP = pytest.mark.parametrize("tp", [2, 3, 4])
 SP = pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])
 
@@ -189,7 +191,7 @@ def test_column_then_row(tp: int, sp: bool, bias: bool) -> None:
         )
         row = RowLinear(linear(down.cut(weights["down"]), weights.get("down_bias")), group, sp)
         local = rows(x, group, sp).clone().requires_grad_()
-        y = row(column(local).sin())
+        y = row(column(local, CONTEXT).sin(), CONTEXT)
         close(y, rows(expected, group, sp))
         (y * rows(out, group, sp)).sum().backward()
         close(local.grad, rows(whole["x"].grad, group, sp))

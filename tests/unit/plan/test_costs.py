@@ -15,6 +15,7 @@ from megalite.config import (
     parse_command_line,
     resolve,
 )
+from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.parallel.groups import SoloWorld
 from megalite.plan import costs as plan
@@ -218,7 +219,7 @@ def test_activations_are_about_what_autograd_keeps() -> None:
     tokens = torch.zeros(2, 128, dtype=torch.long)
     mb = Microbatch(tokens, tokens, torch.ones(2, 128), torch.arange(128).expand(2, 128))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = engine.model(mb.tokens, mb.positions, None, mb.labels, mb.loss_mask)
+        loss = engine.model(mb.tokens, Context(mb.positions), mb.labels, mb.loss_mask)
     kept = sum(saved.values())
     loss.backward()
     planned = memory(config, "cpu")

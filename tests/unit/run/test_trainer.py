@@ -119,7 +119,7 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> list[Counter[int]]:
 
 def by_hand(config: Config, tokens: int) -> float:
     """Mean loss of a held-out set of tokens 0, 1, 2, …, one window at a time, from logits."""
-    model, total = build(config, SoloWorld()).model, 0.0
+    engine, total = build(config, SoloWorld()), 0.0
     starts = list(range(0, tokens, 30)) if config.data.isolate_documents else [0]
     for first in range(0, tokens - 1, SEQ):
         window = torch.arange(first, min(first + SEQ + 1, tokens))
@@ -127,7 +127,8 @@ def by_hand(config: Config, tokens: int) -> float:
         opened = torch.tensor([max([s for s in starts if s <= first + i], default=0) for i in index.tolist()])
         begin = (opened - first).clamp(min=0)
         with torch.no_grad():
-            logits = model(window[None, :-1], (index - begin)[None], torch.stack([begin, index + 1], -1)[None])
+            logits = engine.logits(window[None, :-1], (index - begin)[None], torch.stack([begin, index + 1], -1)[None])
+        assert logits is not None
         total += F.cross_entropy(logits[0], window[1:], reduction="sum").item()
     return total / (tokens - 1)
 
