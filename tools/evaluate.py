@@ -141,7 +141,8 @@ def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Sou
     def run(stage: "Stage") -> dict[str, Any]:
         from megalite.engine.heldout import held_out
 
-        nats, tokens = held_out(stage, windows, "held-out loss", shows=stage.mesh.world.rank == 0)
+        sums = held_out(stage, windows, "held-out loss", shows=stage.mesh.world.rank == 0)
+        nats, tokens = sums["loss"], sums["tokens"]
         found = {
             "seq_len": seq_len,
             "tokens": int(tokens),

@@ -12,19 +12,18 @@ from megalite.watch.progress import Bar
 AT_ONCE = 32
 
 
-def held_out(stage: Stage, dataset: Samples, what: str, shows: bool) -> tuple[float, float]:
-    """(Σ loss in nats, Σ loss mask) over every sample of `dataset`. Collective.
+def held_out(stage: Stage, dataset: Samples, what: str, shows: bool) -> dict[str, float]:
+    """The named sums over every sample of `dataset`: `loss` in nats, `tokens` (Σ loss mask). Collective.
 
-    `what` names the progress bar, which is drawn where `shows`. Raises TrainingError for a token that the model does
-    not have.
+    what: the name of the progress bar. shows: whether this rank draws it. Raises TrainingError for a token that the
+    model does not have.
     """
-    loss = tokens = 0.0
+    sums = {"loss": 0.0, "tokens": 0.0}
     chunk = AT_ONCE * stage.config.train.micro_batch_size * stage.mesh.dp.size
     with Bar(what, len(dataset), shows=shows) as bar:
         for first in range(0, len(dataset), chunk):
             samples = range(first, min(first + chunk, len(dataset)))
-            sums = stage.evaluate(load_microbatches(dataset, samples, stage.config, stage.mesh))
-            loss, tokens = loss + sums[0], tokens + sums[1]
+            loss, tokens = stage.evaluate(load_microbatches(dataset, samples, stage.config, stage.mesh))
+            sums = {"loss": sums["loss"] + loss, "tokens": sums["tokens"] + tokens}
             bar.advance(len(samples), f"{samples.stop} of {len(dataset)} samples")
-    found = sum_numbers(stage.mesh.world, {"loss": loss, "tokens": tokens}, stage.mesh.device)
-    return found["loss"], found["tokens"]
+    return sum_numbers(stage.mesh.world, sums, stage.mesh.device)

@@ -25,6 +25,7 @@ from megalite.plan import costs as plan
 from megalite.plan import topology
 from megalite.run.agree import Report, report
 from megalite.run.loaded import settle, with_loaded, with_template
+from megalite.run.objective import Objective, objective_of
 from megalite.run.request import apart, one_length, with_added_tokens, with_data_tokenizer, with_tokenizer
 from megalite.run.resume import resume_from, take_run_folder, with_curve, with_epochs
 from megalite.run.together import (
@@ -52,11 +53,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: bool = False) -> int:
-    """Run `examples/pretrain_7b.py`, or with `tuning` `examples/sft_7b.py`; gives the exit status.
+def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, objective: Objective | None = None) -> int:
+    """Run `examples/pretrain_7b.py`, or the script of another objective; returns the exit status.
 
-    `corpus`: what the preset tiny learns from by itself.
+    objective: what the script trains for. None: what the configuration names data for. corpus: what the preset tiny
+    learns from by default.
     """
+    tuning = objective is not None and objective.starts_trained
     hear_signals()
     # which kernel and which reader were chosen is said once, by one rank
     logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
@@ -84,15 +87,9 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
             require_tensorboard()
         require_peers()
         config = with_corpus(config, corpus, request, tuning)
-        if tuning and config.data.sft is None:
-            raise ConfigError(
-                "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
-                "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b"
-            )
-        from megalite.data.sets import open_data
-
+        objective = objective or objective_of(config)
         config = with_data_tokenizer(config, say)
-        data = open_data(config, scan=RANK == 0)
+        data = objective.open_data(config, RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
         config = with_curve(config, request, say)
         resume = resume_from(config, say)
@@ -111,7 +108,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         mine = report(config, resume, HERE) if WORLD_SIZE > 1 else None
     except (ConfigError, ValueError, OSError) as error:
         return fail(error, meets=not {"--dry-run", "--print-config"} & set(argv))
-    return run(config, data, resume, mine)
+    return run(config, objective, data, resume, mine)
 
 
 def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Request:
@@ -191,13 +188,12 @@ def describe(config: Config, machine: topology.Machine) -> str:
 
 def look_at_data(config: Config, request: Request) -> None:
     """Open and check the data that is named, as a run does; what is made of it is thrown away. ValueError as there."""
-    from megalite.data.sets import open_data
-
     if config.data.path is None and config.data.sft is None:
         return
     with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
         config = with_data_tokenizer(config, say)
-        data = open_data(dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=scratch)))
+        elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=scratch))
+        data = objective_of(config).open_data(elsewhere, True)
         say(f"data: {data.fingerprint}; one epoch is {len(data.train)} samples")
         with_epochs(config, request, len(data.train), WORLD_SIZE, say)
 
@@ -242,7 +238,7 @@ def export(config: Config) -> None:
         say(f"exported {target}" + ("" if find_tokenizer(target) else ", without a tokenizer: none lies with the run"))
 
 
-def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None) -> int:
+def run(config: Config, objective: Objective, data: DataSets, resume: Path | None, mine: Report | None) -> int:
     """Train, and export what was learned if that is asked for; gives the exit status."""
     done = False
 
@@ -250,7 +246,7 @@ def run(config: Config, data: DataSets, resume: Path | None, mine: Report | None
         nonlocal done
         from megalite.run.trainer import train
 
-        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
+        done = train(config, objective, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
     try:
         status = in_world(config, main, mine, Path(config.train.run_dir))

@@ -11,25 +11,29 @@ from megalite.data.dataset import Spread
 from megalite.data.sets import DataSets
 from megalite.engine.engine import Engine
 from megalite.engine.heldout import held_out
+from megalite.run.objective import Objective, described
 from megalite.watch.metrics import Metrics
 from megalite.watch.progress import Progress
 
 
-def evaluate(engine: Engine, data: DataSets, state: State, metrics: Metrics, progress: Progress) -> dict[str, float]:
-    """Measure and report every held-out set: {name: mean nats per token}. Collective.
+def evaluate(
+    engine: Engine, objective: Objective, data: DataSets, state: State, metrics: Metrics, progress: Progress
+) -> dict[str, float]:
+    """Measure every held-out set and report the objective's figures of it: {name: mean loss}. Collective.
 
-    Also reports bits per byte where the text of a set is known. `state` keeps the best mean over the sets, and counts
-    the evaluations since. Raises TrainingError if no token of a set is trained.
+    Also reports bits per byte where the text of a set is known. `state` keeps the best mean loss over the sets, and
+    counts the evaluations since. Raises TrainingError if no token of a set is trained.
     """
     losses: dict[str, float] = {}
     for name, samples in data.heldout.items():
         count = min(len(samples), engine.config.train.eval_samples or len(samples))
-        loss_sum, tokens = held_out(engine, Spread(samples, count), f"held out {name}", progress.speaks)
-        if not tokens:
+        sums = held_out(engine, Spread(samples, count), f"held out {name}", progress.speaks)
+        if not sums["tokens"]:
             raise TrainingError(f"held-out set {name}: no token of the {count} samples looked at is trained")
-        losses[name] = loss_sum / tokens
-        row: dict[str, Any] = {"step": state.step, "name": name, "loss": losses[name], "tokens": int(tokens)}
-        text = f"held out {name}: {losses[name]:.4f} nats/token"
+        figures = objective.figures(sums)
+        losses[name] = figures["loss"]
+        row: dict[str, Any] = {"step": state.step, "name": name, **figures, "tokens": int(sums["tokens"])}
+        text = ", ".join([f"held out {name}: {losses[name]:.4f} nats/token", *described(figures)])
         if per_token := data.bytes_per_token[name]:
             row["bits_per_byte"] = losses[name] / math.log(2) / per_token
             text += f", {row['bits_per_byte']:.4f} bits/byte"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megalite.checkpoint.save import Saver
@@ -18,26 +18,25 @@ from megalite.optim.adamw import clip_scale
 from megalite.optim.loss_scale import exhausted, next_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import sum_numbers
+from megalite.run.objective import Objective
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one step; the same on every rank, but for `microbatches` and the wording of `stop`.
+    """What came of one step; the same on every rank, except `microbatches` and the wording of `stop`.
 
-    `samples`: numbers of the samples of the global batch. `microbatches`: this rank's part of it, none if
-    train.skip_samples passes over the batch. `loss`: mean nats per trained token, None if no token is trained; `tokens`
-    is their number, or the sum of their weights. `grad_norm`: of the mean loss, before clipping. `lr` and `loss_scale`:
-    those of this step.
+    samples: numbers of the samples of the global batch. microbatches: this rank's part of it, none if
+    train.skip_samples passes over the batch. figures: the objective's, `loss` among them; none if no token is trained.
+    grad_norm: of the mean loss, before clipping. lr, loss_scale: those of this step.
 
-    `skipped`: why the step updated no weight, "" if it did. `diverged`: why training cannot continue, "" if it can;
-    weights and counters are then those before the step. `stop`: why the run has to stop after this step, or "".
-    `saves`: the sums of `Saver.progress`, for `Saver.settle`.
+    skipped: why the step updated no weight, "" if it did. diverged: why training cannot continue, "" if it can; weights
+    and counters are then those before the step. stop: why the run has to stop after this step, or "". saves: the sums
+    of `Saver.progress`, for `Saver.settle`.
     """
 
     samples: range
     microbatches: Sequence[Microbatch]
-    loss: float | None
-    tokens: float
+    figures: Mapping[str, float]
     grad_norm: float
     lr: float
     loss_scale: float
@@ -46,8 +45,15 @@ class Outcome:
     stop: str
     saves: tuple[float, float]
 
+    @property
+    def loss(self) -> float | None:
+        """The mean loss over the batch, None if no token of it is trained."""
+        return self.figures.get("loss")
 
-def train_step(engine: Engine, dataset: Samples, state: State, stop: Stop, saver: Saver) -> Outcome:
+
+def train_step(
+    engine: Engine, objective: Objective, dataset: Samples, state: State, stop: Stop, saver: Saver
+) -> Outcome:
     """Train on the next global batch of `dataset` and advance `state`. Collective.
 
     Loss, gradient norm, stop signals and the progress of a pending save are summed over all ranks in one small
@@ -66,19 +72,18 @@ def train_step(engine: Engine, dataset: Samples, state: State, stop: Stop, saver
     sums["over"], sums["failed"] = saver.progress()
     sums = sum_numbers(engine.mesh.world, sums, engine.mesh.device)
     tokens, used_scale = sums["tokens"], state.loss_scale
-    loss = sums["loss"] / tokens if tokens else None
+    figures = objective.figures(sums) if tokens else {}
     # every rank has the same sum of squares, so all of them skip a step or none does
     norm, factor = clip_scale(c.optim, sums["squares"], tokens, used_scale)
     outcome = Outcome(
         samples=samples,
         microbatches=microbatches,
-        loss=loss,
-        tokens=tokens,
+        figures=figures,
         grad_norm=norm,
         lr=rate,
         loss_scale=used_scale,
         skipped=_why_skipped(bool(microbatches), tokens, norm, used_scale),
-        diverged=_why_diverged(c, state, loss, norm, rate),
+        diverged=_why_diverged(c, state, figures.get("loss"), norm, rate),
         stop=(stop.reason or "another rank received a stop signal") if sums["stops"] else "",
         saves=(sums["over"], sums["failed"]),
     )

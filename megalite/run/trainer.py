@@ -23,6 +23,7 @@ from megalite.plan.costs import run_flops
 from megalite.run import meter as flops
 from megalite.run.divergence import Spikes, advice, locate, spike_warning
 from megalite.run.evaluation import evaluate
+from megalite.run.objective import Objective, described
 from megalite.run.run_folder import ask_requeue, fill_run_folder, remake_run_folder
 from megalite.run.saving import Saving
 from megalite.run.step import Outcome, train_step
@@ -41,6 +42,7 @@ class Run:
     """
 
     config: Config
+    objective: Objective
     engine: Engine
     data: DataSets
     state: State
@@ -53,15 +55,15 @@ class Run:
     spikes: Spikes = field(default_factory=Spikes)
 
 
-def train(config: Config, data: DataSets, world: World, resume: Path | None) -> State:
+def train(config: Config, objective: Objective, data: DataSets, world: World, resume: Path | None) -> State:
     """Train on a resolved, checked configuration until its last step or a stop; under train.eval_only only evaluate.
 
-    `resume`: the checkpoint to resume from, the same on every rank. Raises TrainingError if training diverges or the
-    user has to change something, and SaveFailed if a checkpoint cannot be written.
+    data: what the objective opened. resume: the checkpoint to resume from, the same on every rank. Raises TrainingError
+    if training diverges or the user has to change something, and SaveFailed if a checkpoint cannot be written.
     """
     stop = Stop(Path(config.train.run_dir), config.train.time_limit_s, world.rank == 0)
     try:
-        run = _start(config, data, world, resume, stop)
+        run = _start(config, objective, data, world, resume, stop)
     except BaseException:
         stop.close()
         raise
@@ -93,7 +95,7 @@ def train(config: Config, data: DataSets, world: World, resume: Path | None) -> 
     return run.state
 
 
-def _start(config: Config, data: DataSets, world: World, resume: Path | None, stop: Stop) -> Run:
+def _start(config: Config, objective: Objective, data: DataSets, world: World, resume: Path | None, stop: Stop) -> Run:
     run_dir, first = Path(config.train.run_dir), world.rank == 0
     engine = build(config, world, first_values(config))
     progress = Progress(first, config.train.steps, config.log.interval)
@@ -112,7 +114,7 @@ def _start(config: Config, data: DataSets, world: World, resume: Path | None, st
     metrics.write("start", at_step=state.step, world_size=world.size, resumed=str(source or ""))
     meter = flops.Meter(run_flops(config), world.size, world.device, config.train.dtype)
     saving = Saving(engine, state, run_dir, metrics, progress)
-    return Run(config, engine, data, state, metrics, meter, progress, stop, saving)
+    return Run(config, objective, engine, data, state, metrics, meter, progress, stop, saving)
 
 
 def _stopped_before(run: Run) -> State:
@@ -127,7 +129,7 @@ def _stopped_before(run: Run) -> State:
 def _step(run: Run) -> str:
     """Take one optimizer step and report it; returns why the run has to stop after it, or ""."""
     began = time.monotonic()
-    outcome = train_step(run.engine, run.data.train, run.state, run.stop, run.saving.saver)
+    outcome = train_step(run.engine, run.objective, run.data.train, run.state, run.stop, run.saving.saver)
     if outcome.diverged:
         _raise_diverged(run, outcome)
     _report(run, outcome, time.monotonic() - began)
@@ -158,20 +160,19 @@ def _report(run: Run, outcome: Outcome, seconds: float) -> None:
     spike = run.spikes.ratio(loss) if loss is not None else 0.0
     if loss is not None and run.spikes.begins(spike):
         run.progress.say(spike_warning(c, step, samples, run.data.train, loss, spike, norm))
-    row: dict[str, float] = {"step": step}
-    row |= {} if loss is None else {"loss": loss}
-    row |= {"lr": outcome.lr} | ({"skipped": 1} if outcome.skipped else {"grad_norm": norm})
+    row = {"step": step, **outcome.figures, "lr": outcome.lr}
+    row |= {"skipped": 1} if outcome.skipped else {"grad_norm": norm}
     row |= {"loss_scale": outcome.loss_scale} if c.train.dtype == "fp16" else {}
     row |= {"tokens_per_s": speed} | ({"loss_spike": spike} if spike else {})
     run.metrics.write("train", **row, samples=run.state.consumed_samples, **usage)
     _report_disk(run)
-    why = outcome.skipped or f"grad norm {norm:.3f}"
-    rest = () if outcome.skipped else (flops.describe(usage),)
-    run.progress.step(step, loss, [why, f"lr {outcome.lr:.2e}", f"{speed:,.0f} tokens/s", *rest])
+    fields = [outcome.skipped or f"grad norm {norm:.3f}", f"lr {outcome.lr:.2e}", f"{speed:,.0f} tokens/s"]
+    fields += [] if outcome.skipped else [flops.describe(usage)]
+    run.progress.step(step, loss, [*described(outcome.figures), *fields])
 
 
 def _evaluate(run: Run) -> None:
-    evaluate(run.engine, run.data, run.state, run.metrics, run.progress)
+    evaluate(run.engine, run.objective, run.data, run.state, run.metrics, run.progress)
 
 
 def _due(run: Run, interval: int) -> bool:

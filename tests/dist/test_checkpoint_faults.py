@@ -80,10 +80,10 @@ def slow_step(argv: list[str], step: int) -> int:
 
     whole_step = trainer.train_step
 
-    def slow(engine: Any, dataset: Any, state: Any, *more: Any) -> Any:
+    def slow(engine: Any, objective: Any, dataset: Any, state: Any, *more: Any) -> Any:
         if state.step + 1 == step:
             time.sleep(600)
-        return whole_step(engine, dataset, state, *more)
+        return whole_step(engine, objective, dataset, state, *more)
 
     trainer.train_step = slow
     return pretrain(argv)

@@ -59,6 +59,7 @@ NEVER = [
             "inference.source",
             "run.agree",
             "run.loaded",
+            "run.objective",
             "run.request",
             "run.resume",
         )

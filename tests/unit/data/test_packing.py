@@ -16,7 +16,8 @@ from megalite.data.corpus import Corpus
 from megalite.data.indexed import IndexedDataset
 from megalite.data.instructions import Options, write_indexed
 from megalite.data.packing import Conversations, Piece, SftDataset, pack, pieces
-from megalite.data.sets import DataSets, open_data
+from megalite.data.sets import DataSets
+from megalite.data.tuning import open_conversations as open_data
 from megalite.text.chat import BUILT_IN, ChatTemplate
 from megalite.text.tokenizer import Tokenizer
 

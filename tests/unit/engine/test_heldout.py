@@ -57,21 +57,21 @@ def test_every_prediction_counts_once(
 ) -> None:
     monkeypatch.setattr("megalite.engine.heldout.AT_ONCE", at_once)
 
-    def main(world: World) -> tuple[float, float]:
+    def main(world: World) -> dict[str, float]:
         return held_out(build_stage(config(tp, pp, dp), world), windows, "loss", shows=False)
 
     expected = by_hand(windows, range(4))
-    for nats, tokens in run_threads(tp * pp * dp, main):
-        assert tokens == 29
-        assert nats == pytest.approx(expected, rel=1e-12)
+    for sums in run_threads(tp * pp * dp, main):
+        assert sums["tokens"] == 29
+        assert sums["loss"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_of_some_samples(windows: WindowDataset) -> None:
-    nats, tokens = held_out(build_stage(config(), SoloWorld()), Spread(windows, 2), "loss", shows=False)
-    assert tokens == 8 + 5
-    assert nats == pytest.approx(by_hand(windows, [1, 3]), rel=1e-12)
+    sums = held_out(build_stage(config(), SoloWorld()), Spread(windows, 2), "loss", shows=False)
+    assert sums == pytest.approx({"loss": by_hand(windows, [1, 3]), "tokens": 8 + 5}, rel=1e-12)
 
 
 def test_a_model_of_zeros_has_the_loss_of_a_guess(windows: WindowDataset) -> None:
     stage: Stage = build_stage(config(), SoloWorld(), lambda _, shape: torch.zeros(shape))
-    assert held_out(stage, windows, "loss", shows=False) == pytest.approx((29 * math.log(101), 29), rel=1e-12)
+    expected = {"loss": 29 * math.log(101), "tokens": 29}
+    assert held_out(stage, windows, "loss", shows=False) == pytest.approx(expected, rel=1e-12)

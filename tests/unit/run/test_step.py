@@ -22,6 +22,7 @@ from megalite.optim.loss_scale import first_scale
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
+from megalite.run.objective import PRETRAINING
 from megalite.run.step import Outcome, train_step
 
 MODEL = ModelConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, ffn_hidden_size=24)
@@ -56,7 +57,8 @@ def start(c: Config, world: World) -> tuple[Engine, State]:
 
 
 def step(engine: Engine, state: State, dataset: Samples, reason: str = "") -> Outcome:
-    return train_step(engine, dataset, state, Asked(reason), Saver(Path("nowhere"), engine.config, engine.mesh))
+    saver = Saver(Path("nowhere"), engine.config, engine.mesh)
+    return train_step(engine, PRETRAINING, dataset, state, Asked(reason), saver)
 
 
 def weights(engine: Engine) -> dict[str, Tensor]:
@@ -83,7 +85,7 @@ def test_a_step_that_trains(dataset: PretrainDataset) -> None:
     engine, state = start(config(), SoloWorld())
     before = weights(engine)
     first = step(engine, state, dataset)
-    assert (first.samples, first.tokens, len(first.microbatches)) == (range(0, 4), 32, 2)
+    assert (first.samples, first.figures.keys(), len(first.microbatches)) == (range(0, 4), {"loss"}, 2)
     assert first.loss == pytest.approx(math.log(64), rel=0.1)
     assert first.lr == learning_rate(engine.config.optim, 0)
     assert (first.skipped, first.diverged, first.stop, first.saves) == ("", "", "", (0.0, 0.0))
@@ -118,7 +120,7 @@ def test_a_batch_that_is_passed_over(dataset: PretrainDataset) -> None:
     engine, state = start(config(skip_samples="2:3"), SoloWorld())
     before = weights(engine)
     outcome = step(engine, state, dataset)
-    assert (outcome.microbatches, outcome.loss, outcome.tokens) == ([], None, 0)
+    assert (outcome.microbatches, outcome.figures, outcome.loss) == ([], {}, None)
     assert (outcome.skipped, outcome.diverged) == ("passed over: no update", "")
     assert (state.step, state.consumed_samples, state.skipped_steps) == (1, 4, 1)
     assert is_untouched(engine, before)

@@ -21,12 +21,13 @@ from megalite.checkpoint.folder import complete, latest, read_manifest
 from megalite.config import Config, ConfigError, check, resolve
 from megalite.config.errors import TrainingError
 from megalite.data.indexed import IndexedWriter
-from megalite.data.sets import open_data
+from megalite.data.sets import DataSets
 from megalite.engine.batches import Microbatch
 from megalite.engine.engine import Engine, build
 from megalite.engine.restore import State
 from megalite.optim.lr import learning_rate
 from megalite.parallel.groups import SoloWorld
+from megalite.run.objective import objective_of
 from megalite.run.resume import resume_from
 from megalite.run.trainer import train
 from megalite.watch.metrics import read_metrics
@@ -89,7 +90,15 @@ def make(data: Path, tmp_path: Path) -> Make:
 
 
 def run(config: Config, resume: Path | None = None) -> State:
-    return train(config, open_data(config), SoloWorld(), resume)
+    return train_on(config, open_data(config), resume)
+
+
+def open_data(config: Config) -> DataSets:
+    return objective_of(config).open_data(config, True)
+
+
+def train_on(config: Config, data: DataSets, resume: Path | None = None) -> State:
+    return train(config, objective_of(config), data, SoloWorld(), resume)
 
 
 def rows(config: Config, kind: str) -> Rows:
@@ -311,7 +320,7 @@ def test_a_batch_without_a_trained_token_changes_nothing(
         return found
 
     monkeypatch.setattr(data.train, "batch", blind)
-    state = train(config, data, SoloWorld(), None)
+    state = train_on(config, data)
     assert (state.step, state.skipped_steps, state.consumed_samples) == (3, 1, 12)
     assert heldout(config, 2) == heldout(config, 1) != heldout(config, 3)
     first, second, third = rows(config, "train")
@@ -332,7 +341,7 @@ def test_the_loss_of_small_weights_is_their_mean(make: Make, monkeypatch: pytest
             "batch",
             lambda i, b=data.train.batch, w=weight: b(i)._replace(loss_mask=b(i).loss_mask * np.float32(w)),
         )
-        train(config, data, SoloWorld(), None)
+        train_on(config, data)
         found.append(rows(config, "train")[0]["loss"])
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
@@ -343,7 +352,7 @@ def test_a_held_out_set_without_a_trained_token_has_no_loss(make: Make, monkeypa
     batch = data.heldout["b"].batch
     monkeypatch.setattr(data.heldout["b"], "batch", lambda i: batch(i)._replace(loss_mask=0 * batch(i).loss_mask))
     with pytest.raises(TrainingError, match=r"^held-out set b: no token of the 5 samples looked at is trained$"):
-        train(config, data, SoloWorld(), None)
+        train_on(config, data)
 
 
 # when it cannot go on
@@ -459,7 +468,7 @@ def test_a_token_that_the_model_does_not_have(make: Make) -> None:
     model = dataclasses.replace(config.model, vocab_size=50)
     data = open_data(config)
     with pytest.raises(TrainingError, match=r"^sample 0: token \d+ is not below model.vocab_size=50; preprocess .*$"):
-        train(dataclasses.replace(config, model=model), data, SoloWorld(), None)
+        train_on(dataclasses.replace(config, model=model), data)
 
 
 @pytest.mark.parametrize("reader", ["numpy", "cpp"])
@@ -470,7 +479,7 @@ def test_data_cut_short_while_training(make: Make, data: Path, tmp_path: Path, r
     opened = open_data(config)
     os.truncate(f"{prefix}.bin", 40)
     with pytest.raises(ValueError, match=r"cut\.bin: ends at byte \d+, it was cut short while in use"):
-        train(config, opened, SoloWorld(), None)
+        train_on(config, opened)
 
 
 def test_a_changed_configuration_keeps_the_old_one(make: Make) -> None:

@@ -20,8 +20,8 @@ from megalite.data.documents import read_rows, texts
 from megalite.data.instructions import Options, write_indexed
 from megalite.data.packing import Conversations
 from megalite.data.preprocess import preprocess
-from megalite.data.sets import open_data
 from megalite.inference.eval_rows import read_clozes, read_questions
+from megalite.run.objective import objective_of
 from megalite.run.request import with_data_tokenizer
 from megalite.text.chat import ChatTemplate, find_template
 from megalite.text.conversations import normalise
@@ -281,7 +281,7 @@ def test_damaged_sidecars_are_refused_by_name(
             ModelConfig(), data=DataConfig(**{kind: str(prefix)}, valid_fraction=0.0), train=TrainConfig(seq_len=64)
         )
         try:
-            open_data(with_data_tokenizer(config, lambda _: None)).train.batch([0])
+            objective_of(config).open_data(with_data_tokenizer(config, lambda _: None), True).train.batch([0])
             counts["read"] += 1
         except ValueError as error:
             named = str(prefix) in str(error) or "sidecar" in str(error)
