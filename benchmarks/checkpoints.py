@@ -31,7 +31,7 @@ from ranks import Ranks
 
 from megalite.checkpoint.state import State
 from megalite.config import ModelConfig
-from megalite.config.trained import shapes
+from megalite.config.shapes import shapes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from megalite.config import parse_command_line, resolve
+from megalite.config.shapes import shapes
 from megalite.exchange.hf_export import export
-from megalite.model.names import global_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,19 +30,19 @@ ROOT = Path(__file__).resolve().parent.parent
 def make(folder: Path, preset: str) -> int:
     """Write a Hugging Face folder of random weights of the preset's shapes; gives its parameters."""
     model = resolve(parse_command_line(["--preset", preset], default_preset=None, prog="").config, 1).model
-    shapes = global_shapes(model)
+    whole = shapes(model)
     # noise is drawn once: its bytes do not matter, only that they are not zero
     noise = torch.randn(2**24).bfloat16()
 
     def value(name: str) -> torch.Tensor:
-        whole = torch.empty(torch.Size(shapes[name]).numel(), dtype=torch.bfloat16)
-        for start in range(0, whole.numel(), noise.numel()):
-            part = whole[start : start + noise.numel()]
+        values = torch.empty(torch.Size(whole[name]).numel(), dtype=torch.bfloat16)
+        for start in range(0, values.numel(), noise.numel()):
+            part = values[start : start + noise.numel()]
             part.copy_(noise[: part.numel()])
-        return whole.view(shapes[name])
+        return values.view(whole[name])
 
-    export(folder, model, value, dict.fromkeys(shapes, torch.bfloat16), context=4096)
-    return sum(torch.Size(shape).numel() for shape in shapes.values())
+    export(folder, model, value, dict.fromkeys(whole, torch.bfloat16), context=4096)
+    return sum(torch.Size(shape).numel() for shape in whole.values())
 
 
 def convert(source: tuple[str, Path], target: tuple[str, Path]) -> tuple[float, float]:

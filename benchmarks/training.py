@@ -155,7 +155,7 @@ def transformers_step(shape: Shape, contender: Contender) -> Iterator[Step]:
     from megalite.config import OptimConfig
     from megalite.model.decoder import Decoder
     from megalite.model.init import draw
-    from megalite.model.layouts import global_names, to_hf
+    from megalite.model.layouts import to_hf
 
     model = model_config(shape)
     llama = LlamaForCausalLM(
@@ -176,8 +176,8 @@ def transformers_step(shape: Shape, contender: Contender) -> Iterator[Step]:
     with torch.device("meta"):
         plain = dict(Decoder(model, range(model.num_layers)).named_parameters())
     weights: dict[str, torch.Tensor] = {}
-    for name in global_names(model):
-        weights |= to_hf(name, draw(name, tuple(plain[name].shape), model, 1234), model)
+    for name, parameter in plain.items():
+        weights |= to_hf(name, draw(name, tuple(parameter.shape), model, 1234), model)
     assert llama.config._attn_implementation == "sdpa"
     llama.load_state_dict(weights)
     llama.train()

@@ -256,7 +256,7 @@ def design() -> Figure:
         1.5,
         "cuts",
         "attn.qkv    by kv group\nattn.out    rows\nmlp.gate_up columns × 2\nmlp.down    rows",
-        "model/cut_table.py",
+        "config/parameters.py",
     )
     card(
         24,

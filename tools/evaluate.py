@@ -1,8 +1,10 @@
-"""Measures a model: a run folder, a checkpoint or a Hugging Face folder, on one process or on tp x pp of them.
+"""Evaluate a model, on one process or on tp x pp processes.
 
-python tools/evaluate.py loss MODEL held-out.txt                  # nats a token, perplexity, bits a byte
-python tools/evaluate.py choices MODEL rows.jsonl --shots 5       # {"prompt", "choices": [...], "label": 0}
-torchrun --nproc_per_node 4 tools/evaluate.py answers MODEL rows.jsonl --tp 2 --pp 2      # {"prompt", "answer"}
+    python tools/evaluate.py loss MODEL held-out.txt              # nats per token, perplexity, bits per byte
+    python tools/evaluate.py choices MODEL rows.jsonl --shots 5   # rows {"prompt", "choices": [...], "label": 0}
+    torchrun --nproc_per_node 4 tools/evaluate.py answers MODEL rows.jsonl --tp 2 --pp 2   # {"prompt", "answer"}
+
+MODEL is a run folder, a checkpoint or a Hugging Face folder. For the options see evaluate.py loss --help, and so on.
 """
 
 import argparse
@@ -47,33 +49,70 @@ SEQ_LEN = 2048
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     common = Parser(add_help=False)
-    common.add_argument("model", help="run folder, one of its checkpoints/step-NNNNNNNN, or a Hugging Face folder")
-    common.add_argument("data", help="what to measure it on")
-    common.add_argument("--tp", type=int, help="tensor-parallel ranks (default: as many as there are, if they fit)")
-    common.add_argument("--pp", type=int, help="pipeline stages")
-    common.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    common.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="(default: the model's)")
-    common.add_argument("--json", metavar="FILE", help="write the figures, and what was said of each row, to FILE")
+    common.add_argument(
+        "model", help="run folder, one of its checkpoints (RUN/checkpoints/step-NNNNNNNN), or Hugging Face folder"
+    )
+    common.add_argument("data", help="file to evaluate on")
+    common.add_argument(
+        "--tp", type=int, metavar="N", help="tensor-parallel ranks (default: the most that can split the model)"
+    )
+    common.add_argument("--pp", type=int, metavar="N", help="pipeline stages (default: ranks / tp)")
+    common.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: a GPU if there is one)"
+    )
+    common.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="of weights and activations (default: the model's)"
+    )
+    common.add_argument("--json", metavar="FILE", help="write the figures, and the result of each row, to FILE")
     rows = Parser(add_help=False)
-    rows.add_argument("--shots", type=int, default=0, metavar="K", help="solved rows shown before each (default: 0)")
-    rows.add_argument("--shots-from", metavar="FILE", help="rows to show (default: some of those to test, left out)")
-    rows.add_argument("--seed", type=int, default=0, help="which rows are shown")
+    rows.add_argument(
+        "--shots", type=int, default=0, metavar="K", help="solved examples shown before each row (default: 0)"
+    )
+    rows.add_argument(
+        "--shots-from", metavar="FILE", help="rows to draw examples from (default: DATA, leaving them out of the test)"
+    )
+    rows.add_argument("--seed", type=int, default=0, metavar="N", help="seed for drawing the examples (default: 0)")
     rows.add_argument("--delimiter", default=" ", metavar="TEXT", help="between prompt and answer (default: a space)")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="loss|answers|choices")
-    loss = verbs.add_parser("loss", parents=[common], help="held-out loss of indexed data, *.jsonl or *.txt")
-    loss.add_argument("--seq-len", type=int, metavar="N", help=f"window (default: the model's, at most {SEQ_LEN})")
-    loss.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows of one forward (default: 1)")
-    answers = verbs.add_parser("answers", parents=[common, rows], help="exact match and F1 of greedy answers")
-    answers.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="(default: %(default)s)")
-    answers.add_argument(
-        "--stop", action="append", metavar="TEXT", help="ends an answer (default: a new line; with --chat none)"
+    loss = verbs.add_parser(
+        "loss",
+        parents=[common],
+        help="held-out loss on text (*.jsonl, *.txt) or indexed data",
+        description="Held-out loss in nats per token, perplexity and, where the text's size is known, bits per byte.\n"
+        "DATA is a *.jsonl file with a text key, a *.txt file, or the prefix of a .bin/.idx pair.",
     )
-    answers.add_argument("--chat", action="store_true", help="ask by the chat template")
+    loss.add_argument(
+        "--seq-len", type=int, metavar="N", help=f"window length in tokens (default: the model's, at most {SEQ_LEN})"
+    )
+    loss.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows per forward pass (default: 1)")
+    answers = verbs.add_parser(
+        "answers",
+        parents=[common, rows],
+        help="exact match and F1 of greedy answers",
+        description='Exact match and F1 (SQuAD) of greedy answers to rows {"prompt": text, "answer": text or list}.',
+    )
     answers.add_argument(
-        "--template", metavar="NAME", help="with --chat: built-in name or .jinja file (default: the tokenizer's own)"
+        "--max-new-tokens", type=int, default=32, metavar="N", help="longest answer in tokens (default: %(default)s)"
+    )
+    answers.add_argument(
+        "--stop",
+        action="append",
+        metavar="TEXT",
+        help="text that ends an answer (default: a newline; with --chat none)",
+    )
+    answers.add_argument("--chat", action="store_true", help="ask with the chat template")
+    answers.add_argument(
+        "--template",
+        metavar="NAME",
+        help="chat template for --chat: built-in name or .jinja file (default: the tokenizer's own)",
     )
     answers.add_argument("--batch-size", type=int, default=8, metavar="N", help="answers at a time (default: 8)")
-    verbs.add_parser("choices", parents=[common, rows], help="accuracy of the likeliest choice")
+    verbs.add_parser(
+        "choices",
+        parents=[common, rows],
+        help="accuracy of the likeliest choice",
+        description='Accuracy of the likeliest choice, in rows {"prompt": text, "choices": [text, ...], "label": 0}.',
+    )
     return parser.parse_args()
 
 
@@ -86,7 +125,7 @@ def main() -> int:
         if getattr(options, "batch_size", 1) < 1:
             raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
         if options.json and together.RANK == 0:
-            Path(options.json).touch()  # rather now than after hours
+            Path(options.json).touch()  # fail now rather than after hours
         with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
             prepared = {"loss": loss, "answers": answers, "choices": choices}[options.verb](options, source, scratch)
             mine = paths_report({"model": options.model, "data": options.data}, together.HERE)
@@ -112,7 +151,7 @@ def measure(world: "World", source: Source, run: Any) -> dict[str, Any]:
 
 
 def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Source, Any]:
-    """Windows of the data; a text file is tokenized first, its documents joined as preprocessing --append-eod does."""
+    """Prepare `loss`: a text file is tokenized first, its documents joined as by preprocessing with --append-eod."""
     text = options.data.removesuffix(".gz").endswith((".jsonl", ".json", ".txt"))
     prefix = options.data
     if text:
@@ -122,16 +161,20 @@ def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Sou
         )
         prefix = str(report.written[0].prefix)
     elif Path(prefix).is_file():
-        raise ValueError(f"{prefix}: text is *.jsonl or *.txt; of indexed data name the prefix")
+        raise ValueError(
+            f"{prefix}: unknown kind of file; give a *.jsonl or *.txt file, or the prefix of a .bin/.idx pair"
+        )
     indexed = open_indexed(prefix)
     if together.RANK == 0 and not made_with(prefix, source.tokenizer):
-        print(f"note: {prefix} was made with another tokenizer than {source.tokenizer.path}", file=sys.stderr)
+        print(f"note: {prefix} was not made with the model's tokenizer {source.tokenizer.path}", file=sys.stderr)
     check_vocabulary(indexed, source.config.model.vocab_size)
     seq_len = options.seq_len or min(source.config.train.seq_len, SEQ_LEN)
     if options.seq_len is not None and options.seq_len < 1:
         raise ValueError(f"--seq-len {options.seq_len} must be at least 1")
     if source.limit is not None and seq_len > source.limit:
-        raise ValueError(f"--seq-len {seq_len} is more than the {source.limit} positions of the model; use fewer")
+        raise ValueError(
+            f"--seq-len {seq_len} exceeds the model's {source.limit} positions; use at most {source.limit}"
+        )
     train = dataclasses.replace(source.config.train, seq_len=seq_len, micro_batch_size=options.batch_size)
     config = dataclasses.replace(source.config, train=dataclasses.replace(train, global_batch_size=options.batch_size))
     check(config, together.WORLD_SIZE)
@@ -149,14 +192,14 @@ def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Sou
             "loss": nats / tokens,
             "perplexity": math.exp(nats / tokens),
         }
-        # the first token of all is never predicted
+        # the first token of the text is never predicted
         return found | ({"bits_per_byte": nats / math.log(2) / text_bytes} if text_bytes else {})
 
     return dataclasses.replace(source, config=config), run
 
 
 def answers(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Source, Any]:
-    """Greedy answers, and how they match the right ones."""
+    """Prepare `answers`: greedy answers, compared with the correct ones."""
     pool = None if options.shots_from is None else read_questions(options.shots_from)
     shots, rows = choose_shots(read_questions(options.data), pool, options.shots, options.seed)
     chat = Chat(source.tokenizer, options.template) if options.chat else None
@@ -181,20 +224,20 @@ def answers(options: argparse.Namespace, source: Source, scratch: str) -> tuple[
         from megalite.inference.measure import answer
 
         answer(stage, replies, settings, options.batch_size)
-        said: list[dict[str, Any]] = [
+        found: list[dict[str, Any]] = [
             {"prompt": row.prompt, "answers": row.answers, "said": reply.text.strip(), "ended": reply.ended}
             | {"exact_match": exact_match(reply.text, row.answers), "f1": token_f1(reply.text, row.answers)}
             for row, reply in zip(rows, replies, strict=True)
         ]
-        means = {name: sum(each[name] for each in said) / len(said) for name in ("exact_match", "f1")}
-        stopped = sum(each["ended"] == "stop token" for each in said) / len(said)
-        return {"shots": len(shots), "tested": len(rows), **means, "ended_by_token": stopped, "rows": said}
+        means = {name: sum(each[name] for each in found) / len(found) for name in ("exact_match", "f1")}
+        stopped = sum(each["ended"] == "stop token" for each in found) / len(found)
+        return {"shots": len(shots), "tested": len(rows), **means, "ended_by_token": stopped, "rows": found}
 
     return source, run
 
 
 def choices(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Source, Any]:
-    """The likeliest choice of each row: by sum, by sum over tokens, by sum over characters."""
+    """Prepare `choices`: the likeliest choice of each row by sum, by sum per token, by sum per character."""
     pool = None if options.shots_from is None else read_clozes(options.shots_from)
     shots, rows = choose_shots(read_clozes(options.data), pool, options.shots, options.seed)
     sequences = cloze_sequences(source, rows, shots, options.delimiter)
@@ -203,17 +246,17 @@ def choices(options: argparse.Namespace, source: Source, scratch: str) -> tuple[
         from megalite.inference.measure import score
 
         scores = score(stage, rows, sequences)
-        said: list[dict[str, Any]] = [
+        found: list[dict[str, Any]] = [
             {"prompt": row.prompt, "choices": row.choices, "label": row.label, "log_likelihoods": each.sums}
             | {"best": each.best(), "best_per_token": each.best(each.tokens)}
             | {"best_per_character": each.best(each.characters)}
             for row, each in zip(rows, scores, strict=True)
         ]
         accuracy = {
-            "accuracy" + kind: sum(each["best" + kind] == each["label"] for each in said) / len(said)
+            "accuracy" + kind: sum(each["best" + kind] == each["label"] for each in found) / len(found)
             for kind in ("", "_per_token", "_per_character")
         }
-        return {"shots": len(shots), "tested": len(rows), **accuracy, "rows": said}
+        return {"shots": len(shots), "tested": len(rows), **accuracy, "rows": found}
 
     return source, run
 

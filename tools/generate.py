@@ -1,12 +1,14 @@
-"""Continues prompts with a trained model, on one process or on tp x pp of them.
+"""Generate text with a trained model, on one process or on tp x pp processes.
 
     python tools/generate.py runs/tiny --prompt "In the beginning"
     torchrun --nproc_per_node 4 tools/generate.py runs/tiny --tp 2 --pp 2 --prompts prompts.txt
     python tools/generate.py runs/sft --chat                     # a conversation; Ctrl-D ends it
     python tools/generate.py path/to/huggingface-model --chat "Who are you?" --temperature 0
 
-The KV cache takes 2 x layers x kv heads x head dim numbers of the model's dtype a
-token and prompt, divided by tp x pp.
+Without --prompt, --prompts or --chat, each line of standard input is continued.
+
+The KV cache holds 2 x layers x kv heads x head dim numbers, in the model's dtype,
+per token of each prompt and reply, divided by tp x pp.
 """
 
 import argparse
@@ -36,22 +38,40 @@ WEEK_S = 7 * 24 * 3600.0
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("model", help="run folder, one of its checkpoints/step-NNNNNNNN, or a Hugging Face folder")
+    add("model", help="run folder, one of its checkpoints (RUN/checkpoints/step-NNNNNNNN), or Hugging Face folder")
     add("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be repeated")
-    add("--prompts", metavar="FILE", help='more prompts: one a line, or *.jsonl with {"prompt": ...}')
-    add("--chat", nargs="?", const="", metavar="TEXT", help="answer TEXT by the chat template; without TEXT: converse")
-    add("--system", metavar="TEXT", help="system message of --chat")
+    add("--prompts", metavar="FILE", help='file of prompts: one per line, or *.jsonl with {"prompt": ...}')
+    add("--chat", nargs="?", const="", metavar="TEXT", help="answer TEXT as a chat; without TEXT, start a conversation")
+    add("--system", metavar="TEXT", help="system message for --chat")
     add("--template", metavar="NAME", help="chat template: built-in name or .jinja file (default: the tokenizer's own)")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="(default: %(default)s)")
-    add("--temperature", type=float, default=0.8, metavar="T", help="0 is greedy (default: %(default)s)")
-    add("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens; 0: all")
-    add("--top-p", type=float, default=0.95, metavar="P", help="keep the likeliest that reach P (default: %(default)s)")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: seen tokens become less likely")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
-    add("--seed", type=int, default=0, help="prompt i draws with seed + i")
-    add("--tp", type=int, help="tensor-parallel ranks (default: as many as there are, if they cut the model)")
-    add("--pp", type=int, help="pipeline stages")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="longest reply in tokens (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="T",
+        help="0: always the likeliest token (default: %(default)s)",
+    )
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest tokens (default: 0, all)")
+    add(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="sample from the likeliest tokens whose probabilities add up to P (default: %(default)s)",
+    )
+    add(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="R",
+        help="above 1 makes tokens seen before less likely (default: 1)",
+    )
+    add("--stop", action="append", default=[], metavar="TEXT", help="end the reply before TEXT; may be repeated")
+    add("--seed", type=int, default=0, metavar="N", help="prompt i is sampled with seed N + i (default: 0)")
+    add("--tp", type=int, metavar="N", help="tensor-parallel ranks (default: the most that can split the model)")
+    add("--pp", type=int, metavar="N", help="pipeline stages (default: ranks / tp)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: a GPU if there is one)")
     add("--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="of weights and activations (default: the model's)")
     return parser.parse_args()
 
@@ -71,7 +91,7 @@ def main() -> int:
         )
         prompts = [*options.prompt, *(read_prompts(Path(options.prompts)) if options.prompts else [])]
         if options.chat is not None and prompts:
-            raise ValueError("--chat answers one message or converses; leave out --prompt and --prompts")
+            raise ValueError("--chat cannot be combined with --prompt or --prompts; remove one of them")
         source = open_source(
             options.model,
             tp=options.tp,
@@ -79,7 +99,7 @@ def main() -> int:
             world_size=together.WORLD_SIZE,
             device=options.device,
             dtype=options.dtype,
-            # the ranks that wait for a line to be typed must not run into a time limit
+            # ranks that wait for the user to type must not time out
             timeout_s=600.0 if asked else WEEK_S,
         )
         chat = None
@@ -107,9 +127,9 @@ def main() -> int:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """One prompt a line, or under "prompt" of each row of a *.jsonl file."""
+    """Read one prompt per line, or the "prompt" of each row of a *.jsonl file. Raises ValueError at file:line."""
     if not path.is_file():
-        raise ValueError(f"--prompts {path}: no such file; write one prompt a line into it, or ask with --prompt TEXT")
+        raise ValueError(f"--prompts {path}: no such file; create it with one prompt per line, or use --prompt TEXT")
     found = []
     for where, raw in filled_lines(path):
         try:
@@ -117,7 +137,7 @@ def read_prompts(path: Path) -> list[str]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if not found:
-        raise ValueError(f"{path}: holds no prompt; write one a line")
+        raise ValueError(f"{path}: contains no prompts; write one per line")
     return found
 
 
@@ -134,7 +154,7 @@ def _prompt(raw: bytes, is_json: bool) -> str:
 
 
 def reply(source: Source, chat: Chat | None, prompt: str, settings: Settings) -> Reply:
-    """What is to follow `prompt`: its continuation, or the answer of the chat."""
+    """An empty reply to `prompt`: its continuation, or with `chat` the assistant's answer."""
     if fault := text_fault(prompt):
         raise ValueError(f"the prompt {fault}")
     ids = [*source.start, *source.tokenizer.encode(prompt)] if chat is None else chat.ask(prompt)
@@ -142,7 +162,7 @@ def reply(source: Source, chat: Chat | None, prompt: str, settings: Settings) ->
 
 
 def show(stage: "Stage", prompts: Sequence[str], replies: Sequence[Reply], settings: Settings) -> None:
-    """Print prompts and replies, one after the other, as they come."""
+    """Print prompts and replies one after the other, as they are generated."""
     from megalite.inference.decode import stream
 
     begun = set[int]()
@@ -156,7 +176,7 @@ def show(stage: "Stage", prompts: Sequence[str], replies: Sequence[Reply], setti
 
 
 def interact(stage: "Stage", source: Source, chat: Chat | None, settings: Settings) -> None:
-    """Continue or answer each line that is typed, until the end of input."""
+    """Continue or answer each line of standard input, until its end."""
     from megalite.inference.decode import share_text, stream
 
     for line in lines():
@@ -168,7 +188,7 @@ def interact(stage: "Stage", source: Source, chat: Chat | None, settings: Settin
         except ValueError as error:
             write(f"error: {error}\n")
             if chat is not None:
-                return  # it only grows
+                return  # a conversation only grows, so the next line would not fit either
             continue
         for _, text in stream(stage, [answer], settings):
             write(text)
@@ -179,7 +199,7 @@ def interact(stage: "Stage", source: Source, chat: Chat | None, settings: Settin
 
 
 def lines() -> Iterator[str | None]:
-    """What is typed, line by line, then None; on other ranks than the first None without end."""
+    """Yield the lines of standard input on rank 0, then None; on other ranks always None."""
     while True:
         line = None
         if together.RANK == 0:
@@ -196,14 +216,14 @@ def write(text: str) -> None:
 
 
 def note(stage: "Stage", replies: Sequence[Reply]) -> None:
-    """Tell of replies that the context ended, and of those longer than what the model was trained on."""
+    """Print a note if a reply ended at the model's last position, or is longer than the training sequences."""
     if together.RANK != 0:
         return
     trained = stage.config.train.seq_len
     if any(each.ended == "context end" for each in replies):
-        print("note: stopped where the model's positions end", file=sys.stderr)
+        print("note: stopped at the model's last position", file=sys.stderr)
     elif any(len(each.prompt) + len(each.ids) > trained for each in replies):
-        print(f"note: the model was trained on {trained} tokens; beyond it gets worse", file=sys.stderr)
+        print(f"note: the model was trained on {trained} tokens; longer texts may be worse", file=sys.stderr)
 
 
 if __name__ == "__main__":

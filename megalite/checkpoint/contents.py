@@ -14,8 +14,10 @@ from typing import Any
 from megalite.checkpoint.manifest import one_line
 from megalite.checkpoint.state import state_from
 from megalite.config import Config, ConfigError, from_mapping
+from megalite.config.parameters import Shape
 from megalite.config.schema import SECTIONS
-from megalite.config.trained import Shape, adapter_shapes, shapes, trained
+from megalite.config.shapes import shapes, with_family
+from megalite.config.trained import adapter_shapes, trained
 from megalite.text.tokenizer import load_tokenizer
 
 # of weights, and of what is kept in full precision beside them
@@ -38,7 +40,8 @@ def config_of(manifest: Mapping[str, Any]) -> Config:
         if key not in known:
             raise OtherVersion(f"its configuration has {one_line(key)}, which this megalite does not know")
     try:
-        return from_mapping({name: {k: _text(v) for k, v in keys.items()} for name, keys in sections.items()})
+        config = from_mapping({name: {k: _text(v) for k, v in keys.items()} for name, keys in sections.items()})
+        return dataclasses.replace(config, model=with_family(config.model))
     except RecursionError:
         raise ValueError("config is nested too deeply") from None
 

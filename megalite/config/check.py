@@ -9,7 +9,8 @@ from megalite.config.batch import skipped_ranges, total_samples
 from megalite.config.errors import ConfigError
 from megalite.config.param_groups import check_groups
 from megalite.config.schema import MOST_BATCH, Config, ModelConfig, TuneConfig
-from megalite.config.trained import adapter_shapes, hidden_matrices, shapes, trained
+from megalite.config.shapes import shapes, with_family
+from megalite.config.trained import adapter_shapes, hidden_matrices, trained
 from megalite.config.values import check_values, shown
 
 
@@ -46,7 +47,7 @@ def resolve(config: Config, world_size: int) -> Config:
         f"them, or set model.head_dim",
     )
     model = dataclasses.replace(
-        model,
+        with_family(model),
         num_kv_heads=model.num_kv_heads if model.num_kv_heads is not None else model.num_heads,
         head_dim=model.head_dim if model.head_dim is not None else model.hidden_size // model.num_heads,
     )

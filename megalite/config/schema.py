@@ -53,9 +53,7 @@ class ModelConfig:
     tie_embeddings: bool = _key(False, "one matrix for input embedding and output head (HF tie_word_embeddings)")
     qkv_bias: bool = _key(False, "bias on the query/key/value projection (Qwen2)")
     qk_norm: bool = _key(False, "RMSNorm on each query and key head before RoPE (Qwen3)")
-    init_std: float = _key(
-        0.02, "std of initial weights; residual outputs: init_std / sqrt(2 num_layers)", Range(1e-6, 10, 0.02)
-    )
+    init_std: float = _key(0.02, "std of new weights; residual outputs: / sqrt(2 num_layers)", Range(1e-6, 10, 0.02))
     norm: str = _key("rmsnorm", "norm of the residual stream; layernorm has a bias", choices=("rmsnorm", "layernorm"))
     activation: str = _key(
         "swiglu",
@@ -66,6 +64,7 @@ class ModelConfig:
     max_positions: int | None = _key(
         None, "rows of a learned position embedding (HF n_positions); null: train.seq_len", POSITIONS
     )
+    family: str | None = _key(None, "names and layout on disk; null: by position", choices=("llama", "gpt2"))
     linear_bias: bool = _key(False, "bias on every linear of a block (HF attention_bias and mlp_bias; GPT-2)")
     rope_fraction: float = _key(1.0, "share of a head rotated (HF partial_rotary_factor)", Range(0, 1, 0.5, above=True))
     rope_scaling: str = _key(

@@ -290,7 +290,7 @@ def _write(
             bar.advance(0, *fields)
         elif log_interval and first.documents // log_interval > logged:
             logged = first.documents // log_interval
-            bar.tell(*fields)
+            bar.show(*fields)
 
 
 def _size(files: Sequence[str | Path]) -> int | None:

@@ -1,6 +1,6 @@
-"""What this machine has of what megalite needs, and what to do about each gap: `python -m megalite.doctor [--json]`.
+"""Checks what megalite needs on this machine and how to fix each gap: `python -m megalite.doctor [--json]`.
 
-Probes import only the standard library until they ask for more: the report is for machines where something is amiss.
+A probe imports more than the standard library only where it needs it: the report must work on a broken installation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ GIB = 2**30
 
 @dataclass
 class Finding:
-    """One line of the report. What has a `remedy` is a gap; without what is `required` training cannot run."""
+    """One line of the report. A `remedy` marks a gap; training cannot run with a gap that is `required`."""
 
     name: str
     value: str
@@ -29,7 +29,7 @@ class Finding:
 Findings = Iterator[Finding]
 
 
-def said(error: BaseException) -> str:
-    """An exception in one line."""
+def one_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from megalite import __version__, doctor
-from megalite.doctor import Finding, Findings, machine, ranks, said, software
+from megalite.doctor import Finding, Findings, machine, one_line, ranks, software
 from megalite.launch.arguments import Parser
 
 Probe = Callable[[], Findings]
@@ -25,17 +25,18 @@ COLOURS = {"ok": "32", "note": "33", "missing": "31"}
 
 
 def guarded(probe: Probe) -> Findings:
-    """All that `probe` finds; where it breaks, a line that says so instead of the rest."""
+    """Yield the probe's findings; if it raises, a finding with the error instead of the rest."""
     try:
         yield from probe()
     except Exception as error:
-        yield Finding(probe.__name__.replace("_", " "), f"cannot be told ({said(error)})", "mend what else is missing")
+        value = f"could not be checked ({one_line(error)})"
+        yield Finding(probe.__name__.replace("_", " "), value, "fix the other gaps first, then run this again")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report, each line as soon as it is known; gives the exit status."""
+    """Print the report, each line as soon as it is known; returns the exit status."""
     parser = Parser(prog="python -m megalite.doctor", description=(doctor.__doc__ or "").split(":")[0])
-    parser.add_argument("--json", action="store_true", help="the same as JSON, for a bug report")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON, for a bug report")
     as_json = parser.parse_args(argv).json
     coloured = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     with contextlib.suppress(AttributeError):
@@ -55,13 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections = {title: [asdict(f) | {"state": f.state} for f in findings] for title, findings in report.items()}
         print(json.dumps({"megalite": __version__, "ready": not missing, "sections": sections}, indent=1))
     else:
-        gaps = f"missing: {', '.join(missing)}; all at once, in megalite's folder: make install"
+        gaps = f"missing: {', '.join(missing)}; to install everything, run make install in megalite's folder"
         print(f"\n{gaps if missing else 'ready to train: python examples/pretrain_7b.py'}")
     return 1 if missing else 0
 
 
 def line(finding: Finding, coloured: bool) -> str:
-    """A finding for the screen, its remedy below it."""
+    """A finding as text, with its remedy on a second line."""
     state = f"{finding.state:7}"
     state = f"\x1b[{COLOURS[finding.state]}m{state}\x1b[0m" if coloured else state
     text = f"  {state}  {finding.name:15}  {finding.value}"
@@ -74,6 +75,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # whoever read has left, as `head` does; the flush at exit must not complain of it again
+        # the reader has exited, as `head` does; without this the flush at exit would raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""What is installed: packages, compiled kernels, apex."""
+"""Installed software: packages, compiled kernels, apex."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import shutil
 from pathlib import Path
 
 import megalite
-from megalite.doctor import Finding, Findings, said
+from megalite.doctor import Finding, Findings, one_line
 
 PROJECT = Path(megalite.__file__).parents[1] / "pyproject.toml"
 MODULES = {"pyyaml": "yaml", "nvidia-ml-py": "pynvml"}
-# dependencies that training does without, and what is then lacking
-SPARED = {"pybind11": "building megalite._index", "nvidia-ml-py": "planning for the memory of GPUs"}
-EXTRAS = {"plot": "loss.png", "hf": "tokenizer.json and models of Hugging Face", "log": "log.tensorboard"}
+# dependencies that training can run without, and what they are for
+OPTIONAL = {"pybind11": "building megalite._index", "nvidia-ml-py": "planning for GPU memory"}
+EXTRAS = {"plot": "loss.png", "hf": "Hugging Face tokenizers and models", "log": "log.tensorboard"}
 
 
 def requirements() -> dict[str, dict[str, str]]:
-    """{extra, or "" for what is always needed: {package: range}}: the checkout's own, else what was installed."""
+    """{extra, or "" for the basic requirements: {package: version range}}, from the checkout, else as installed."""
     if PROJECT.is_file():
         import tomllib
 
@@ -38,7 +38,7 @@ def requirements() -> dict[str, dict[str, str]]:
 
 
 def in_range(version: str, wanted: str) -> bool:
-    """Whether `version` is in a range like ">=2.9,<2.14"; of "2.13.0+cpu" only the numbers in front count."""
+    """Whether `version` is in a range like ">=2.9,<2.14"; only the leading numbers of "2.13.0+cpu" count."""
 
     def number(text: str) -> list[int]:
         found = [int(part) for part in re.split(r"[^\d.]", text)[0].split(".") if part]
@@ -52,14 +52,17 @@ def packages() -> Findings:
     yield Finding("megalite", megalite.__version__)
     wanted = requirements()
     for name, span in wanted[""].items():
-        yield package(name, span, SPARED.get(name, ""))
+        yield package(name, span, OPTIONAL.get(name, ""))
     for extra, use in EXTRAS.items():
         for name, span in wanted.get(extra, {}).items():
             yield package(name, span, use)
 
 
 def package(name: str, span: str, use: str) -> Finding:
-    """Whether a package of a version in `span` is there; `use`: what it is for, if training does without it."""
+    """Check that a package with a version in the range `span` is installed.
+
+    `use`: what an optional package is for; "" if it is required.
+    """
     needed, command, required = f", needed for {use}" if use else "", f"pip install '{name}{span}'", not use
     try:
         version = importlib.metadata.version(name)
@@ -68,11 +71,12 @@ def package(name: str, span: str, use: str) -> Finding:
     if not in_range(version, span):
         return Finding(name, f"{version} is not in {span}{needed}", command, required)
     if required:
-        # what is installed may still not load: built for another Python, or another numpy
+        # an installed package may fail to import: built for another Python, or another numpy
         try:
             importlib.import_module(MODULES.get(name, name))
         except Exception as error:
-            return Finding(name, f"{version} does not load: {said(error)}", f"{command} --force-reinstall", required)
+            value = f"{version} fails to import: {one_line(error)}"
+            return Finding(name, value, f"{command} --force-reinstall", required)
     return Finding(name, version)
 
 
@@ -84,15 +88,15 @@ def built() -> Findings:
         try:
             importlib.import_module(name)
         except ImportError as error:
-            why = "not built" if isinstance(error, ModuleNotFoundError) else f"does not load ({said(error)})"
-            yield Finding(name, f"{why}: {without} instead", f"in megalite's folder: {BUILD_COMMAND}{tools}")
+            why = "not built" if isinstance(error, ModuleNotFoundError) else f"fails to load ({one_line(error)})"
+            yield Finding(name, f"{why}; {without} used instead", f"in megalite's folder, {BUILD_COMMAND}{tools}")
             continue
         devices = [d for d in ("cpu", "cuda") if any("fused" in op[d] for op in available().values())]
         yield Finding(name, f"built for {' and '.join(devices)}" if name == "megalite._C" else "built")
 
 
 def kernels() -> Findings:
-    """What `auto` means on the devices that are here."""
+    """Which kernel train.kernels=auto chooses, by op, device and dtype."""
     import torch
 
     from megalite.ops.kernel import BUILD_COMMAND, available, use_fused
@@ -106,15 +110,15 @@ def kernels() -> Findings:
             rest = [n for n in dtypes if n not in fused]
             words += [f"{device} {' '.join(names)} {k}" for k, names in (("fused", fused), ("torch", rest)) if names]
         unbuilt = "cuda" in devices and "fused" not in choices["cuda"]
-        remedy = f"where nvcc is on PATH, in megalite's folder: {BUILD_COMMAND}"
+        remedy = f"with nvcc on PATH, in megalite's folder, {BUILD_COMMAND}"
         yield Finding(op, "; ".join(words), remedy if unbuilt else "")
     flash = " with flash kernels" if "cuda" in devices and torch.backends.cuda.is_flash_attention_available() else ""
-    path = f"torch's scaled_dot_product_attention{flash}; causal_softmax only if train.kernels names it: fused, torch"
+    path = f"torch's scaled_dot_product_attention{flash}; causal_softmax only with train.kernels=fused or torch"
     yield Finding("attention", path)
 
 
 def apex() -> Findings:
-    """NVIDIA's is known by its parts: another package of that name is never imported, not even to look at it."""
+    """Look for NVIDIA apex by its parts, without importing the unrelated package of the same name."""
     name, spec = "NVIDIA apex", importlib.util.find_spec("apex")
     if spec is None:
         yield Finding(name, "absent; megalite does not need it")
@@ -122,12 +126,12 @@ def apex() -> Findings:
     places = list(spec.submodule_search_locations or [])
     if not any((Path(place) / "multi_tensor_apply").is_dir() for place in places):
         where = places[0] if places else spec.origin
-        value = f"absent; {where} is the other package of that name (a web toolkit from the package index)"
-        yield Finding(name, value, "pip uninstall apex, unless something else needs it; megalite needs neither")
+        value = f"absent; {where} is an unrelated package of that name (a web toolkit from the package index)"
+        yield Finding(name, value, "pip uninstall apex, unless other software needs it; megalite needs neither")
     elif importlib.util.find_spec("amp_C") is None:
         yield Finding(name, f"{places[0]}, without its CUDA part amp_C; megalite does not need it")
     else:
-        importlib.import_module("torch")  # whose libraries amp_C is linked to
+        importlib.import_module("torch")  # amp_C is linked to its libraries
         parts = {"amp_C": "multi_tensor_l2norm", "apex.multi_tensor_apply": "multi_tensor_applier"}
         lost = [f"{m}.{symbol}" for m, symbol in parts.items() if not hasattr(importlib.import_module(m), symbol)]
         value = f"without {', '.join(lost)}" if lost else "with amp_C and multi_tensor_apply"

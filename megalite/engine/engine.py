@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from megalite.config import Config
 from megalite.config.param_groups import check_groups
-from megalite.config.trained import adapter_shapes, hidden_matrices, shapes, trained
+from megalite.config.parameters import global_name, has_kv_rows, is_decayed, is_factor, is_partial
+from megalite.config.shapes import shapes
+from megalite.config.trained import adapter_shapes, hidden_matrices, trained
 from megalite.engine.batches import Microbatch
 from megalite.model.context import Context
-from megalite.model.cut_table import ADAPTER, cut_model, find_cut, global_name, is_partial
+from megalite.model.cut_table import cut_model
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import sample_keys
 from megalite.model.init import draw, materialise
@@ -33,7 +35,8 @@ from megalite.pipeline.executor import execute
 from megalite.pipeline.lower import lower
 from megalite.pipeline.schedule import Action, forward_only, make_plan
 from megalite.pipeline.simulate import Costs
-from megalite.plan.costs import head_flops, layer_flops, stage_layers
+from megalite.plan.costs import stage_layers
+from megalite.plan.counts import head_flops, layer_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
@@ -163,7 +166,7 @@ class Engine(Stage):
             replicated = [
                 shard.view(reduced[name], block, self.grads.held(name).start)
                 for name, shard in self.shards.items()
-                if name in reduced and (cut := find_cut(name)) is not None and cut.kind in ("qkv", "kv")
+                if name in reduced and has_kv_rows(name)
                 for block in shard.blocks(self.grads.held(name))
                 if block.offset[0] >= shard.pieces[-1].offset
             ]
@@ -193,7 +196,7 @@ class Engine(Stage):
     def stored(self) -> dict[str, Tensor]:
         """The parameters that a checkpoint keeps: all, or with LoRA the factors, beside a base that stays as it is."""
         lora = self.config.tune.mode == "lora"
-        return {n: p for n, p in self.parameters.items() if not lora or ADAPTER.fullmatch(n)}
+        return {n: p for n, p in self.parameters.items() if not lora or is_factor(n)}
 
     def base(self) -> dict[str, Tensor]:
         """The parameters that a checkpoint does not keep."""
@@ -293,7 +296,7 @@ def make_optimizer(
     buffers: ParamBuffers | None,
 ) -> AdamW:
     """The optimizer named by optim.name over the parameters, or over this rank's shares of them."""
-    c, matrices = config.optim, {name for name, parameter in parameters.items() if parameter.dim() >= 2}
+    c, matrices = config.optim, {name for name in parameters if is_decayed(name)}
     updated: Mapping[str, Tensor] = parameters if buffers is None else buffers.shares
     gradients = grads.main_grad if buffers is None else grads.reduced
     if c.name != "muon":

@@ -16,11 +16,11 @@ from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.manifest import Damaged
 from megalite.checkpoint.state import State, state_from
 from megalite.config import Config
+from megalite.config.parameters import is_factor
 from megalite.engine.engine import Engine
 from megalite.exchange.base import find_base, is_hf, name_of
 from megalite.exchange.hf_folder import open_folder
 from megalite.exchange.hf_weights import fill, nothing, read_whole
-from megalite.model.cut_table import ADAPTER
 from megalite.model.init import draw
 from megalite.optim.loss_scale import first_scale
 from megalite.parallel.groups import share_text
@@ -34,7 +34,7 @@ def first_values(config: Config) -> Callable[[str, tuple[int, ...]], Tensor] | N
     if config.model.from_hf is None and config.tune.mode != "lora":
         return None
     return lambda name, shape: (
-        draw(name, shape, config.model, config.train.seed) if ADAPTER.fullmatch(name) else nothing(name, shape)
+        draw(name, shape, config.model, config.train.seed) if is_factor(name) else nothing(name, shape)
     )
 
 

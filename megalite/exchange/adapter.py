@@ -15,19 +15,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megalite.checkpoint.contents import config_of
 from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, TrainConfig, resolve, to_yaml
-from megalite.config.trained import adapted, adapter_shapes, projections, shapes
+from megalite.config.shapes import family_of, projections, shapes
+from megalite.config.trained import adapted, adapter_shapes
 from megalite.exchange.adapter_config import FILE, read_settings, require_targets, tune_config
 from megalite.exchange.base import is_hf, name_of
 from megalite.exchange.convert import FRESH, keep_beside, write_run
 from megalite.exchange.hf_fields import plain
 from megalite.exchange.hf_folder import open_folder, read_header, require_new
-from megalite.exchange.merge import config_of, find_adapter, open_merged
-from megalite.model.names import names_there
+from megalite.exchange.merge import find_adapter, open_merged
+from megalite.model.names import FAMILIES, names_there
 
 PREFIX = "base_model.model."
 
@@ -70,7 +72,7 @@ def export_peft(adapter: Path, target: Path, base_name: str | None = None) -> Pa
         "lora_alpha": config.tune.lora_alpha,
         "lora_dropout": config.tune.lora_dropout,
         "target_modules": sorted(ends) if everywhere else modules,
-        "fan_in_fan_out": config.model.position == "learned",
+        "fan_in_fan_out": FAMILIES[family_of(config.model)].transposed,
         "bias": "none",
         "inference_mode": True,
     }

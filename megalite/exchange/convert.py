@@ -21,13 +21,13 @@ from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
 from megalite.config.read import read_yaml_file
+from megalite.config.shapes import shapes
 from megalite.data.origin import tokenizer_of_run
 from megalite.exchange.hf_export import export
 from megalite.exchange.hf_folder import carry, find_tokenizer, open_folder, require_new
 from megalite.exchange.hf_weights import read_whole, stored_dtype
 from megalite.exchange.merge import open_merged, read_base
-from megalite.model.names import global_shapes
-from megalite.plan.costs import parameters
+from megalite.plan.counts import parameters
 from megalite.text.tokenizer_files import copy_files
 from megalite.watch.progress import Bar
 
@@ -44,7 +44,7 @@ def from_hf_folder(source: Path, target: Path, dtype: str | None = None) -> Path
     `target` is there.
     """
     folder = open_folder(source)
-    stored = {name: stored_dtype(folder, name) for name in global_shapes(folder.model)}
+    stored = {name: stored_dtype(folder, name) for name in shapes(folder.model)}
     return write_run(
         target,
         folder.model,
@@ -82,7 +82,7 @@ def write_run(
         write_whole(
             step_folder(building, 0),
             config,
-            {f"weight.{name}": (dtypes[name], shape) for name, shape in global_shapes(model).items()},
+            {f"weight.{name}": (dtypes[name], shape) for name, shape in shapes(model).items()},
             lambda full: fitting(full.removeprefix("weight."), _counted(get, bar), dtypes),
             FRESH,
         )
@@ -121,14 +121,14 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
     else:
         config = saved_config(step)
         get, dtype_of = read_base(step)
-        for name, shape in global_shapes(config.model).items():
+        for name, shape in shapes(config.model).items():
             entry = manifest["tensors"].get(f"weight.{name}", {"shape": None})
             if entry["shape"] != list(shape):
                 raise ValueError(
                     f"{step}: weight.{name} is {entry['shape'] or 'missing'}, config.yaml's model needs {list(shape)}; "
                     f"it is a checkpoint of another model"
                 )
-    stored = {name: dtype_of(name) for name in global_shapes(config.model)}
+    stored = {name: dtype_of(name) for name in shapes(config.model)}
     dtypes = dict.fromkeys(stored, DTYPES[dtype]) if dtype else stored
     carried, template = run_dir / "hf", run_dir / "chat_template.jinja"
     with Bar("converting", parameters(config.model)) as bar:

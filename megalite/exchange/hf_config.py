@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalite.config import ConfigError, ModelConfig, Request
+from megalite.config.shapes import family_of, rows_of, with_family
 from megalite.exchange.hf_fields import LARGEST, Fields
 from megalite.exchange.hf_rope import read_rope, write_rope
 
@@ -94,6 +95,7 @@ def _llama(fields: Fields, family: str) -> ModelConfig:
         ffn_hidden_size=fields.whole("intermediate_size"),
         norm_eps=fields.number("rms_norm_eps", 1e-6, low=0),
         tie_embeddings=fields.flag("tie_word_embeddings", False),
+        family="llama",
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
         linear_bias=bias,
@@ -165,6 +167,7 @@ def _gpt2(fields: Fields) -> ModelConfig:
         init_std=fields.number("initializer_range", 0.02, low=0),
         norm="layernorm",
         activation=fields.choice("activation_function", PLAIN, "gelu_new"),
+        family="gpt2",
         position="learned",
         max_positions=fields.whole("n_positions"),
         linear_bias=True,
@@ -227,15 +230,20 @@ def write_model(model: ModelConfig, max_positions: int) -> dict[str, Any]:
 
 
 def _family(m: ModelConfig) -> str:
-    """The family that a model is one of; ValueError naming the key that it does not have."""
-    if m.position == "learned":
+    """The model_type of a model. Raises ValueError naming the key in which no family is like it."""
+    if family_of(m) == "gpt2":
         family = "gpt2"
-        wanted: dict[str, Any] = {"norm": "layernorm", "gated": False, "linear_bias": True, "qk_norm": False}
-        wanted |= {"num_kv_heads": m.num_heads, "head_dim": m.hidden_size // m.num_heads, "sliding_window": None}
+        wanted: dict[str, Any] = {"position": "learned", "norm": "layernorm", "gated": False, "linear_bias": True}
+        wanted |= {
+            "qk_norm": False,
+            "num_kv_heads": m.num_heads,
+            "head_dim": m.hidden_size // m.num_heads,
+            "sliding_window": None,
+        }
     else:
         family = "mistral" if m.sliding_window is not None else "llama"
         family = "qwen3" if m.qk_norm else "qwen2" if m.qkv_bias and not m.linear_bias else family
-        wanted = {"norm": "rmsnorm", "gated": True, "rope_fraction": 1.0}
+        wanted = {"position": "rope", "norm": "rmsnorm", "gated": True, "rope_fraction": 1.0}
         if family != "llama":
             wanted |= {"linear_bias": False}
         if family != "qwen2":
@@ -247,6 +255,12 @@ def _family(m: ModelConfig) -> str:
                 f"{shown}: the nearest Hugging Face model is {family}, which does not have that; such a model cannot "
                 f"be exported (docs/hugging-face.md lists what can)"
             )
+    for row in rows_of(m):
+        if family_of(m) not in row.hf:
+            raise ValueError(
+                f"{row.name}: the nearest Hugging Face model is {family}, which has no such parameter; such a model "
+                f"cannot be exported (docs/hugging-face.md lists what can)"
+            )
     return family
 
 
@@ -257,6 +271,7 @@ def _reverse(table: Mapping[str, str], value: str) -> str:
 def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
     """The keys in which two models compute differently."""
     ignored = TRAINING | {"from_hf", "add_tokens"}
+    a, b = with_family(a), with_family(b)
     return [
         f.name
         for f in dataclasses.fields(ModelConfig)
@@ -270,6 +285,7 @@ def set_by_user(request: Request, found: ModelConfig, where: str, source: str) -
     ConfigError where the user has set the model to something else.
     """
     chosen: dict[str, Any] = {}
+    found = with_family(found)
     for key in sorted(request.explicit):
         section, _, name = key.partition(".")
         if section != "model" or name == "from_hf":

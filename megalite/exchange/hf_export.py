@@ -17,13 +17,14 @@ from torch import Tensor
 
 from megalite.checkpoint.publish import new_folder
 from megalite.config import ModelConfig
+from megalite.config.shapes import shapes
 from megalite.exchange.hf_config import differing, read_model, write_model
 from megalite.exchange.hf_fields import read_json
 from megalite.exchange.hf_folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
 from megalite.exchange.hf_tokenizer import write_tokenizer
 from megalite.exchange.hf_weights import DTYPES
 from megalite.model.layouts import to_hf
-from megalite.model.names import global_names, hf_shapes, names_there
+from megalite.model.names import hf_shapes, names_there
 from megalite.text.chat import ChatTemplate, find_template, turn_ends
 from megalite.text.tokenizer import load_tokenizer
 from megalite.text.tokenizer_files import TEMPLATE, TEMPLATES
@@ -62,7 +63,7 @@ def export(
         spelled = "dtype" if "dtype" in config else "torch_dtype"
         config[spelled] = str(next(iter(dtypes.values()))).removeprefix("torch.")
         _write_json(building / "config.json", config)
-        there = {other: dtypes[name] for name in global_names(model) for other in names_there(name, model)}
+        there = {other: dtypes[name] for name in shapes(model) for other in names_there(name, model)}
         _write_weights(building, model, get, there, shard_bytes)
     return target
 
@@ -117,11 +118,11 @@ def _write_weights(
     shard_bytes: int,
 ) -> None:
     """The tensors in megalite's order, in as many files as it takes; a file begins with a parameter, never within."""
-    shapes = hf_shapes(model)
+    hf = hf_shapes(model)
     shards: list[list[str]] = [[]]
     filled = 0
-    for name in global_names(model):
-        size = sum(_size(dtypes[there], shapes[there]) for there in names_there(name, model))
+    for name in shapes(model):
+        size = sum(_size(dtypes[there], hf[there]) for there in names_there(name, model))
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -133,7 +134,7 @@ def _write_weights(
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         keys = [there for name in names for there in names_there(name, model)]
         with open(folder / file, "wb") as stream:
-            total += _write_header(stream, {key: (dtypes[key], shapes[key]) for key in keys})
+            total += _write_header(stream, {key: (dtypes[key], hf[key]) for key in keys})
             for name in names:
                 for values in to_hf(name, get(name), model).values():
                     stream.write(values.contiguous().view(torch.uint8).numpy().data)

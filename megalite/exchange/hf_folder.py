@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from megalite.config import ModelConfig
+from megalite.config.parameters import Shape
+from megalite.config.shapes import family_of
 from megalite.exchange.hf_config import read_model
 from megalite.exchange.hf_fields import Fields, plain, read_json, shown
-from megalite.model.names import Shape, hf_shapes
+from megalite.model.names import FAMILIES, hf_shapes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
@@ -94,7 +96,7 @@ def open_folder(path: str | Path) -> HFFolder:
             found[key] = stored
     expected = hf_shapes(model)
     # a file of the bare model leaves out the name of the part that a head stands on
-    prefix = "transformer." if model.position == "learned" else "model."
+    prefix = FAMILIES[family_of(model)].root
     tensors = {key if key in expected else prefix + key: stored for key, stored in found.items()}
     tensors = {name: stored for name, stored in tensors.items() if not BUFFERS.fullmatch(name)}
     if model.tie_embeddings:

@@ -37,7 +37,7 @@ def read_local(folder: HFFolder, name: str, shard: Shard) -> Tensor:
     """What `shard` says a rank holds of the parameter `name`; only those rows, or columns, are read. Padding is 0."""
     model = folder.model
     there = [folder.tensors[other] for other in names_there(name, model)]
-    turned = is_turned(name, len(shard.whole_shape), model)
+    turned = is_turned(name, model)
     dtype = stored_dtype(folder, name)
     local = torch.zeros(shard.local_shape, dtype=dtype)
     for piece in shard.pieces:
@@ -73,7 +73,7 @@ def _runs(folder: HFFolder, name: str, rows: range) -> Iterator[tuple[int, int, 
     """
     model, there = folder.model, names_there(name, folder.model)
     shapes = [folder.tensors[other].shape for other in there]
-    turned = is_turned(name, len(shapes[0]), model)
+    turned = is_turned(name, model)
     counts = [shape[-1 if turned else 0] for shape in shapes]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     numbers = {o: torch.arange(start, start + count) for o, start, count in zip(there, starts, counts, strict=True)}

@@ -20,24 +20,16 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config, ConfigError, ModelConfig, TrainConfig, check, resolve
+from megalite.config.shapes import rows_of, shapes
 from megalite.exchange.convert import DTYPES, write_run
 from megalite.exchange.megatron_args import Described, read_args
 from megalite.model.cut_table import shard_of
-from megalite.model.names import global_shapes
 
 RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 FILE = "model_optim_rng.pt"
-LAYER = {
-    "attn_norm": "input_norm",
-    "attn.qkv": "self_attention.query_key_value",
-    "attn.out": "self_attention.dense",
-    "mlp_norm": "post_attention_norm",
-    "mlp.down": "mlp.dense_4h_to_h",
-}
 # older Megatron-LM called both norms after LayerNorm, the attention by another name, and the layers a transformer
 ALIASES = {"input_layernorm": "input_norm", "post_attention_layernorm": "post_attention_norm"}
 ALIASES |= {"final_layernorm": "final_norm"}
-EMBEDDING = {"word_embeddings": "embed", "position_embeddings": "pos_embed"}
 NUMPY = {
     *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
     *("numpy.ndarray", "numpy.dtype"),
@@ -87,16 +79,16 @@ def from_megatron(source: Path, target: Path, allow_pickle: bool, dtype: str | N
         )
     model = _checked(first, iteration)
     found = _collect([[ranks[t, p][0] for t in range(tp)] for p in range(pp)], model, iteration)
-    shapes = global_shapes(model)
-    if extra := sorted(found.keys() - shapes.keys()):
+    whole = shapes(model)
+    if extra := sorted(found.keys() - whole.keys()):
         raise ValueError(f"{iteration}: tensor {extra[0]} has no place in the model that its arguments describe")
-    if missing := [name for name in shapes if name not in found]:
+    if missing := [name for name in whole if name not in found]:
         raise ValueError(f"{iteration}: {missing[0]} is missing; copy all mp_rank folders")
     return write_run(
         target,
         model,
-        lambda name: _joined(name, found[name], shapes[name], model, iteration),
-        {name: DTYPES[dtype] if dtype else found[name][0].dtype for name in shapes},
+        lambda name: _joined(name, found[name], whole[name], model, iteration),
+        {name: DTYPES[dtype] if dtype else found[name][0].dtype for name in whole},
         context=first.context,
     )
 
@@ -218,8 +210,7 @@ def _collect(stages: list[list[list[Any]]], model: ModelConfig, where: Path) -> 
 
 def _renamed(language_model: Any, first_layer: int, model: ModelConfig, where: Path) -> State:
     """The tensors of one virtual stage of a tp rank by megalite's names."""
-    there = {other: here for here, other in LAYER.items()}
-    there["mlp.dense_h_to_4h"] = "mlp.gate_up" if model.gated else "mlp.up"
+    there = {row.megatron: row.module for row in rows_of(model) if row.megatron}
     state: dict[str, Any] = {}
     for part, inside in language_model.items():
         for key, value in inside.items() if isinstance(inside, dict) else ():
@@ -231,15 +222,13 @@ def _renamed(language_model: Any, first_layer: int, model: ModelConfig, where: P
             if leaf == "_extra_state" or str(key).endswith("rotary_emb.inv_freq"):
                 continue
             if part == "embedding" and isinstance(value, dict):
-                state |= {f"{EMBEDDING.get(str(key), key)}.{end}": tensor for end, tensor in value.items()}
-            elif part == "output_layer":
-                state[f"loss_head.head.{key}"] = value
-            elif part in ("encoder", "transformer") and module == "final_norm":
-                state[f"loss_head.norm.{leaf}"] = value
+                here = there.get(f"{part}.{key}", str(key))
+                state |= {f"{here}.{end}": tensor for end, tensor in value.items()}
             elif part in ("encoder", "transformer") and layer and layer[2] in there:
                 state[f"layers.{int(layer[1]) + first_layer}.{there[layer[2]]}.{leaf}"] = value
             else:
-                state[f"{part}.{key}"] = value
+                place = f"{'encoder' if part == 'transformer' else part}.{module}".rstrip(".")
+                state[f"{there[place]}.{leaf}" if place in there else f"{part}.{key}"] = value
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.dtype not in DTYPES.values() or value.layout != torch.strided:
             raise ValueError(f"{where}: {name} is no plain tensor of {', '.join(DTYPES)}; it is not supported")

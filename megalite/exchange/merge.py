@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.contents import is_adapter
+from megalite.checkpoint.contents import config_of, is_adapter
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.config import Config
-from megalite.config.schema import SECTIONS
-from megalite.config.trained import Projection, adapted, projections
+from megalite.config.shapes import Projection, projections
+from megalite.config.trained import adapted
 from megalite.exchange.base import base_of, is_hf
 from megalite.exchange.hf_folder import open_folder
 from megalite.exchange.hf_weights import read_whole, stored_dtype
@@ -81,14 +80,6 @@ def open_merged(adapter: Path, base: Path | None = None) -> tuple[Config, Get, C
 
     config = config_of(manifest)
     return config, merged(config, get), dtype_of
-
-
-def config_of(manifest: dict[str, Any]) -> Config:
-    """The configuration that a checkpoint was written with."""
-    sections = {name: dict(values) for name, values in manifest["config"].items()}
-    stages = sections["parallel"]["stages"]
-    sections["parallel"]["stages"] = None if stages is None else tuple(stages)
-    return Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
 
 
 def find_adapter(path: Path) -> Path:

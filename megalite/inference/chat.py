@@ -1,4 +1,4 @@
-"""Conversations as prompts: the chat template's text, and the token that ends the assistant's turn. No torch here."""
+"""Turns a conversation into a prompt with the chat template, and finds the token that ends a turn. No torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from megalite.text.tokenizer import Tokenizer
 
 
 class Chat:
-    """A conversation with one model. `template`: as data.template, None: the tokenizer's own.
+    """A conversation with one model.
 
-    `stops`: the control token that the template writes behind what the assistant says. Control strings in messages
-    are text, as in training. ValueError where there is no template.
+    `template`: as data.template; None: the tokenizer's own. `stops`: the control token that the template writes after
+    the assistant's message. Control strings inside messages are encoded as text, as in training. Raises ValueError if
+    there is no template.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: str | None, system: str | None = None) -> None:
@@ -25,20 +26,21 @@ class Chat:
         self.stops = turn_ends(self.template, tokenizer)
 
     def ask(self, content: str) -> list[int]:
-        """Say `content` as the user; gives the tokens after which the assistant speaks."""
+        """Add a user message; returns the token ids of the prompt for the assistant's answer."""
         self.messages.append({"role": "user", "content": content})
         return self.prompt(self.messages)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of `messages` and the start of the assistant's answer."""
         conversation = Conversation("messages", list(messages), [None] * len(messages))
         if self._controls is not None:
             conversation, _, _ = keep_text(conversation, self._render, self.tokenizer, self._controls)
-        there = unmark(self._render(conversation))
-        return self.tokenizer.encode_chat(there.text, there.ranges).ids
+        rendered = unmark(self._render(conversation))
+        return self.tokenizer.encode_chat(rendered.text, rendered.ranges).ids
 
     def _render(self, conversation: Conversation) -> str:
         return self.template.prompt(conversation.messages, conversation.tools)
 
     def answered(self, content: str) -> None:
-        """Keep what the assistant has said."""
+        """Add the assistant's answer."""
         self.messages.append({"role": "assistant", "content": content})

@@ -1,4 +1,4 @@
-"""Rows of questions, the shots shown before them, and the score of an answer. No torch: mistakes are told first."""
+"""Evaluation rows, few-shot examples and scores of answers. No torch, so mistakes are reported before it loads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HAN = "\u3400-\u4dbf\u4e00-\u9fff"
 
 @dataclass(frozen=True)
 class Question:
-    """`answers`: any of them is right. `where`: file:line."""
+    """A question with free-text answers. `answers`: each of them is correct. `where`: file:line."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -35,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Cloze:
-    """`label`: number of the right one of `choices`. `where`: file:line."""
+    """A multiple-choice question. `label`: index of the correct choice. `where`: file:line."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -48,7 +48,7 @@ class Cloze:
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Rows {"prompt": text, "answer": text or list of texts} of a JSONL file; ValueError names file and line."""
+    """Read rows {"prompt": text, "answer": text or list of texts} from a JSONL file. Raises ValueError at file:line."""
     found = []
     for where, row in _json_rows(Path(path)):
         answer = row.get("answer")
@@ -61,15 +61,15 @@ def read_questions(path: str | Path) -> list[Question]:
 
 
 def read_clozes(path: str | Path) -> list[Cloze]:
-    """Rows {"prompt": text, "choices": [text, ...], "label": number from 0} of a JSONL file; ValueError as above."""
+    """Read rows {"prompt": text, "choices": [text, ...], "label": index} from a JSONL file. Raises ValueError."""
     found = []
     for where, row in _json_rows(Path(path)):
         choices, label = row.get("choices"), row.get("label")
-        fine = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
-        if not isinstance(row.get("prompt"), str) or not fine:
+        valid = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+        if not isinstance(row.get("prompt"), str) or not valid:
             raise ValueError(f'{where}: expected {{"prompt": text, "choices": [text, text, ...], "label": number}}')
         if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(row["choices"]):
-            raise ValueError(f"{where}: label {label!r} is not in 0..{len(row['choices']) - 1}, the number of a choice")
+            raise ValueError(f"{where}: label {label!r} is not the number of a choice, 0 to {len(row['choices']) - 1}")
         _require_text(where, row["prompt"], *row["choices"])
         found.append(Cloze(row["prompt"], tuple(row["choices"]), label, where))
     return found
@@ -83,10 +83,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{where}: holds a {type(row).__name__}, expected a JSON object")
+            raise ValueError(f"{where}: expected a JSON object, found a {type(row).__name__}")
         yield where, row
     if not where:
-        raise ValueError(f"{path}: holds no row")
+        raise ValueError(f"{path}: contains no rows")
 
 
 def _require_text(where: str, *texts: str) -> None:
@@ -96,10 +96,10 @@ def _require_text(where: str, *texts: str) -> None:
 
 
 def choose_shots(rows: Sequence[R], pool: Sequence[R] | None, count: int, seed: int) -> tuple[list[R], list[R]]:
-    """(`count` rows to show before each question, rows to test), with no prompt in both.
+    """Return (`count` example rows, rows to test); no prompt is in both.
 
-    Shots come from `pool`, less what is tested; None: from `rows`, which are then tested without them. The same seed
-    takes the same ones. ValueError where there are too few.
+    Examples are drawn from `pool` without the prompts in `rows`, or, if `pool` is None, from `rows`, which are then
+    tested without them. The same seed draws the same rows. Raises ValueError if there are too few.
     """
     if count < 0:
         raise ValueError(f"shots={count} must not be negative")
@@ -108,27 +108,27 @@ def choose_shots(rows: Sequence[R], pool: Sequence[R] | None, count: int, seed: 
         {row.prompt: row for row in (rows if pool is None else pool) if row.prompt not in tested}.values()
     )
     if count > len(candidates) - (pool is None):
-        raise ValueError(f"shots={count}, but only {len(candidates)} rows can be shown and not tested; use fewer shots")
+        raise ValueError(f"shots={count}, but only {len(candidates)} rows are available as examples; use fewer shots")
     shots = random.Random(seed).sample(candidates, count)
     shown = {row.prompt for row in shots}
     return shots, [row for row in rows if row.prompt not in shown]
 
 
 def with_shots(shots: Sequence[Question | Cloze], prompt: str, delimiter: str = " ") -> str:
-    """The shots with their right answers, then the prompt, a blank line between each."""
+    """The examples with their correct answers, then the prompt, separated by blank lines."""
     return "\n\n".join([*(join(shot.prompt, shot.right, delimiter) for shot in shots), prompt])
 
 
 def join(prompt: str, answer: str, delimiter: str = " ") -> str:
-    """Prompt and answer with the delimiter between, if no space stands there already."""
+    """Join prompt and answer with the delimiter, unless there is white space between them already."""
     spaced = not prompt or prompt[-1].isspace() or answer[:1].isspace()
     return prompt + ("" if spaced else delimiter) + answer
 
 
 def split(tokenizer: Tokenizer, prompt: str, answer: str, delimiter: str = " ") -> tuple[list[int], list[int]]:
-    """(tokens of the prompt, tokens of the answer behind it), cut out of their joint tokens.
+    """(tokens of the prompt, tokens of the answer), tokenized together and then split.
 
-    Space at the end of a prompt belongs to the answer, as most tokenizers have it (and lm-evaluation-harness).
+    Trailing space of the prompt counts as the answer's, as in most tokenizers and lm-evaluation-harness.
     """
     whole, context = tokenizer.encode(join(prompt, answer, delimiter)), tokenizer.encode(prompt.rstrip())
     return whole[: len(context)], whole[len(context) :]
@@ -137,7 +137,7 @@ def split(tokenizer: Tokenizer, prompt: str, answer: str, delimiter: str = " ") 
 def cloze_sequences(
     source: Source, rows: Sequence[Cloze], shots: Sequence[Cloze], delimiter: str = " "
 ) -> list[list[tuple[list[int], list[int]]]]:
-    """(context, continuation) of every choice of every row; ValueError for one that cannot be scored."""
+    """[row][choice] (context, continuation) in token ids. Raises ValueError for a choice that cannot be scored."""
     found: list[list[tuple[list[int], list[int]]]] = []
     for number, row in enumerate(rows, start=1):
         name = row.where or f"row {number}"
@@ -148,7 +148,7 @@ def cloze_sequences(
             context = [*source.start, *context]
             length = len(context) + len(continuation)
             if not context or not continuation:
-                raise ValueError(f"{name}: prompt and choice {choice!r} need a token each; write more")
+                raise ValueError(f"{name}: prompt and choice {choice!r} need at least one token each; extend the row")
             if source.limit is not None and length > source.limit:
                 raise ValueError(
                     f"{name}: {length} tokens with choice {choice!r}, but the model has {source.limit} "
@@ -159,41 +159,41 @@ def cloze_sequences(
 
 
 class Scores(NamedTuple):
-    """Log-likelihood of each choice in nats, and its length in tokens and in characters."""
+    """Per choice: log-likelihood in nats, length in tokens, length in characters."""
 
     sums: list[float]
     tokens: list[int]
     characters: list[int]
 
     def best(self, lengths: Sequence[int] | None = None) -> int:
-        """The likeliest choice, by its sum or by its sum over `lengths`; of equals the first."""
+        """Index of the choice with the largest sum, or sum / length; of equal ones the first."""
         values = self.sums if lengths is None else [s / n for s, n in zip(self.sums, lengths, strict=True)]
         return values.index(max(values))
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and more than single spaces (Rajpurkar et al. 2016, "SQuAD",
-    section 6); punctuation of all scripts."""
+    """Lower-case and remove punctuation (of all scripts), articles and repeated spaces (Rajpurkar et al. 2016,
+    "SQuAD", section 6)."""
     kept = (c for c in text.lower() if c not in string.punctuation and unicodedata.category(c)[0] != "P")
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", "".join(kept)).split())
 
 
-def exact_match(said: str, answers: Sequence[str]) -> float:
-    """1 if `said` is one of the answers after `normalise`, else 0."""
-    return float(any(normalise(said) == normalise(answer) for answer in answers))
+def exact_match(reply: str, answers: Sequence[str]) -> float:
+    """1 if `reply` equals one of the answers after `normalise`, else 0."""
+    return float(any(normalise(reply) == normalise(answer) for answer in answers))
 
 
-def token_f1(said: str, answers: Sequence[str]) -> float:
-    """The best F1 of words shared with an answer, SQuAD's; a Chinese character is a word."""
-    return max(_f1(_words(said), _words(answer)) for answer in answers)
+def token_f1(reply: str, answers: Sequence[str]) -> float:
+    """SQuAD's F1 of words, for the best-matching answer; each Chinese character is a word."""
+    return max(_f1(_words(reply), _words(answer)) for answer in answers)
 
 
 def _words(text: str) -> list[str]:
     return re.sub(f"([{HAN}])", r" \1 ", normalise(text)).split()
 
 
-def _f1(said: Sequence[str], right: Sequence[str]) -> float:
-    if not said or not right:
-        return float(said == right)
-    shared = (Counter(said) & Counter(right)).total()
-    return 2 * shared / (len(said) + len(right))
+def _f1(reply: Sequence[str], right: Sequence[str]) -> float:
+    if not reply or not right:
+        return float(reply == right)
+    shared = (Counter(reply) & Counter(right)).total()
+    return 2 * shared / (len(reply) + len(right))

@@ -1,4 +1,4 @@
-"""What is asked of a generation, and its tokens turned into text. No torch: mistakes are told before it loads."""
+"""Generation settings, and turning generated tokens into text. No torch, so mistakes are reported before it loads."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megalite.text.tokenizer import StreamDecoder, Tokenizer
 
 @dataclass(frozen=True)
 class Settings:
-    """How tokens are chosen and when a text ends; ValueError for a value out of range.
+    """How tokens are chosen and when a reply ends. Raises ValueError for a value out of range.
 
-    temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 change nothing. Prompt i of a batch draws with
-    seed + i, as it would alone with that seed. `stop`: texts before which a reply ends.
+    temperature 0 is greedy; top_k 0, top_p 1 and repetition_penalty 1 have no effect. Prompt i of a batch is sampled
+    with seed + i, as it would be alone with that seed. `stop`: texts that end a reply and are not part of it.
     """
 
     max_new_tokens: int = 128
@@ -33,47 +33,47 @@ class Settings:
             (not 0 < self.top_p <= 1, f"top_p={self.top_p} must be greater than 0 and at most 1; 1 keeps all tokens"),
             (
                 not self.repetition_penalty > 0,
-                f"repetition_penalty={self.repetition_penalty} must be greater than 0; 1 is none",
+                f"repetition_penalty={self.repetition_penalty} must be greater than 0; 1 has no effect",
             ),
             (
                 not 0 <= self.seed <= LARGEST_SEED,
                 f"seed={self.seed} must be at least 0 and at most {LARGEST_SEED}, e.g. 1234",
             ),
-            ("" in self.stop, "an empty stop string ends every text before it begins; leave it out"),
+            ("" in self.stop, "an empty stop string would end every reply at once; remove it"),
         ):
             if wrong:
                 raise ValueError(message)
 
 
 class StopStrings:
-    """Text in pieces, cut before the first of `stop`; what may be the beginning of one is held back."""
+    """Cuts streamed text before the first stop string; a possible beginning of one is held back."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self.stop, self.held, self.found = tuple(stop), "", False
 
     def push(self, text: str) -> str:
-        """What of the text so far may be shown and has not been yet."""
+        """Add `text`; returns the new text that may be shown."""
         text = self.held + text
         at = min((found for each in self.stop if (found := text.find(each)) >= 0), default=-1)
         if at >= 0:
             self.found, self.held = True, ""
             return text[:at]
-        # the longest end of the text that begins a stop string
+        # the longest suffix of the text that is a prefix of a stop string
         hold = max((n for each in self.stop for n in range(1, len(each)) if text.endswith(each[:n])), default=0)
         self.held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
     def finish(self) -> str:
-        """What was held back: no stop string came of it."""
+        """Return the text held back, which is no stop string after all."""
         held, self.held = self.held, ""
         return held
 
 
 class Reply:
-    """The continuation of one prompt, fed token by token. `ended`: why it is over; "" while it goes on.
+    """The continuation of one prompt, fed token by token.
 
-    `limit`: tokens the model has positions for, prompt and reply together; None: no bound. ValueError for a prompt
-    without a token or without room behind it.
+    `ended`: why it ended, "" until then. `limit`: positions of the model, for prompt and reply together; None: no
+    bound. Raises ValueError if the prompt is empty or leaves no room for a reply.
     """
 
     def __init__(
@@ -85,22 +85,22 @@ class Reply:
         limit: int | None = None,
     ) -> None:
         if not prompt:
-            raise ValueError("the prompt is empty and the tokenizer has no token to begin a text with; give a prompt")
+            raise ValueError("the prompt is empty and the tokenizer has no token that begins a text; give a prompt")
         if limit is not None and len(prompt) >= limit:
             raise ValueError(
-                f"the prompt has {len(prompt)} tokens, but the model has {limit} positions, prompt and reply together; "
-                f"give a prompt of at most {limit - 1} tokens"
+                f"the prompt has {len(prompt)} tokens, but the model has {limit} positions for prompt and reply "
+                f"together; give a prompt of at most {limit - 1} tokens"
             )
         self.prompt, self.ids, self.text, self.ended = list(prompt), list[int](), "", ""
         self._settings, self._limit = settings, limit
         self._stop_ids = set(stop_ids) | {
             token for each in settings.stop if (token := _control(tokenizer, each)) is not None
         }
-        # without the prompt before it, a first word would lose its leading space
+        # decoded without the prompt, the first word would lose its leading space
         self._decoder, self._stops = StreamDecoder(tokenizer, prompt), StopStrings(settings.stop)
 
     def push(self, token: int) -> str:
-        """The text that `token` completes; sets `ended` where the reply ends with it."""
+        """Add `token`; returns the text that it completes and sets `ended` if the reply ends with it."""
         assert not self.ended
         if token in self._stop_ids:
             self.ended = "stop token"
@@ -124,23 +124,23 @@ class Reply:
 
 
 def _control(tokenizer: Tokenizer, text: str) -> int | None:
-    """The id of a control token such as <|im_end|>, which never shows in decoded text; None for other texts."""
+    """The id if `text` is a control token such as <|im_end|>, which decoded text never contains; else None."""
     ids = tokenizer.encode(text)
     return ids[0] if len(ids) == 1 and text.strip() and not tokenizer.decode(ids) else None
 
 
 def in_order(pieces: Iterable[tuple[int, str]], replies: Sequence[Reply]) -> Iterator[tuple[int, str]]:
-    """Pieces (reply number, text) of replies that come at once, so that each reply is told whole before the next.
+    """Reorder pieces (reply number, text) of concurrent replies, so that each reply is complete before the next.
 
-    Every reply has a piece, though it may be "".
+    Yields at least one piece per reply, possibly "".
     """
     waiting = [""] * len(replies)
-    told = 0
+    current = 0
     for number, text in pieces:
         waiting[number] += text
-        while told < len(replies):
-            yield told, waiting[told]
-            waiting[told] = ""
-            if not replies[told].ended:
+        while current < len(replies):
+            yield current, waiting[current]
+            waiting[current] = ""
+            if not replies[current].ended:
                 break
-            told += 1
+            current += 1

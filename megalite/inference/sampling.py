@@ -1,4 +1,4 @@
-"""From logits to tokens: repetition penalty, temperature, top-k, top-p, in the order of transformers."""
+"""Sampling: repetition penalty, temperature, top-k, top-p, in the order of transformers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megalite.inference.reply import Settings
 
 
 def choose(logits: Tensor, seen: Tensor, settings: Settings, generators: Sequence[torch.Generator]) -> Tensor:
-    """One token id for each row of logits [b, vocab], [b] int64 on the CPU.
+    """Choose one token per row of logits [b, vocab]; returns ids [b], int64 on the CPU.
 
-    seen: bool [b, vocab], the tokens that prompt and reply hold. generators: of the CPU, one a row, so that a row draws
-    what it would draw alone, and the same on every device.
+    seen: bool [b, vocab], tokens in prompt and reply. generators: CPU generators, one per row, so that a row draws the
+    same tokens in any batch and on any device.
     """
     logits = penalised(logits.to(torch.promote_types(logits.dtype, torch.float32)), seen, settings.repetition_penalty)
     if settings.temperature == 0:
@@ -25,22 +25,23 @@ def choose(logits: Tensor, seen: Tensor, settings: Settings, generators: Sequenc
 
 
 def penalised(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits of seen tokens divided by the penalty where they are positive, times it where not (Keskar et al. 2019,
-    "CTRL", section 4.1, as transformers does it)."""
+    """Divide positive logits of seen tokens by the penalty and multiply negative ones by it (Keskar et al. 2019,
+    "CTRL", section 4.1, as in transformers)."""
     if penalty == 1:
         return logits
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def top_k(logits: Tensor, k: int) -> Tensor:
-    """All but the k largest of each row -inf, ties with the last of them kept; 0: as they are."""
+    """Set all but the k largest logits of each row to -inf; ties with the k-th are kept; 0: unchanged."""
     if not 0 < k < logits.shape[-1]:
         return logits
     return logits.masked_fill(logits < logits.topk(k).values[..., -1:], -torch.inf)
 
 
 def nucleus(logits: Tensor, p: float) -> Tensor:
-    """All but the likeliest tokens that together reach probability p -inf (Holtzman et al. 2020, section 3.1)."""
+    """Keep the likeliest tokens that together reach probability p, set the rest to -inf (Holtzman et al. 2020,
+    section 3.1)."""
     if p >= 1:
         return logits
     ordered, index = logits.softmax(-1).sort(descending=True)

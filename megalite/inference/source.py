@@ -1,4 +1,4 @@
-"""Which model is meant, and how it is laid out over the ranks of this run. No torch: mistakes are told first."""
+"""Opens the model to generate with or evaluate, and chooses its tp and pp. No torch: mistakes are reported first."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 
 @dataclass(frozen=True)
 class Source:
-    """A model's weights and tokenizer, and the configuration of this run of it: no dp, no sp.
+    """A model's weights and tokenizer, and the configuration to run it with (no dp, no sp).
 
-    `weights`: a checkpoint, of LoRA too, or a Hugging Face folder. `start`: ids that a text begins with. `stops`: ids
-    that end one. `limit`: positions the model has, None: no bound.
+    `weights`: a checkpoint, possibly of LoRA, or a Hugging Face folder. `start`: token ids at the start of a text.
+    `stops`: ids that end one. `limit`: positions of the model, None: no bound.
     """
 
     weights: Path | HFFolder
@@ -47,18 +47,17 @@ def open_source(
     dtype: str | None = None,
     timeout_s: float = 600.0,
 ) -> Source:
-    """The model of a run folder, a checkpoint or a Hugging Face folder, for tp x pp = world_size ranks.
+    """Open a run folder, a checkpoint or a Hugging Face folder, for tp x pp = world_size ranks.
 
-    `dtype`: of weights and activations; None: the run's, or in which the folder's are stored. ValueError in one line
-    for all that is wrong with it.
+    `dtype`: of weights and activations; None: the run's, or that of the folder's weights. Raises ValueError.
     """
     hugging_face = (Path(path) / "config.json").is_file()
     source = _of_folder(Path(path), dtype) if hugging_face else _of_checkpoint(find(path), dtype)
     config, tokenizer = source.config, source.tokenizer
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model {config.model.vocab_size}: it is another "
-            f"model's; put the right one in its place"
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but the model has {config.model.vocab_size}; replace "
+            f"it with the model's own tokenizer"
         )
     tp, pp = _layout(config.model, tp, pp, world_size)
     config = dataclasses.replace(
@@ -68,12 +67,12 @@ def open_source(
     )
     config = resolve(config, world_size)
     check(config, world_size)
-    device_memory(device, world_size)  # a GPU that is not there is told now
+    device_memory(device, world_size)  # raises if the GPU does not exist
     return dataclasses.replace(source, config=config)
 
 
 def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
-    """The model of a checkpoint by its manifest, and the tokenizer in the folder of its run."""
+    """The model by the checkpoint's manifest, and the tokenizer from the run folder."""
     manifest = read_manifest(folder)
     if is_adapter(manifest):
         base_of(folder)
@@ -82,14 +81,14 @@ def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
     file = next((f for name in TOKENIZERS if (f := run_dir / name).is_file()), None)
     file = file or tokenizer_of_run(saved.get("data", {}), run_dir)
     if file is None:
-        raise ValueError(f"{run_dir} has no {' or '.join(TOKENIZERS)}; copy the one its data was made with")
+        raise ValueError(f"{run_dir} has no {' or '.join(TOKENIZERS)}; copy there the one that its data was made with")
     tokenizer = load_tokenizer(file)
     try:
         model, train = ModelConfig(**saved["model"]), saved["train"]
         kept = TrainConfig(dtype=dtype or train["dtype"], seq_len=train["seq_len"], kernels=train["kernels"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: written by another version of megalite ({error}); use that one") from None
-    # documents are joined by the end-of-document token, so a text begins after one
+        raise ValueError(f"{folder}: written by another version of megalite ({error}); use that version") from None
+    # training joins documents with the end-of-document token, so a text follows one
     end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     start = end if tokenizer.bos_id is None or not _begins(saved) else (*end, tokenizer.bos_id)
     limit = model.max_positions if model.position == "learned" else None
@@ -97,18 +96,18 @@ def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
 
 
 def _begins(saved: dict[str, Any]) -> bool:
-    """Whether documents of the training data begin with a token of their own, as far as the data is still there."""
+    """Whether the training documents were made with a BOS token, if the data still exists."""
     prefix = saved.get("data", {}).get("path")
     side = Path(f"{prefix}.json")
     return prefix is not None and side.is_file() and bool(read_json(side).get("prepend_bos"))
 
 
 def _of_folder(path: Path, dtype: str | None) -> Source:
-    """A Hugging Face folder: its tokenizer says what a text begins with, generation_config.json what may end one."""
+    """A Hugging Face folder; its tokenizer and generation_config.json define what begins and ends a text."""
     folder = open_folder(path)
     file = find_tokenizer(path)
     if file is None:
-        raise ValueError(f"{path} has no {' or '.join(TOKENIZERS)}; fetch it again with its tokenizer")
+        raise ValueError(f"{path} has no {' or '.join(TOKENIZERS)}; download it again with its tokenizer")
     tokenizer = load_tokenizer(file)
     stops = set() if tokenizer.eos_id is None else {tokenizer.eos_id}
     for name in ("config.json", "generation_config.json"):
@@ -121,13 +120,13 @@ def _of_folder(path: Path, dtype: str | None) -> Source:
 
 
 def _layout(model: ModelConfig, tp: int | None, pp: int | None, world_size: int) -> tuple[int, int]:
-    """tp and pp of this run; what is not given follows from the number of ranks. ConfigError where they do not fit."""
+    """Return (tp, pp), deriving what is None from the number of ranks. Raises ConfigError if they do not match it."""
     if tp is None and pp is None:
         tp = max(size for size in valid_tp(model) if world_size % size == 0)
     if min(1 if tp is None else tp, 1 if pp is None else pp) < 1:
-        raise ConfigError(f"tp={tp}, pp={pp}: both are at least 1")
+        raise ConfigError(f"tp={tp}, pp={pp}: both must be at least 1")
     tp, pp = tp or max(1, world_size // (pp or 1)), pp or max(1, world_size // (tp or 1))
     if tp * pp != world_size:
-        start = f"start it with torchrun --nproc_per_node {tp * pp}" if tp * pp > 1 else "leave out torchrun"
-        raise ConfigError(f"tp {tp} x pp {pp} make {tp * pp} ranks, but the world size is {world_size}; {start}")
+        start = f"start it with torchrun --nproc_per_node {tp * pp}" if tp * pp > 1 else "start it without torchrun"
+        raise ConfigError(f"tp {tp} x pp {pp} = {tp * pp}, but the world size is {world_size}; {start}")
     return tp, pp

@@ -1,1 +1,1 @@
-"""The processes of a run: which rank this is, how ranks meet and stay in touch, how they stop."""
+"""The processes of a run: which rank this process is, how ranks connect and watch each other, how they stop."""

@@ -1,4 +1,4 @@
-"""The command line of the tools: a mistake in it is one line, told once and not once a rank."""
+"""Command-line parsing for the tools: a mistake prints one line, from one rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megalite.launch.place import place
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that prints its description and epilog as they stand, and takes no shortened flags."""
+    """An ArgumentParser that keeps the line breaks of its description and refuses abbreviated flags."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
@@ -19,8 +19,8 @@ class Parser(argparse.ArgumentParser):
         try:
             rank = place().rank
         except ValueError:
-            rank = 0  # which is told by whoever asks for it
+            rank = 0  # together.py reports a broken environment
         if rank > 0:
-            time.sleep(1.0)  # so that the launcher lets the first rank speak
+            time.sleep(1.0)  # torchrun ends all ranks at the first exit: let rank 0 print first
             self.exit(2)
         self.exit(2, f"error: {message}; see {self.prog} --help\n")

@@ -1,4 +1,4 @@
-"""What rank 0 hears of all ranks: their reports, their deaths and their errors; and its verdict, why the run ends."""
+"""Rank 0's side of the control connections: collects reports, deaths and errors, and decides why the run ends."""
 
 from __future__ import annotations
 
@@ -12,20 +12,24 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# A connection is lost for many reasons at about one time: so long rank 0 waits for a better one.
+# One fault causes several lost connections at once: rank 0 waits this long for a better explanation.
 SETTLE_S = 1.0
-# Heartbeats tell a slow rank from a stopped one, so a longer parallel.timeout_s need not be waited for.
+# Heartbeats distinguish a slow rank from a stopped one, so silence is never tolerated longer than this.
 SILENCE_S = 600.0
-# The better explanation first: a rank's own error, its death, a signal to it, and that it lost another.
+# From the best explanation to the worst: a rank's own error, its death, a signal, a lost connection to another rank.
 KINDS = ("error", "gone", "signal", "lost")
-# One that has an error to tell waits so long for the others, most of whom will have met it too.
+# After the first error report the other ranks, which usually fail the same way, have this long to report.
 ERROR_S = 30.0
 HELLO_S = 5.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why the run ends. `rank` is the cause, -1 for ranks that never came; `node` is the first rank of its node."""
+    """Why the run ends.
+
+    `rank`: the rank that caused it, -1 if ranks never connected. `node`: the first rank on its node. `kind`: one of
+    KINDS.
+    """
 
     rank: int
     node: int
@@ -34,7 +38,7 @@ class Verdict:
     text: str
 
     def line(self) -> str:
-        """For the user; an error of rank 0 is most often one that all ranks share."""
+        """The line for the user. Rank 0 is not named: its errors are usually common to all ranks."""
         where = f"rank {self.rank} on {self.host}: " if self.kind != "gone" and self.rank > 0 else ""
         return f"error: {where}{self.text}" if self.text else ""
 
@@ -44,26 +48,29 @@ SILENT = "stopped, or its machine does not answer"
 
 
 def encode(message: dict[str, Any]) -> bytes:
+    """One message as a line of JSON."""
     return json.dumps(message, separators=(",", ":")).encode() + b"\n"
 
 
 class Lines:
-    """Messages cut out of what a socket gives, one JSON object a line."""
+    """Splits the bytes received from a socket into messages, one JSON object per line."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Return the messages completed by `data`. Raises ValueError if one is not JSON."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [json.loads(line) for line in lines if line]
 
 
 def beat_s(silence_s: float) -> float:
+    """Seconds between heartbeats, for ranks that count as stopped after `silence_s`."""
     return min(max(silence_s / 10, 0.1), 5.0)
 
 
 class Member:
-    """A rank as rank 0 sees it."""
+    """Rank 0's view of one rank."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection, self.lines = connection, Lines()
@@ -72,13 +79,17 @@ class Member:
         self.host, self.left = "", False
 
     def send(self, data: bytes) -> None:
-        # one that is gone is seen by its connection, one that is stopped by its silence
+        # a dead rank is noticed by its closed connection, a stopped one by its silence
         with contextlib.suppress(OSError):
             self.connection.sendall(data)
 
 
 class Hub:
-    """Rank 0's thread that hears all ranks. `deadline`: when (time.monotonic) all of them must have come."""
+    """The thread on rank 0 that listens to all ranks.
+
+    `token`: what a rank of this run sends first. `timeout_s`: parallel.timeout_s. `deadline`: the time
+    (time.monotonic) by which all ranks must have connected and reported.
+    """
 
     def __init__(self, listener: socket.socket, size: int, token: str, timeout_s: float, deadline: float) -> None:
         self.listener, self.size, self.token, self.timeout_s = listener, size, token, timeout_s
@@ -95,18 +106,18 @@ class Hub:
         threading.Thread(target=self._run, name="hub", daemon=True).start()
 
     def broadcast(self, message: dict[str, Any]) -> None:
-        """To every rank, and to rank 0 last: it may end the process that this thread lives in."""
+        """Send to every rank, to rank 0 last: the message may end this process."""
         for _, member in sorted(self._members.items(), reverse=True):
             if not member.left:
                 member.send(encode(message))
 
     def close(self) -> None:
-        """Rank 0 is at the end of the run: from here on nobody watches the others."""
+        """Stop watching: rank 0 has finished the run."""
         self._over = True
         self.broadcast({"over": 1})
 
     def accuse(self, verdict: Verdict, settled: bool = False) -> None:
-        """A cause for the run to end; `settled`: no better one is to be waited for."""
+        """Record a reason to end the run; with `settled`, end it without waiting for a better one."""
         if settled:
             self._since = 0.0
         elif not self._causes:
@@ -120,7 +131,7 @@ class Hub:
                     self._accept()
                 else:
                     self._read(key.data)
-            # what has come is read before anybody is called silent: this rank may have been stopped itself
+            # read first, then look for silent ranks: this process may have been stopped itself
             self._check(time.monotonic())
 
     def _accept(self) -> None:
@@ -189,16 +200,16 @@ class Hub:
                 self._gone(member, f"has been silent for {self._silence:g} s: {SILENT}", settled=True)
                 member.left = True
         if self._deadline is not None and now > self._deadline and not self._causes:
-            told = [rank for rank, report in sorted(self._round.items()) if report["error"]]
-            if told:
-                report, member = self._round[told[0]], self._members[told[0]]
-                text = "" if report["said"] else report["error"]
+            failed = [rank for rank, report in sorted(self._round.items()) if report["error"]]
+            if failed:
+                report, member = self._round[failed[0]], self._members[failed[0]]
+                text = "" if report["printed"] else report["error"]
                 return self.accuse(self._verdict(member, "error", text), settled=True)
             missing = [str(rank) for rank in range(self.size) if rank not in self._round]
             text = (
                 f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(missing[:8])}{' ...' * (len(missing) > 8)} of "
-                f"{self.size} not ready after parallel.timeout_s={self.timeout_s:g} s: see what they or their "
-                f"launcher say; if they still prepare data, prepare it before, or raise parallel.timeout_s"
+                f"{self.size} not ready after parallel.timeout_s={self.timeout_s:g} s: check their output and their "
+                f"launcher's; if they are still preparing data, prepare it beforehand or raise parallel.timeout_s"
             )
             self.accuse(Verdict(-1, -1, "", "gone", text), settled=True)
         if self._causes and now - self._since > SETTLE_S:

@@ -1,4 +1,4 @@
-"""This process and whoever started it: the line left for torchrun, and how it ends with its launcher or at once."""
+"""This process and its launcher: the error file for torchrun, exiting when the launcher dies, and exiting at once."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from megalite.launch.place import place
 
 
 def tell_launcher(line: str, env: Mapping[str, str] = os.environ) -> None:
-    """Leave the line that this rank ends with where torchrun looks for it, so that its report closes with that line."""
+    """Write this rank's last line to torchrun's error file, so that torchrun's own report shows it."""
     path = env.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        with contextlib.suppress(OSError):  # the line is on the screen all the same
+        with contextlib.suppress(OSError):  # the line has been printed anyway
             Path(path).write_text(json.dumps({"message": line, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 _launcher = 0
-# whether a training loop runs, which looks for the launcher at each step and saves where it is gone
+# whether a training loop is running: it checks for the launcher at each step, and saves if the launcher is gone
 training = False
 
 
 def watch_launcher(env: Mapping[str, str] = os.environ) -> None:
-    """Remember who started this rank, and outside the training loop end with it, in whatever call this rank waits.
+    """Remember the parent process, and exit when it dies, even from within a blocking call.
 
-    A process alone has no launcher: it may outlive the shell it was typed into.
+    The training loop is exempt: it saves first. A single process has no launcher and may outlive its shell.
     """
     global _launcher
     if "TORCHELASTIC_RUN_ID" in env or place(env).world_size > 1:
@@ -39,7 +39,7 @@ def watch_launcher(env: Mapping[str, str] = os.environ) -> None:
 
 
 def _adopted_by_init() -> bool:
-    # in a container the launcher itself may be process 1
+    # in a container, process 1 may be the launcher itself
     try:
         return os.getppid() == 1 and "python" not in Path("/proc/1/exe").resolve().name
     except OSError:
@@ -47,7 +47,7 @@ def _adopted_by_init() -> bool:
 
 
 def launcher_gone() -> bool:
-    """Whether this rank's launcher is dead, so that nobody would end this rank if it waited for ever."""
+    """Whether this rank's launcher has died, so that nothing would end a rank that hangs."""
     return _launcher != 0 and os.getppid() != _launcher
 
 
@@ -57,15 +57,15 @@ def _end_without_launcher() -> None:
     end(1)
 
 
-# the thread that writes a checkpoint, and how long an end waits for it
+# name of the thread that writes a checkpoint, and how long `end` waits for it
 SAVER, SAVER_S = "checkpoint", 10.0
-# the file of the run folder that says that this process has it
+# the lock file of the run folder that this process owns
 held: Path | None = None
 ending = False
 
 
 def end(status: int) -> NoReturn:
-    """End this process at once, from any thread, but for a checkpoint that is nearly written; give its folder back."""
+    """Exit at once, from any thread; waits up to SAVER_S for a checkpoint being written and releases the run folder."""
     global ending
     ending = True
     for thread in threading.enumerate():

@@ -1,6 +1,6 @@
-"""How ranks find rank 0: at MASTER_PORT, or where torchrun's agent serves a store, by an address left in it.
+"""How ranks connect to rank 0: at MASTER_PORT, or under torchrun at the address that rank 0 puts into its store.
 
-torch is imported for the latter alone: without an agent, ranks can tell each other of mistakes before torch has loaded.
+Only the store needs torch: without it, ranks report mistakes to each other before torch is imported.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from megalite.launch.peers import Peers, end_with
 from megalite.launch.place import Place
 
 SIOCGIFADDR = 0x8915
-# something that answers where rank 0 should be is given so long to go away: it may be a run that is ending
+# another process answering at rank 0's address may belong to a run that is ending: wait this long for it to go away
 STRANGER_S = 3.0
-# nobody waits longer for ranks to come, however long a collective may take
+# the longest wait for ranks to connect, even if parallel.timeout_s is longer
 LONGEST_S = 3600.0
 
 
 class NotMet(ValueError):
-    """This rank and rank 0 cannot find each other."""
+    """This rank cannot connect to rank 0. `line`: for the user; `speaks`: whether this rank prints it."""
 
     def __init__(self, here: Place, text: str) -> None:
         super().__init__(text)
@@ -42,20 +42,20 @@ class NotMet(ValueError):
 
 
 def speaks(here: Place) -> bool:
-    """Whether this rank tells what all ranks but rank 0 know: one of each node does."""
+    """Whether this rank prints an error that all ranks except rank 0 see: one rank per node does."""
     return here.local_rank == 0 or here.rank == 1
 
 
 def served(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun's agent serves a store."""
+    """Whether torchrun's agent provides a store."""
     return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def join(here: Place, timeout_s: float, began: float) -> tuple[Peers, Any]:
-    """This rank's connection to the others, and the agent's store if there is one.
+    """Connect to rank 0; returns the connection, and the agent's store if there is one.
 
-    All ranks have to come within `timeout_s` of `began` (time.monotonic()), the start of this process; who comes late
-    itself, from long work on its data, waits for half of it. NotMet says what stands in the way.
+    All ranks must connect within `timeout_s` of `began` (time.monotonic()), the start of this process. A rank that
+    arrives late itself, after preparing data, still waits for half of `timeout_s`. Raises NotMet with the reason.
     """
     timeout_s = min(timeout_s, LONGEST_S)
     deadline = max(began + timeout_s, time.monotonic() + timeout_s / 2)
@@ -79,7 +79,7 @@ def join(here: Place, timeout_s: float, began: float) -> tuple[Peers, Any]:
 
 @contextmanager
 def _limit(deadline: float, late: NotMet) -> Iterator[None]:
-    """End the process a moment after `deadline`: a call into a store whose server is stopped has no end of its own."""
+    """End the process one second after `deadline`: a call into a store whose server has stopped never returns."""
     timer = threading.Timer(max(0.0, deadline + 1.0 - time.monotonic()), end_with, (late.line, 1, late.speaks))
     timer.daemon = True
     timer.start()
@@ -90,7 +90,7 @@ def _limit(deadline: float, late: NotMet) -> Iterator[None]:
 
 
 def _agent_store(here: Place, timeout_s: float) -> Any:
-    """The agent's store. It outlives a restart of the ranks, so each attempt has a name space of its own."""
+    """The agent's store. It survives a restart of the ranks, so each attempt uses its own key prefix."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -108,12 +108,12 @@ def _agent_store(here: Place, timeout_s: float) -> Any:
             multi_tenant=True,
         )
     except RuntimeError as error:
-        raise NotMet(here, f"torchrun's store is not reached: {_first_line(error)}") from None
+        raise NotMet(here, f"cannot reach torchrun's store: {_first_line(error)}") from None
     return dist.PrefixStore(f"megalite/attempt_{attempt}", store)
 
 
 def _wait_for_agent(here: Place) -> None:
-    """The agent has served its store since before it started this rank. Where it is gone a client tries for long."""
+    """Check that the agent still listens: torch's client would retry for minutes if it is gone."""
     patience = time.monotonic() + STRANGER_S
     while True:
         try:
@@ -126,7 +126,7 @@ def _connect_by_store(here: Place, store: Any, deadline: float, timeout_s: float
     pause = 0.02
     try:
         while not store.check(["hub"]):
-            _pause(here, pause, deadline, f"rank 0 did not come within {timeout_s:g} s (parallel.timeout_s)")
+            _pause(here, pause, deadline, f"rank 0 did not start within {timeout_s:g} s (parallel.timeout_s)")
             pause = min(2 * pause, 0.5)
         found = json.loads(store.get("hub"))
     except RuntimeError as error:
@@ -139,7 +139,7 @@ def _connect_by_store(here: Place, store: Any, deadline: float, timeout_s: float
                 return connection, answer
         if time.monotonic() > patience:
             tried = ", ".join(found["addresses"])
-            raise NotMet(here, f"does not reach rank 0 at port {found['port']} of {tried}: it has ended")
+            raise NotMet(here, f"cannot reach rank 0 at port {found['port']} of {tried}: it has exited")
         time.sleep(0.1)
 
 
@@ -156,12 +156,12 @@ def _connect_at_port(
             if time.monotonic() - stranger_since > STRANGER_S:
                 raise NotMet(
                     here,
-                    f"what answers at {where} is not rank 0 of this run: another program holds the port, or rank 0 is "
+                    f"the process at {where} is not rank 0 of this run: another program uses the port, or rank 0 is "
                     f"stopped; export MASTER_PORT=N with a free port N",
                 )
         else:
             stranger_since = None
-        _pause(here, 0.1, deadline, f"nobody answered as rank 0 at {where} within {timeout_s:g} s (parallel.timeout_s)")
+        _pause(here, 0.1, deadline, f"rank 0 did not answer at {where} within {timeout_s:g} s (parallel.timeout_s)")
 
 
 def _pause(here: Place, seconds: float, deadline: float, text: str) -> None:
@@ -173,7 +173,7 @@ def _pause(here: Place, seconds: float, deadline: float, text: str) -> None:
 
 
 def _greet(here: Place, address: tuple[str, int], token: str) -> tuple[socket.socket | None, str]:
-    """A connection to the hub at `address` and its host; or None and whether anything else answers."""
+    """Connect to the hub: (connection, its host), or (None, "a stranger" if something else answers, else "")."""
     try:
         connection = socket.create_connection(address, timeout=HELLO_S / 2)
     except OSError:
@@ -183,7 +183,7 @@ def _greet(here: Place, address: tuple[str, int], token: str) -> tuple[socket.so
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(HELLO_S)
         connection.sendall(encode(hello))
-        # nothing that matters follows before this rank has reported
+        # only heartbeats can follow before this rank has reported
         first = Lines().feed(connection.recv(1 << 10))[0]
         if first["welcome"]:
             return connection, first["host"]
@@ -194,7 +194,7 @@ def _greet(here: Place, address: tuple[str, int], token: str) -> tuple[socket.so
 
 
 def _addresses(here: Place) -> list[str]:
-    """Where other ranks may reach this one: of a machine with several networks nobody knows which one they share."""
+    """Addresses of this machine to try in turn: with several networks, the shared one is not known."""
     if here.local_ranks == here.world_size:
         return ["127.0.0.1"]
     found = []
@@ -205,7 +205,7 @@ def _addresses(here: Place) -> list[str]:
             with contextlib.suppress(OSError):
                 answer = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
                 found.append(socket.inet_ntoa(answer[20:24]))
-    # the name under which the launcher found this node, which may be another's
+    # the launcher's name for this node, which may resolve to another one
     return list(dict.fromkeys([*found, here.master]))
 
 
@@ -230,7 +230,7 @@ def _listen(here: Place) -> socket.socket:
 
 
 def port_holder(port: int) -> str:
-    """` (pid N, NAME)` of the process of this user, or for root of any, that listens at a port; '' if not known."""
+    """` (held by pid N, NAME)` for the process listening at `port`, "" if unknown; other users' only as root."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
@@ -240,7 +240,7 @@ def port_holder(port: int) -> str:
                 f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port
             }
     for link in map(Path, glob.iglob("/proc/[0-9]*/fd/*") if inodes else ()):
-        # of processes and descriptors that end meanwhile nothing is known
+        # processes and descriptors may vanish during the scan
         with contextlib.suppress(OSError):
             if os.readlink(link) in inodes:
                 process = link.parents[1]

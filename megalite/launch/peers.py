@@ -1,8 +1,8 @@
-"""Every rank keeps one connection to rank 0, beside torch.distributed, from before the first collective to the end.
+"""The control connection from each rank to rank 0, separate from torch.distributed and open for the whole run.
 
-A rank that dies closes it, one that is stopped falls silent, one that fails says why. Rank 0 collects this (`Hub`),
-decides which of it is the cause, and tells all; a thread of every rank then ends its process, in whatever call that one
-waits. Rank 0's own silence is counted by each rank.
+A dead rank closes it, a stopped rank falls silent, a failing rank sends its error. Rank 0 (`Hub`) decides which is the
+cause and sends its verdict to all; a thread of each rank then ends its process, even from within a blocking call. Each
+rank watches rank 0 for silence itself.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from megalite.launch.place import Place
 
 
 class Peers:
-    """One rank's side: its connection to rank 0, and the thread that ends this process when the run has ended."""
+    """One rank's connection to rank 0, and the thread that ends this process when the run is over.
+
+    `host`: rank 0's host name. `hub`: on rank 0 alone.
+    """
 
     def __init__(self, here: Place, connection: socket.socket, host: str, timeout_s: float, hub: Hub | None) -> None:
         self.here, self.hub, self.timeout_s = here, hub, timeout_s
         self.host0, self.address = host, connection.getpeername()[0]
         self._silence = min(timeout_s, SILENCE_S)
-        # a signal may have the main thread send within a send
+        # reentrant: a signal handler may send while the main thread is sending
         self._connection, self._sending = connection, threading.RLock()
         self._inbox: queue.Queue[Any] = queue.Queue()
         self._failing, self._speaks = "", threading.Event()
@@ -37,27 +40,27 @@ class Peers:
         threading.Thread(target=self._listen, name="peers", daemon=True).start()
 
     def gather(self, report: dict[str, Any]) -> list[dict[str, Any]]:
-        """What every rank has brought, by rank, on rank 0; on others an empty list.
+        """Collect one report per rank: on rank 0 all of them in rank order, on other ranks an empty list.
 
-        A report has `node`, `host`, `error` ('' for none) and `said`, whether the user knows of the error already.
+        A report has `node`, `host`, `error` ("" if none) and `printed`, whether the error has been printed already.
         """
         self._send({"report": report})
         return [] if self.hub is None else self.hub.reports.get()
 
     def share(self, value: Any) -> Any:
-        """The value that rank 0 gives."""
+        """Return rank 0's `value` on every rank."""
         if self.hub is not None:
             self.hub.broadcast({"shared": value})
         return self._inbox.get()
 
     def accuse(self, rank: int, text: str, reports: Sequence[dict[str, Any]]) -> NoReturn:
-        """On rank 0: end the run for a fault of `rank`, which then says so itself."""
+        """End the run because of `rank`, which prints `text` itself. Rank 0 only."""
         assert self.hub is not None
         self.hub.accuse(Verdict(rank, reports[rank]["node"], reports[rank]["host"], "error", text))
         self.wait_for_end()
 
     def failed(self, kind: str, text: str) -> None:
-        """Tell all ranks that this one cannot go on. Returns if it is for this rank to say why, else ends the process.
+        """Report that this rank has failed. Returns if this rank should print the reason; otherwise the process ends.
 
         `kind`: one of KINDS.
         """
@@ -65,11 +68,11 @@ class Peers:
             return
         self._failing = kind
         self._send({"ended": [kind, text]})
-        # where the connection is lost too the verdict is that rank 0 is gone; where all fails this rank speaks
+        # with the connection lost too, the verdict is that rank 0 died; after the timeout this rank prints its error
         self._speaks.wait(SETTLE_S + self._silence + 1.0)
 
     def leave(self) -> None:
-        """The end of the run: what becomes of the others no longer matters here."""
+        """Leave the run: this rank has finished and ignores what happens to the others."""
         self._over = True
         self._send({"bye": 1})
         if self.hub is not None:
@@ -81,7 +84,7 @@ class Peers:
         end(1)
 
     def _send(self, message: dict[str, Any]) -> None:
-        # where rank 0 is gone the listening thread finds out and says so
+        # if rank 0 died, the listening thread notices and reports it
         with self._sending, contextlib.suppress(OSError):
             self._connection.sendall(encode(message))
 
@@ -119,7 +122,7 @@ class Peers:
             self._end(Verdict(**message["verdict"]))
 
     def _end(self, verdict: Verdict) -> None:
-        """End this process, unless its main thread has failed and is the one to speak."""
+        """End this process, unless its main thread has failed and should print the reason."""
         rank, local_rank = self.here.rank, self.here.local_rank
         mine = verdict.rank == rank
         rank_0_gone = verdict.kind == "gone" and verdict.rank == 0
@@ -130,13 +133,13 @@ class Peers:
         elif rank_0_gone:
             end_with(verdict.line(), 1, rank == 1 or local_rank == 0)
         else:
-            # said by the rank itself if it can, and where its node has a log of its own once more here
+            # the failed rank prints its own error if it can; rank 0 repeats it if that rank logs on another node
             speaks = rank == 0 and (verdict.kind == "gone" or verdict.node != 0)
             end_with(verdict.line(), 1, speaks)
 
 
 def end_with(line: str, status: int, speaks: bool = True) -> NoReturn:
-    """End this process from any thread; one that does not speak, or said it, waits until the one that does is heard."""
+    """Print `line` if `speaks`, and exit from any thread; a silent rank exits later, so that the line is seen first."""
     if line:
         tell_launcher(line)
     if line and speaks:

@@ -1,10 +1,11 @@
-"""When to end early: a signal, a STOP file in the run folder, or the time limit. Every rank asks; the answer is shared.
+"""Requests to stop a run early: a signal, a STOP file in the run folder, or the time limit.
 
-Any rank may hear a signal. The clock and the file are watched by one, which can then say which of them it was.
+Any rank may receive a signal; one rank watches the clock and the file. The trainer sums the requests over all ranks, so
+that all stop after the same step.
 
-SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask for a save at the end of the step under way; a second SIGINT ends at once. SLURM
-sends SIGUSR1 or SIGTERM before a job's time is over, a terminal that is closed SIGHUP; the STOP file is for launchers
-that do not pass signals on.
+SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask for a save at the end of the current step; a second SIGINT exits at once. SLURM
+sends SIGUSR1 or SIGTERM before a job's time limit, a closing terminal sends SIGHUP; the STOP file is for launchers that
+do not forward signals.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from types import FrameType
 
 from megalite.launch import launcher
 
-# nohup has a run live on without its terminal
+# under nohup a run outlives its terminal
 NOHUP = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *(() if NOHUP else (signal.SIGHUP,)))
-# after a signal torchrun waits so long, unless it was told otherwise, and then kills its ranks
+# torchrun's default --shutdown_timeout: it kills its ranks this long after a signal
 TORCHRUN_S = 30.0
 
 
 class Stop:
-    """`asked()` is this rank's own wish; the trainer sums it over all ranks, so that all stop at one step.
+    """This rank's request to stop. Installs signal handlers until `close`.
 
-    `step_s`: how long a step takes, as the caller knows it.
+    `watches`: whether this rank watches the STOP file and the time limit (0: no limit). The caller keeps `step_s`, the
+    seconds per step, up to date.
     """
 
     def __init__(self, run_dir: Path, time_limit_s: float, watches: bool = True) -> None:
@@ -44,11 +46,11 @@ class Stop:
             os._exit(130)
         self.reason = self.reason or signal.Signals(number).name
         if self._file is not None and (advice := self.advice()):
-            # print may be at work in what was interrupted
+            # not print: the handler may have interrupted one
             os.write(2, f"{self.reason}: saving at the end of this step; {advice}\n".encode())
 
     def advice(self) -> str:
-        """What to start torchrun with, where it kills its ranks before a step is over; "" where it does not."""
+        """Which flag torchrun needs if it would kill its ranks before a step ends; "" if it would not."""
         if self.step_s < TORCHRUN_S or "TORCHELASTIC_RUN_ID" not in os.environ:
             return ""
         return (
@@ -57,12 +59,13 @@ class Stop:
         )
 
     def heard(self) -> bool:
-        """Whether a signal has come or the launcher is gone, at any time since this was made."""
+        """Whether a signal has arrived or the launcher has died since this object was made."""
         if not self.reason and launcher.launcher_gone():
             self.reason = "the launcher is gone"
         return bool(self.reason)
 
     def asked(self) -> bool:
+        """Whether this rank wants to stop, for any reason; `reason` names it."""
         self.heard()
         if not self.reason and self._file is not None and self._file.exists():
             self.reason = "STOP file"
@@ -71,7 +74,7 @@ class Stop:
         return bool(self.reason)
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         launcher.training = False
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -119,9 +119,10 @@ class Decoder(nn.Module):
         self.dropout = Dropout(c.dropout, site=0) if first else None
         self.layers = nn.ModuleDict({str(layer): Block(c, kernel, layer) for layer in layers})
         self.loss_head = None
+        self.tied = c.tie_embeddings and first and last
         if last:
             head = Linear(c.hidden_size, c.vocab_size, bias=False)
-            if c.tie_embeddings and self.embed is not None:
+            if self.tied and self.embed is not None:
                 head.weight = self.embed.weight
             self.loss_head = LossHead(make_norm(c), head, label_smoothing)
 
@@ -161,4 +162,7 @@ class Decoder(nn.Module):
             context = replace(context, rope=rope)
         for block in self.layers.values():
             x = block(x, context)
-        return x if self.loss_head is None else self.loss_head(x, context, labels, loss_mask)
+        if self.loss_head is None:
+            return x
+        # autograd adds the two gradients of a tied weight before it accumulates them, so neither may come later
+        return self.loss_head(x, replace(context, deferred=None) if self.tied else context, labels, loss_mask)

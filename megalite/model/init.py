@@ -9,34 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from megalite.config import ModelConfig
-from megalite.model.cut_table import ADAPTER, global_name, shard_of
+from megalite.config.parameters import global_name, row_of
+from megalite.model.cut_table import shard_of
 from megalite.model.decoder import Decoder
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import Group
 
-RESIDUAL_OUTPUTS = ("attn.out.weight", "mlp.down.weight")
-
 
 def draw(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
-    """The whole initial value of a parameter, fp32 on the CPU.
+    """The whole initial value of a parameter, fp32 on the CPU, by the column `init` of the table of parameters.
 
-    Norms are 1, biases 0, matrices normal(0, init_std); what is added to the residual stream is scaled by
-    1 / sqrt(2 num_layers) with the depth of the whole model (Radford et al. 2019, section 2.3). Of LoRA's factors a is
-    uniform(±1 / sqrt(in)), as peft draws it, and b is 0 (Hu et al. 2021, section 4.1).
+    Residual outputs are scaled by 1 / sqrt(2 num_layers) with the depth of the whole model (Radford et al. 2019,
+    section 2.3). Of LoRA's factors a is uniform(±1 / sqrt(in)), as peft draws it, and b is 0 (Hu et al. 2021, section
+    4.1). Raises KeyError if the table lacks the parameter.
     """
-    if name.endswith("norm.weight"):
-        return torch.ones(shape)
-    factor = ADAPTER.fullmatch(name)
-    if name.endswith(".bias") or (factor is not None and factor[4] == "b"):
-        return torch.zeros(shape)
-    std = model.init_std
-    if name.endswith(RESIDUAL_OUTPUTS):
-        std /= (2 * model.num_layers) ** 0.5
+    init = row_of(name).init
+    if init in ("ones", "zeros"):
+        return torch.ones(shape) if init == "ones" else torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    if factor:
+    if init == "uniform":
         bound = shape[1] ** -0.5
         return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    std = model.init_std / ((2 * model.num_layers) ** 0.5 if init == "residual" else 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 

@@ -1,10 +1,9 @@
-"""Layouts: megalite's parameters beside those of Hugging Face's Llama and its relatives, and of GPT-2.
+"""Layouts: parameters as megalite's tensors and as Hugging Face's, of the family that model.family names.
 
-A map of names and rows and nothing else, so weights, gradients and optimizer moments go through it alike. Shapes: h
-hidden_size, f ffn_hidden_size, n query heads of size d in g kv groups, v vocab_size. Linear weights are [out, in] on
-both sides (GPT-2's layers: [in, out] there), and both rotate the first half of a head against the second, so no row
-changes its place within a head. Learned positions mean GPT-2's names, all else Llama's (Mistral, Qwen2, Qwen3,
-StableLM: the same names).
+Only names and rows are mapped, so weights, gradients and optimizer moments are treated alike. Shapes: h hidden_size,
+f ffn_hidden_size, n query heads of size d in g kv groups, v vocab_size. Linear weights are [out, in] on both sides
+(in the blocks of GPT-2 [in, out] there), and both rotate the first half of a head against the second, so no row changes
+its place within a head. Llama's names are also those of Mistral, Qwen2, Qwen3 and StableLM.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ import torch
 from torch import Tensor
 
 from megalite.config import ModelConfig
-from megalite.model.names import QKV, grouping, is_turned, names_there
-from megalite.model.names import global_names as global_names
-from megalite.model.names import hf_names as hf_names
+from megalite.config.parameters import row_of
+from megalite.model.names import is_turned, names_there
 
 
 def to_hf(name: str, whole: Tensor, model: ModelConfig) -> dict[str, Tensor]:
@@ -28,9 +26,9 @@ def to_hf(name: str, whole: Tensor, model: ModelConfig) -> dict[str, Tensor]:
     are transposed, and attn.qkv becomes c_attn [h, 3nd], all queries, keys and values in turn.
     """
     names = names_there(name, model)
-    if f".{QKV}." not in name:
+    if row_of(name).cut != "qkv":
         return dict(zip(names, (_turned(part, name, model) for part in whole.chunk(len(names))), strict=True))
-    groups, queries, head_dim = grouping(model)
+    groups, queries, head_dim = _grouping(model)
     # [g, queries + key + value, d, ...]
     rows = whole.unflatten(0, (groups, queries + 2, head_dim))
     parts = [rows[:, :-2].flatten(0, 2), rows[:, -2].flatten(0, 1), rows[:, -1].flatten(0, 1)]
@@ -45,8 +43,8 @@ def from_hf(get: Callable[[str], Tensor], name: str, model: ModelConfig) -> Tens
     A tied head is not asked for: its only name is embed.weight.
     """
     parts = [_turned(get(there), name, model) for there in names_there(name, model)]
-    if f".{QKV}." in name:
-        groups, queries, head_dim = grouping(model)
+    if row_of(name).cut == "qkv":
+        groups, queries, head_dim = _grouping(model)
         heads = (queries, 1, 1)
         if len(parts) == 1:
             parts = list(parts[0].split([groups * count * head_dim for count in heads]))
@@ -58,4 +56,11 @@ def from_hf(get: Callable[[str], Tensor], name: str, model: ModelConfig) -> Tens
 
 def _turned(matrix: Tensor, name: str, model: ModelConfig) -> Tensor:
     """From [out, in] to [in, out] or back, where the two sides differ."""
-    return matrix.t().contiguous() if is_turned(name, matrix.dim(), model) else matrix
+    return matrix.t().contiguous() if is_turned(name, model) else matrix
+
+
+def _grouping(model: ModelConfig) -> tuple[int, int, int]:
+    """kv groups, query heads of each, head size."""
+    assert model.num_kv_heads is not None
+    assert model.head_dim is not None
+    return model.num_kv_heads, model.num_heads // model.num_kv_heads, model.head_dim

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite.config import Config
-from megalite.config.trained import Projection, adapted, projections
+from megalite.config.parameters import row_of
+from megalite.config.shapes import Projection, local_shape, projections
+from megalite.config.trained import adapted
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import Dropout
@@ -94,6 +96,9 @@ class LoraRow(RowLinear):
         dropped = self.dropout(x.transpose(1, 2), context).transpose(1, 2)
         return super().product(x, context) + F.linear(F.linear(dropped, pair.a) * self.scale, pair.b)
 
+    def forward(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
+        return self.reduced(self.product(x, context))
+
 
 def adapt(decoder: Decoder, config: Config, group: Group) -> None:
     """Put factors beside the linears that tune.lora_targets names, in place.
@@ -102,7 +107,6 @@ def adapt(decoder: Decoder, config: Config, group: Group) -> None:
     """
     m, t, sp = config.model, config.tune, config.parallel.sp
     assert m.head_dim is not None
-    assert m.num_kv_heads is not None
     # places of dropout after the model's own
     first_site = 3 * m.num_layers + 1
     linears = projections(m)
@@ -113,16 +117,16 @@ def adapt(decoder: Decoder, config: Config, group: Group) -> None:
         parent_name, _, child = name.rpartition(".")
         parent = decoder.get_submodule(parent_name)
         linear: Any = decoder.get_submodule(name)
-        dropout = Dropout(t.lora_dropout, site=first_site + 4 * int(layer) + list(linears).index(kind))
+        dropout = Dropout(t.lora_dropout, site=first_site + len(linears) * int(layer) + list(linears).index(kind))
         scale = t.lora_alpha / t.lora_rank
         adapter: LoraRow | LoraColumn
-        if kind in ("attn.out", "mlp.down"):
+        if row_of(f"{name}.weight").cut == "row":
             dropout.shard = group.rank
             adapter = LoraRow(linear, group, sp, chosen[0], rank=t.lora_rank, scale=scale, dropout=dropout)
         else:
             dropout.shard = group.rank if sp else 0
-            kv = max(1, m.num_kv_heads // group.size) * m.head_dim
-            rows = {p.name: kv if p.name in ("k", "v") else p.rows // group.size for p in linears[kind]}
+            factors = {p.name: row_of(f"{name}.lora_{p.name}.b") for p in linears[kind]}
+            rows = {n: local_shape(row, m, group.size, rank=t.lora_rank)[0] for n, row in factors.items()}
             adapter = LoraColumn(
                 linear,
                 group,

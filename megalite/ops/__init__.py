@@ -1,4 +1,4 @@
-"""The compiled kernels' Python face: for each op a torch reference, an autograd function, and the choice of kernel."""
+"""Python side of the compiled kernels: per op a torch reference, an autograd function, and the choice of kernel."""
 
 from megalite.ops.kernel import available, compiled
 from megalite.ops.rope import apply_rope, apply_rope_reference, rope_cos_sin

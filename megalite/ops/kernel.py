@@ -1,4 +1,4 @@
-"""Loading of the compiled ops and the choice between them and the torch reference."""
+"""Loads the compiled ops and chooses between them and the torch reference."""
 
 import functools
 import importlib
@@ -10,7 +10,7 @@ _log = logging.getLogger(__name__)
 
 BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 
-# What the compiled kernels accept. On a CPU float16 has no fast arithmetic and stays with torch.
+# Dtypes of the compiled kernels. CPUs have no fast float16 arithmetic, so float16 there uses torch.
 _DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float64, torch.float16),
@@ -20,13 +20,13 @@ _OPS = ("causal_softmax", "rope")
 
 
 def _load() -> str | None:
-    """Register the compiled ops with torch; returns why not, or None."""
+    """Register the compiled ops with torch; returns the reason if that fails, else None."""
     try:
         importlib.import_module("megalite._C")
     except ModuleNotFoundError:
         return "megalite._C is not built"
-    except ImportError as error:  # built against another torch, most often
-        return f"megalite._C does not load ({error})"
+    except ImportError as error:  # usually built for another version of torch
+        return f"megalite._C fails to load ({error})"
     return None
 
 
@@ -41,7 +41,7 @@ def compiled(op: str, device: str) -> bool:
 
 
 def available() -> dict[str, dict[str, list[str]]]:
-    """The kernels this installation has: op -> device -> names, the one that `auto` prefers first.
+    """The kernels of this installation: op -> device -> names, the one that `auto` prefers first.
 
     >>> available()  # a CPU build
     {'causal_softmax': {'cpu': ['fused', 'torch'], 'cuda': ['torch']}, 'rope': {...}}
@@ -52,8 +52,8 @@ def available() -> dict[str, dict[str, list[str]]]:
 def use_fused(op: str, kernel: str, x: torch.Tensor) -> bool:
     """Whether `op` on `x` runs the compiled kernel rather than the torch reference.
 
-    `kernel` is "fused", "torch", or "auto": fused where it is compiled for x's device and takes x's dtype. The
-    choice of "auto" is logged once per op, device and dtype. ValueError when "fused" is asked for and cannot be had.
+    `kernel`: "fused", "torch", or "auto": fused if it is compiled for x's device and supports x's dtype. The choice of
+    "auto" is logged once per op, device and dtype. Raises ValueError if "fused" is not available.
     """
     return _use_fused(op, kernel, x.device.type, x.dtype)
 
@@ -61,7 +61,7 @@ def use_fused(op: str, kernel: str, x: torch.Tensor) -> bool:
 @functools.cache
 def _use_fused(op: str, kernel: str, device: str, dtype: torch.dtype) -> bool:
     if kernel not in ("auto", "fused", "torch"):
-        raise ValueError(f'kernel={kernel!r} of {op} is unknown; use "auto", "fused" or "torch"')
+        raise ValueError(f'{op}: unknown kernel={kernel!r}; use "auto", "fused" or "torch"')
     if kernel == "torch":
         return False
     obstacle = None
@@ -69,10 +69,10 @@ def _use_fused(op: str, kernel: str, device: str, dtype: torch.dtype) -> bool:
         reason = _load_error or "megalite._C was built without it"
         obstacle = f"{op} has no compiled kernel for {device}: {reason}; build it with `{BUILD_COMMAND}`"
         if device == "cuda":
-            obstacle += " where nvcc and a CUDA build of torch are installed"
+            obstacle += " with nvcc and a CUDA build of torch"
     elif dtype not in _DTYPES[device]:
         names = ", ".join(str(d).removeprefix("torch.") for d in _DTYPES[device])
-        obstacle = f"the compiled {op} on {device} takes {names}, not {str(dtype).removeprefix('torch.')}"
+        obstacle = f"the compiled {op} on {device} supports {names}, not {str(dtype).removeprefix('torch.')}"
     if kernel == "fused" and obstacle:
         raise ValueError(f'kernel="fused": {obstacle}, or use kernel="torch"')
     _log.info("%s on %s, %s: %s", op, device, dtype, f"torch ({obstacle})" if obstacle else "fused")
@@ -80,7 +80,7 @@ def _use_fused(op: str, kernel: str, device: str, dtype: torch.dtype) -> bool:
 
 
 if _load_error is None:
-    # Shapes for torch.compile and meta tensors.
+    # output shapes for torch.compile and meta tensors
     @torch.library.register_fake("megalite::causal_softmax")
     def _(scores: torch.Tensor, scale: float) -> torch.Tensor:
         return torch.empty_like(scores, memory_format=torch.contiguous_format)

@@ -18,14 +18,14 @@ def rope_cos_sin(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tables of cosines and sines for `apply_rope`.
 
-    positions: integers [s], or [b, s] when the sequences of a batch differ.
+    positions: integers [s], or [b, s] if the sequences of a batch differ.
     rot_dim: how many features of each head are rotated (even).
     theta: base of the frequencies theta^(-2i/rot_dim).
-    dtype: of the tables; the arithmetic is float32 whatever it is, as in Hugging Face's Llama, and bitwise equal to
-        it. float32 serves float32 and half-precision models, float64 a float64 model.
+    dtype: of the tables. The arithmetic is always float32, bitwise equal to Hugging Face's Llama. Use float32 for
+        float32 and half-precision models, float64 for float64 models.
     scaling: how the frequencies are stretched for long contexts.
 
-    Returns cos and sin, each [s, rot_dim/2] or [b, s, rot_dim/2]. ValueError: rot_dim odd or not positive.
+    Returns cos and sin, each [s, rot_dim/2] or [b, s, rot_dim/2]. Raises ValueError if rot_dim is odd or not positive.
     """
     if rot_dim <= 0 or rot_dim % 2:
         raise ValueError(f"rot_dim={rot_dim} is not a positive even number")
@@ -37,15 +37,15 @@ def rope_cos_sin(
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kernel: str = "auto") -> torch.Tensor:
     """Rotate the first rot_dim features of every head: (x1, x2) -> (x1·cos - x2·sin, x2·cos + x1·sin).
 
-    x: [b, s, heads, head_dim], or [b, s, groups, heads, head_dim] as the queries of a fused qkv view lie. Any
-        strides; only the last dim must be dense for x to be read without a copy.
+    x: [b, s, heads, head_dim], or [b, s, groups, heads, head_dim] for a view of the queries in a fused qkv. Any
+        strides; x is read without a copy if its last dim is dense.
     cos, sin: [s, rot_dim/2] or [b, s, rot_dim/2]; feature i of x pairs with feature i + rot_dim/2. Features from
         rot_dim on are copied.
-    kernel: "auto" (fused where compiled), "fused", or "torch", the reference.
+    kernel: "auto" (fused if compiled), "fused", or "torch", the reference.
 
-    The arithmetic is in promote(x.dtype, float32), and the result is a fresh contiguous tensor of x's shape and
-    dtype. Differentiable once, in x only.
-    ValueError: shapes that do not fit, or a kernel that is not compiled or does not take this dtype.
+    The arithmetic is in promote(x.dtype, float32); the result is a new contiguous tensor of x's shape and dtype.
+    Differentiable once, in x only. Raises ValueError if shapes do not match, or if the kernel is not compiled or does
+    not support this dtype.
     """
     _check(x, cos, sin)
     table = torch.promote_types(x.dtype, torch.float32)

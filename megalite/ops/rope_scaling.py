@@ -1,7 +1,7 @@
-"""Rotary frequencies stretched for contexts longer than a model was trained on.
+"""Rotary frequencies stretched for contexts longer than those the model was trained on.
 
 `linear`: Chen et al. 2023 (position interpolation); `yarn`: Peng et al. 2023, arXiv:2309.00071; `llama3`: Llama 3.1
-(Grattafiori et al. 2024). Frequencies and attention factors are those of transformers' modeling_rope_utils, bit by bit.
+(Grattafiori et al. 2024). Frequencies and attention factors equal those of transformers' modeling_rope_utils bitwise.
 """
 
 import math
@@ -12,11 +12,11 @@ import torch
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the frequencies theta^(-2i/rot_dim) are changed; `kind` none, linear, llama3 or yarn.
+    """How the frequencies theta^(-2i/rot_dim) are changed; `kind`: none, linear, llama3 or yarn.
 
-    `factor`: how many times longer the context becomes; `original_max_positions`: how long it was. A wave is kept
-    where it turns more often than `high_freq_factor` (llama3) or `beta_fast` (yarn) times within the original length,
-    slowed down by the whole factor below `low_freq_factor` or `beta_slow` times, and blended between.
+    `factor`: how many times longer the context becomes; `original_max_positions`: its original length. A frequency is
+    kept if it makes more than `high_freq_factor` (llama3) or `beta_fast` (yarn) turns within the original length,
+    divided by `factor` below `low_freq_factor` or `beta_slow` turns, and interpolated in between.
     """
 
     kind: str = "none"
@@ -44,7 +44,7 @@ class RopeScaling:
 
     @property
     def attention_factor(self) -> float:
-        """What cosines and sines are multiplied by; the scores see its square (yarn's temperature)."""
+        """The factor on cosines and sines; attention scores are multiplied by its square (yarn's temperature)."""
         if self.kind != "yarn":
             return 1.0
         if self.mscale and self.mscale_all_dim:
@@ -64,7 +64,7 @@ class RopeScaling:
         return torch.where(between, blended, torch.where(slow, frequencies / self.factor, frequencies))
 
     def _ramp(self, rot_dim: int, theta: float) -> torch.Tensor:
-        """From 0 (pairs of features to keep) to 1 (those to slow down)."""
+        """A ramp over pairs of features, [rot_dim/2], from 0 (frequency kept) to 1 (divided by `factor`)."""
 
         def pair_of(turns: float) -> float:
             return rot_dim * math.log(self.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -72,5 +72,5 @@ class RopeScaling:
         low = max(math.floor(pair_of(self.beta_fast)), 0)
         high: float = min(math.ceil(pair_of(self.beta_slow)), rot_dim - 1)
         if low == high:
-            high += 0.001  # a ramp of no width would divide by 0
+            high += 0.001  # avoids a division by 0
         return ((torch.arange(rot_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)

@@ -1,1 +1,1 @@
-"""The optimizer and the learning-rate curve."""
+"""Optimizers, loss scaling and the learning-rate schedule."""

@@ -8,12 +8,12 @@ from megalite.config import OptimConfig
 
 
 def learning_rate(c: OptimConfig, samples: int) -> float:
-    """Rate of the step that starts after `samples` samples: linear warm-up, then what optim.lr_schedule names.
+    """The learning rate of the step that starts after `samples` samples: linear warm-up, then optim.lr_schedule.
 
-    cosine: the half period of Loshchilov & Hutter 2017 (SGDR) without restarts. wsd (warm-up, stable, decay: Hu et al.
-    2024, MiniCPM): constant, and linear over the last `wsd_decay_fraction` of `decay_samples`. inverse_sqrt: the root
-    of warmup_samples / samples (Vaswani et al. 2017), not below min_lr. The step that consumes the last warm-up sample
-    has the peak rate.
+    cosine: half a period, without restarts (Loshchilov & Hutter 2017, SGDR). wsd (warm-up, stable, decay; Hu et al.
+    2024, MiniCPM): constant, then linear over the last `wsd_decay_fraction` of `decay_samples`. inverse_sqrt:
+    proportional to sqrt(warmup_samples / samples) (Vaswani et al. 2017), at least min_lr. The first step after the last
+    warm-up sample has the peak rate.
     """
     assert c.decay_samples is not None
     if samples < c.warmup_samples:

@@ -1,8 +1,8 @@
-"""Muon (Jordan et al. 2024): momentum, orthogonalised, for the matrices of hidden layers; AdamW for everything else.
+"""Muon (Jordan et al. 2024): orthogonalised momentum for the matrices of hidden layers, AdamW for everything else.
 
-What is orthogonalised is the whole matrix [out, in], however it is cut over tp or shared over replicas, and each of
-those that megalite keeps as one: query, key and value apart, gate and up apart. This holds for every family; how the
-files of GPT-2 store a matrix (joined and transposed) makes no difference.
+Each matrix is orthogonalised whole, as [out, in], however it is cut over tp or sharded over replicas. Fused matrices
+are split first: query, key and value separately, gate and up separately. This holds for every model family, regardless
+of how its Hugging Face files store a matrix.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from megalite.optim.adamw import AdamW
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import Group
 
-# of the quintic iteration, chosen by Jordan for the steepest slope at zero: it goes to about 1, not to 1
+# coefficients of the quintic iteration, chosen by Jordan for the steepest slope at zero: it converges to about 1
 A, B, C = 3.4445, -4.7750, 2.0315
 STEPS, EPS = 5, 1e-7
 
 
 def orthogonalise(x: Tensor) -> Tensor:
-    """About U Vᵀ of x = U S Vᵀ, [m, n], by Newton-Schulz iteration in bf16, as torch.optim.Muon has it."""
+    """Approximately U Vᵀ for x = U S Vᵀ, [m, n], by Newton-Schulz iteration in bf16, as in torch.optim.Muon."""
     tall = x.shape[0] > x.shape[1]
     y = x.bfloat16()
     y = y.T if tall else y
@@ -39,20 +39,20 @@ def orthogonalise(x: Tensor) -> Tensor:
 
 
 def lr_ratio(rule: str, rows: int, columns: int) -> float:
-    """By what the learning rate of a matrix is multiplied.
+    """The factor on the learning rate of a [rows, columns] matrix, by optim.muon_lr_rule.
 
-    match_rms_adamw: an update as large as AdamW's, so that one learning rate serves both (Liu et al. 2025, "Muon is
-    Scalable for LLM Training", section 2.2); original: Jordan's.
+    match_rms_adamw: updates as large as AdamW's, so that one learning rate serves both (Liu et al. 2025, "Muon is
+    Scalable for LLM Training", section 2.2). original: Jordan's.
     """
     return 0.2 * math.sqrt(max(rows, columns)) if rule == "match_rms_adamw" else math.sqrt(max(1, rows / columns))
 
 
 class Muon(AdamW):
-    """As AdamW, and for `hidden` matrices (config.tune.hidden_matrices) `momentum` in place of the moments.
+    """AdamW with Muon's update, and `momentum` as its state, for the `hidden` matrices.
 
-    `shards`: of every parameter of this stage; `held(name)`: the elements of the flattened local parameter that
-    `parameters[name]` holds, if any. `sharded`: replicas hold different ones. The ranks of `tp` x `dp` take turns at
-    orthogonalising, so none does what another does too.
+    `shards`: of every parameter on this stage. `held(name)`: the range of the flattened local parameter that
+    `parameters[name]` covers. `sharded`: whether replicas hold different ranges (ZeRO-1). The ranks of tp x dp
+    orthogonalise the matrices in turn, so that no work is done twice.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Muon(AdamW):
         self.hidden = [name for name in shards if name in hidden]
         super().__init__(c, parameters, main_grad, matrices, others=self.hidden)
         # Llama's layout has the matrices of every family apart and as [out, in]
-        self.layout = dataclasses.replace(model, position="rope")
+        self.layout = dataclasses.replace(model, family="llama")
         self.c, self.shards, self.held = c, shards, held
         self.sharded, self.tp, self.dp = sharded, tp, dp
         some = next(iter(main_grad.values()), torch.empty(0))
@@ -93,11 +93,11 @@ class Muon(AdamW):
         super().step(lr)
 
     def _whose(self, turn: int) -> tuple[int, int]:
-        """Ranks in tp and dp of the one whose turn it is."""
+        """(tp rank, dp rank) of the rank whose turn it is."""
         return turn % self.tp.size, turn // self.tp.size % self.dp.size
 
     def _direction(self, name: str) -> Tensor:
-        """Nesterov's momentum of the whole parameter; each rank gives what it holds and owns, the rest is zero."""
+        """Nesterov momentum of the whole parameter, summed over ranks that each contribute the blocks they own."""
         shard = self.shards[name]
         whole = torch.zeros(shard.whole_shape, dtype=self.wide, device=self.device)
         if name in self.momentum:
@@ -112,7 +112,7 @@ class Muon(AdamW):
         return self.dp.all_reduce(whole) if self.sharded else whole
 
     def _from_its_rank(self, turn: int, name: str, mine: Tensor | None) -> Tensor:
-        """The whole orthogonal matrix, from the rank whose turn it was to all."""
+        """Broadcast the whole orthogonal matrix from the rank whose turn it was."""
         by_tp, by_dp = self._whose(turn)
         whole = mine
         if whole is None:

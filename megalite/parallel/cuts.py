@@ -1,12 +1,12 @@
 """Which part of a whole tensor a rank holds, as plain data.
 
-A `Shard` lists the ranges of one dimension that a rank holds: usually one, two for a fused gate_up, and some of them
-shared with other ranks where kv heads are replicated. Slicing at init, gradient norm, checkpoint and gathering all read
-this one description. The cut is not always even: vocabulary rows are padded to a multiple of tp, and the padding exists
-only in the local tensor.
+A `Shard` lists the ranges of one dimension that a rank holds: usually one, two for a fused gate_up, and ranges shared
+with other ranks where kv heads are replicated. Slicing at init, the gradient norm, checkpoints and gathering all read
+this one description. Cuts may be uneven: vocabulary rows are padded to a multiple of tp, and the padding exists only in
+the local tensor.
 
-Data-parallel ranks share the work on a local tensor by ranges of its flattened elements. Such a range is a few
-rectangles of the whole tensor, `Block`s, in which norms are taken and checkpoints written.
+Under ZeRO, data-parallel ranks divide the flattened elements of a local tensor into ranges. Such a range is at most
+three rectangles of the whole tensor, `Block`s, over which norms are computed and which checkpoints store.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows [start, start + length) of the whole stand at [offset, offset + length) of the local tensor.
+    """Rows [start, start + length) of the whole tensor, at [offset, offset + length) in the local tensor.
 
-    `owned`: this rank counts the piece in norms and writes it to checkpoints; of several replicas one does.
+    `owned`: this rank counts the piece in norms and writes it to checkpoints; one of several replicas does.
     """
 
     start: int
@@ -34,7 +34,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle: `size` elements by dim, from `start` of the whole tensor and from `offset` of the local one."""
+    """A rectangle: per dim `size` elements, at `start` in the whole tensor and at `offset` in the local one."""
 
     start: tuple[int, ...]
     offset: tuple[int, ...]
@@ -44,7 +44,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Shard:
-    """The local part of a tensor of `whole_shape`, cut along `dim`; `local_size` counts padding rows too."""
+    """The local part of a tensor of `whole_shape`, cut along `dim` into `local_size` rows, padding included."""
 
     whole_shape: tuple[int, ...]
     dim: int
@@ -59,7 +59,7 @@ class Shard:
 
     @property
     def numel(self) -> int:
-        """Elements of the local tensor, padding counted."""
+        """Number of elements of the local tensor, padding included."""
         return math.prod(self.local_shape)
 
     def blocks(self, span: range | None = None) -> list[Block]:
@@ -76,18 +76,18 @@ class Shard:
         return found
 
     def held(self, x: Tensor, span: range) -> range:
-        """Which elements of the flattened local tensor `x` holds: all, or where it is shorter the part `span`."""
+        """The range of the flattened local tensor that `x` holds: all of it, or `span` if `x` is only that part."""
         assert x.numel() in (self.numel, len(span)), (x.shape, self, span)
         return range(self.numel) if x.numel() == self.numel else span
 
     def view(self, flat: Tensor, block: Block, first: int = 0) -> Tensor:
-        """The view that `block` describes of `flat`, the flattened local tensor from its element `first` on."""
+        """View `block` in `flat`, which is the flattened local tensor from element `first` on."""
         strides = (math.prod(self.local_shape[1:]), 1)[: len(block.size)]
         begin = sum(o * s for o, s in zip(block.offset, strides)) - first
         return flat.as_strided(block.size, strides, flat.storage_offset() + begin)
 
     def cut(self, whole: Tensor) -> Tensor:
-        """The local tensor out of the whole one; padding is zero."""
+        """Return the local tensor cut out of the whole one; padding is zero."""
         assert tuple(whole.shape) == self.whole_shape, (tuple(whole.shape), self.whole_shape)
         local = whole.new_zeros(self.local_shape)
         for piece in self.pieces:
@@ -95,22 +95,22 @@ class Shard:
         return local
 
     def put(self, local: Tensor, whole: Tensor) -> None:
-        """Write the local tensor into its place in the whole one."""
+        """Write the local tensor to its place in the whole one."""
         for piece in self.pieces:
             whole.narrow(self.dim, piece.start, piece.length).copy_(self.local_rows(local, piece))
 
     def local_rows(self, local: Tensor, piece: Piece) -> Tensor:
-        """The view of `local` that `piece` describes."""
+        """View `piece` in the local tensor."""
         return local.narrow(self.dim, piece.offset, piece.length)
 
 
 def uncut(shape: Sequence[int], rank: int) -> Shard:
-    """Every rank holds all of it; rank 0 of the group owns it."""
+    """A tensor that every rank holds whole; rank 0 of the group owns it."""
     return Shard(tuple(shape), 0, shape[0], (Piece(0, 0, shape[0], rank == 0),))
 
 
 def even(shape: Sequence[int], dim: int, size: int, rank: int, parts: int = 1) -> Shard:
-    """`size` equal shares of each of `parts` equal blocks along `dim` (parts 2: [gate; up] becomes [gate_i; up_i])."""
+    """Cut each of `parts` equal blocks along `dim` into `size` equal shares (parts 2: [gate; up] → [gate_i; up_i])."""
     block = shape[dim] // parts
     assert block * parts == shape[dim], (shape, parts)
     assert block % size == 0, (shape, parts, size)
@@ -120,7 +120,7 @@ def even(shape: Sequence[int], dim: int, size: int, rank: int, parts: int = 1) -
 
 
 def padded(shape: Sequence[int], size: int, rank: int) -> Shard:
-    """Rows in `size` equal shares, the last ones short: the vocabulary."""
+    """Cut rows into `size` shares, padded to equal length at the end: the vocabulary."""
     share = -(-shape[0] // size)
     start = min(rank * share, shape[0])
     length = min(share, shape[0] - start)
@@ -128,10 +128,10 @@ def padded(shape: Sequence[int], size: int, rank: int) -> Shard:
 
 
 def grouped_qkv(shape: Sequence[int], *, kv_groups: int, queries: int, head_dim: int, size: int, rank: int) -> Shard:
-    """Rows of a fused qkv, ordered [`queries` query heads, key, value] x `kv_groups`.
+    """Cut the rows of a fused qkv, ordered [`queries` query heads, key, value] x `kv_groups`.
 
-    Where `size` divides the kv groups a rank gets whole groups. Where it is a multiple of them, r = size / kv_groups
-    neighbouring ranks share a group: each has queries / r of its query heads and a replica of its key and value.
+    If `size` divides kv_groups, each rank gets whole groups. If it is a multiple, r = size / kv_groups neighbouring
+    ranks share a group: each has queries / r of its query heads and a replica of its key and value.
     """
     group = (queries + 2) * head_dim
     assert shape[0] == kv_groups * group, (shape, kv_groups, group)
@@ -154,7 +154,7 @@ def grouped_qkv(shape: Sequence[int], *, kv_groups: int, queries: int, head_dim:
 
 
 def grouped(shape: Sequence[int], *, groups: int, size: int, rank: int) -> Shard:
-    """Rows of `groups` equal groups; where `size` is r times as many, r neighbouring ranks hold the same group."""
+    """Cut rows by equal groups; if `size` is r times `groups`, r neighbouring ranks hold the same group."""
     if groups % size == 0:
         return even(shape, 0, size, rank)
     replicas, rows = size // groups, shape[0] // groups
@@ -164,7 +164,7 @@ def grouped(shape: Sequence[int], *, groups: int, size: int, rank: int) -> Shard
 
 
 def _rectangles(shape: tuple[int, ...], span: range) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offset, size) by dim of the rectangles that make up `span` of a flattened tensor of one or two dims."""
+    """Yield (offset, size) of the rectangles that make up `span` of a flattened tensor with one or two dims."""
     if len(shape) == 1:
         if span:
             yield (span.start,), (len(span),)
@@ -179,7 +179,7 @@ def _rectangles(shape: tuple[int, ...], span: range) -> Iterator[tuple[tuple[int
 
 
 def split(block: Block, most: int) -> Iterator[Block]:
-    """`block` in blocks of at most `most` elements: by rows, and where one row is more by columns."""
+    """Split `block` into blocks of at most `most` elements: by rows, and by columns if one row is larger."""
 
     def along(part: Block, dim: int) -> Iterator[Block]:
         below = math.prod(part.size[dim + 1 :])
@@ -198,7 +198,7 @@ def split(block: Block, most: int) -> Iterator[Block]:
 
 
 def sum_of_squares(shard: Shard, local: Tensor, span: range | None = None) -> Tensor:
-    """Σ x² over what is owned of `span` of the flattened local tensor, in float64 (a scalar tensor)."""
+    """Σ x² over the owned part of `span` of the flattened local tensor, a float64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=local.device)
     for block in shard.blocks(span):
         if block.owned:

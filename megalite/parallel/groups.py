@@ -1,7 +1,7 @@
-"""Groups of ranks and the handful of collectives megalite uses, over torch.distributed.
+"""Groups of ranks and the few collectives that megalite uses, over torch.distributed.
 
-A `World` is all ranks of a run. `World.split` cuts it into groups; `send`/`receive` are the pipeline's link. Another
-filling of the same interface, megalite.parallel.threads, runs every rank as a thread of one process.
+A `World` is all ranks of a run. `World.split` divides it into groups; the pipeline uses `send` and `receive`. A second
+implementation of the same interface, megalite.parallel.threads, runs every rank as a thread of one process.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 
 class Pending(Protocol):
-    """A communication under way; `wait` returns when its result may be used."""
+    """A communication in progress; `wait` returns when its result may be used."""
 
     def wait(self) -> object: ...
 
 
 class Done:
-    """A communication that had nothing left to do."""
+    """A communication that is already complete."""
 
     def wait(self) -> None:
         return None
 
 
 class Group:
-    """One rank's view of a group of one rank: every collective is the identity. Base of the real ones.
+    """A group of one rank, in which every collective is the identity. Base class of the real groups.
 
     `ranks` are global ranks in group order; `rank` is this rank's place among them.
     """
@@ -56,11 +56,11 @@ class Group:
         return x[0], Done()
 
     def start_gather_rows(self, x: Tensor) -> Pending:
-        """Begin filling contiguous `x` [size, ...] in place, each rank giving its row `rank`."""
+        """Begin filling contiguous `x` [size, ...] in place; each rank contributes its row `rank`."""
         return Done()
 
     def start_scatter_rows(self, x: Tensor) -> Pending:
-        """Begin summing contiguous `x` [size, ...] in place: row `rank` gets the sum, the others anything."""
+        """Begin summing contiguous `x` [size, ...] in place: row `rank` gets the sum, other rows are undefined."""
         return Done()
 
     def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
@@ -68,7 +68,7 @@ class Group:
         return x
 
     def barrier(self) -> None:
-        """Return when every rank of the group has called."""
+        """Return when every rank of the group has called this."""
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
         self.start_all_reduce(x, op).wait()
@@ -102,7 +102,7 @@ def sum_numbers(group: Group, values: Mapping[str, float], device: torch.device)
 
 
 class World(Protocol):
-    """All ranks of a run, and how they reach each other."""
+    """All ranks of a run, seen from one of them."""
 
     rank: int
     size: int
@@ -122,7 +122,7 @@ class World(Protocol):
 
 
 class SoloWorld:
-    """A run of one rank: no process group at all."""
+    """A run of one rank, without a process group."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.rank, self.size = 0, 1
@@ -193,13 +193,13 @@ class DistWorld:
         return mine
 
     def send(self, x: Tensor, peer: int) -> Pending:
-        return _held(dist.isend, x, peer)
+        return _started(dist.isend, x, peer)
 
     def receive(self, buffer: Tensor, peer: int) -> Pending:
-        return _held(dist.irecv, buffer, peer)
+        return _started(dist.irecv, buffer, peer)
 
 
-def _held(start: Callable[[Tensor, int], dist.Work | None], x: Tensor, peer: int) -> Pending:
+def _started(start: Callable[[Tensor, int], dist.Work | None], x: Tensor, peer: int) -> Pending:
     work = start(x, peer)
     assert work is not None
     return work

@@ -1,4 +1,7 @@
-"""Linears, embedding and cross entropy split over the tp ranks: the only modules that know of a group.
+"""Linears split over the tp ranks. With embeddings and cross entropy (vocab.py) the only modules that know of a group.
+
+A linear is three products: the forward's, the input gradient's, and the weight gradient's, which a schedule may defer
+(`linear`; Qi et al. 2023, "Zero Bubble Pipeline Parallelism"). The engine uses it at every tp, one included.
 
 Column-parallel and row-parallel linears after Shoeybi et al. 2019 (Megatron-LM, section 3); sequence parallelism after
 Korthikanti et al. 2022, section 4.2.2: where tp alone would all-reduce, the residual stream is sharded along the
@@ -9,22 +12,26 @@ sequence, features; under sequence parallelism outside of the linears [b, s/tp, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import Done, Group, Pending
+
+Job = Callable[[], None]
+ALONE = Group([0], 0)
 
 
 class LinearContext(Protocol):
     """What a linear reads of a forward pass's context; `deferred`: see megalite/model/context.py."""
 
     @property
-    def deferred(self) -> list[Callable[[], None]] | None: ...
+    def deferred(self) -> list[Job] | None: ...
 
 
 def _start_gather_sequence(x: Tensor, group: Group) -> tuple[Tensor, Pending]:
@@ -34,6 +41,11 @@ def _start_gather_sequence(x: Tensor, group: Group) -> tuple[Tensor, Pending]:
 def _join_sequence(parts: Tensor) -> Tensor:
     """[tp, b, s/tp, h] -> [b, s, h]."""
     return parts.movedim(0, 1).reshape(parts.shape[1], -1, *parts.shape[3:])
+
+
+def _gather_sequence(x: Tensor, group: Group) -> Tensor:
+    """This rank's [b, s/tp, h] -> [b, s, h]."""
+    return _join_sequence(group.all_gather(x.contiguous()))
 
 
 def _start_scatter_sequence(x: Tensor, group: Group) -> tuple[Tensor, Pending]:
@@ -49,18 +61,48 @@ def _start_reduce_input(grad_x: Tensor, group: Group, sp: bool) -> tuple[Tensor,
     return _start_scatter_sequence(grad_x, group) if sp else (grad_x, group.start_all_reduce(grad_x))
 
 
-class _ColumnLinear(torch.autograd.Function):
-    """y = gather(x) Wᵀ + b. The input gradient's reduction travels while the weight gradient is computed."""
+def _input_gradient(grad_out: Tensor, weight: Tensor) -> Tensor:
+    return (grad_out.flatten(0, -2) @ weight).view(*grad_out.shape[:-1], -1)
+
+
+def _weight_gradient(grad_out: Tensor, x: Tensor) -> Tensor:
+    with record_function("weight gradient"):
+        return grad_out.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def _accumulate(weight: Tensor, x: Tensor, grad_out: Tensor, group: Group, sp: bool) -> None:
+    """A deferred weight gradient, which reaches `weight` and its hooks the way it does in any backward pass."""
+    grad = _weight_gradient(grad_out, _gather_sequence(x, group) if sp else x)
+    torch.autograd.backward((get_gradient_edge(weight),), (grad,))
+
+
+class _Linear(torch.autograd.Function):
+    """y = gather(x) Wᵀ + b. The input gradient's reduction travels while the weight gradient is computed.
+
+    With `later` = (jobs, parameter) the weight gradient becomes a job, which keeps the input and the output gradient
+    and nothing else. Under sp a column-parallel linear keeps its part of the sequence and the job gathers the input
+    again, as the immediate backward does; a row-parallel one keeps its output gradient as it was gathered for the input
+    gradient. So deferring adds no traffic.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sp: bool) -> Tensor:
-        # a frozen weight does not ask what went in
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.group, ctx.sp = group, sp
-        return F.linear(_join_sequence(group.all_gather(x.contiguous())) if sp else x, weight, bias)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        anchor: Tensor | None,
+        group: Group,
+        sp: bool,
+        later: tuple[list[Job], Tensor] | None,
+    ) -> Tensor:
+        # the gradient of a frozen weight is not computed, so its input is not kept
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] or later else None, weight)
+        ctx.group, ctx.sp, ctx.later = group, sp, later
+        return F.linear(_gather_sequence(x, group) if sp else x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_out,) = grads
         x, weight = ctx.saved_tensors
         group: Group = ctx.group
@@ -73,21 +115,45 @@ class _ColumnLinear(torch.autograd.Function):
             # only the shard was kept; the whole input travels again, under the input gradient's product
             parts, gathered = _start_gather_sequence(x, group)
         if needs_x:
-            grad_x = grad_out @ weight
+            grad_x = _input_gradient(grad_out, weight)
         if again:
             gathered.wait()
             x = _join_sequence(parts)
         if grad_x is not None:
             with record_function("start reducing input gradient"):
                 grad_x, reduced = _start_reduce_input(grad_x, group, ctx.sp)
-        grad_rows = grad_out.flatten(0, -2)
         if needs_weight:
-            with record_function("weight gradient"):
-                grad_weight = grad_rows.t() @ x.flatten(0, -2)
+            grad_weight = _weight_gradient(grad_out, x)
+        elif ctx.later is not None:
+            jobs, parameter = ctx.later
+            # detached, or the job would keep the graph that made the input
+            jobs.append(partial(_accumulate, parameter, x.detach(), grad_out, group, ctx.sp))
         if needs_bias:
-            grad_bias = grad_rows.sum(0)
+            grad_bias = grad_out.flatten(0, -2).sum(0)
         reduced.wait()
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sp: bool, deferred: list[Job] | None
+) -> Tensor:
+    """gather(x) Wᵀ + b for a `weight` [out/tp, in] whose rows are cut over `group`: [b, s, in] -> [b, s, out/tp].
+
+    Under sp x is this rank's [b, s/tp, in]. In a group of one it is a linear of any x [..., in], bit for bit torch's.
+    `deferred`: see megalite/model/context.py.
+    """
+    if deferred is not None and weight.requires_grad:
+        # The graph must not reach the parameter: its hooks would run without a gradient. So that there is a graph even
+        # where x needs no gradient, an empty tensor is its other end.
+        anchor = torch.empty(0, requires_grad=True)
+        out: Tensor = _Linear.apply(x, weight.detach(), bias, anchor, group, sp, (deferred, weight))
+        return out
+    if group.size == 1:
+        # the same products, but recomputation can skip the last one: it stops once every tensor that backward needs is
+        # there, and torch saves the input of its own linear before the product, that of a Function after it
+        return F.linear(x, weight, bias)
+    out = _Linear.apply(x, weight, bias, None, group, sp, None)
+    return out
 
 
 class ColumnLinear(nn.Module):
@@ -99,8 +165,7 @@ class ColumnLinear(nn.Module):
         self.group, self.sp = group, sp
 
     def forward(self, x: Tensor, context: LinearContext) -> Tensor:
-        out: Tensor = _ColumnLinear.apply(x, self.weight, self.bias, self.group, self.sp)
-        return out
+        return linear(x, self.weight, self.bias, self.group, self.sp, context.deferred)
 
 
 class _ColumnInput(torch.autograd.Function):
@@ -109,7 +174,7 @@ class _ColumnInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, sp: bool) -> Tensor:
         ctx.group, ctx.sp = group, sp
-        return _join_sequence(group.all_gather(x.contiguous())) if sp else x.view_as(x)
+        return _gather_sequence(x, group) if sp else x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -149,10 +214,11 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _join_sequence(ctx.group.all_gather(grads[0].contiguous())), None
+        return _gather_sequence(grads[0], ctx.group), None
 
 
-def _sum_over(x: Tensor, group: Group, sp: bool) -> Tensor:
+def sum_over(x: Tensor, group: Group, sp: bool) -> Tensor:
+    """The sum over the group of [b, s, h]: all of it, or under sp this rank's [b, s/tp, h]."""
     out: Tensor = _ReduceScatter.apply(x, group) if sp else _Reduce.apply(x, group)
     return out
 
@@ -166,99 +232,15 @@ class RowLinear(nn.Module):
         self.group, self.sp = group, sp
 
     def product(self, x: Tensor, context: LinearContext) -> Tensor:
-        """This rank's summand [b, s, out]."""
-        return F.linear(x, self.weight)
+        """This rank's summand [b, s, out]: its input needs no gathering, so it is the linear of a group of one."""
+        return linear(x, self.weight, None, ALONE, False, context.deferred)
 
-    def forward(self, x: Tensor, context: LinearContext) -> Tensor:
-        out = _sum_over(self.product(x, context), self.group, self.sp)
+    def reduced(self, summand: Tensor) -> Tensor:
+        """The sum over the group, and the bias."""
+        out = sum_over(summand, self.group, self.sp)
         return out if self.bias is None else out + self.bias
 
-
-class VocabEmbedding(nn.Module):
-    """Embedding whose vocabulary rows are cut: tokens [b, s] -> [b, s, h] (or [b, s/tp, h] under sp)."""
-
-    def __init__(self, embedding: nn.Embedding, group: Group, sp: bool, shard: Shard) -> None:
-        super().__init__()
-        self.weight = embedding.weight
-        self.group, self.sp = group, sp
-        self.first = shard.pieces[0].start if shard.pieces else 0
-        self.count = shard.pieces[0].length if shard.pieces else 0
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        local = tokens - self.first
-        elsewhere = (local < 0) | (local >= self.count)
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return _sum_over(rows.masked_fill(elsewhere.unsqueeze(-1), 0.0), self.group, self.sp)
-
-
-class SequenceEmbedding(nn.Module):
-    """An uncut embedding of this rank's part of the sequence: indices [b, s] -> [b, s/tp, h]."""
-
-    def __init__(self, embedding: nn.Embedding, group: Group) -> None:
-        super().__init__()
-        self.weight = embedding.weight
-        self.group = group
-
-    def forward(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices.chunk(self.group.size, 1)[self.group.rank], self.weight)
-
-
-class _VocabCrossEntropy(torch.autograd.Function):
-    """-log softmax(logits)[label] with the vocabulary cut over the group; the logits are never gathered nor changed.
-
-    `uniform`: what of each label goes to every token of the true vocabulary; `share`: what of it stays.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, labels: Tensor, group: Group, first: int, count: int, share: float, uniform: float
-    ) -> Tensor:
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        shifted = logits.to(wide, copy=True)
-        shifted[..., count:] = -torch.inf
-        shifted -= group.all_reduce(shifted.amax(-1), "max").unsqueeze(-1)
-        local = labels - first
-        elsewhere = (local < 0) | (local >= count)
-        local = local.masked_fill(elsewhere, 0)
-        target = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        if uniform:
-            target = share * target + uniform * shifted[..., :count].sum(-1)
-        exp = shifted.exp_()
-        both = group.all_reduce(torch.stack([target, exp.sum(-1)]))
-        ctx.save_for_backward(exp.div_(both[1].unsqueeze(-1)), local, elsewhere)
-        ctx.dtype, ctx.count, ctx.share, ctx.uniform = logits.dtype, count, share, uniform
-        return both[1].log() - both[0]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None, None]:
-        (grad_out,) = grads
-        probabilities, local, elsewhere = ctx.saved_tensors
-        grad = probabilities * grad_out.unsqueeze(-1)
-        grad.scatter_add_(-1, local.unsqueeze(-1), -ctx.share * grad_out.masked_fill(elsewhere, 0.0).unsqueeze(-1))
-        if ctx.uniform:
-            grad[..., : ctx.count] -= ctx.uniform * grad_out.unsqueeze(-1)
-        return grad.to(ctx.dtype), None, None, None, None, None, None
-
-
-class VocabCrossEntropy(nn.Module):
-    """Cross entropy on logits [b, s, vocab/tp] of a cut head; gives Σ mask · ce, the same on every tp rank.
-
-    `label_smoothing` as in the plain model's: over the true vocabulary, in training.
-    """
-
-    def __init__(self, group: Group, shard: Shard, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.group, self.vocab_size, self.label_smoothing = group, shard.whole_shape[0], label_smoothing
-        self.first = shard.pieces[0].start if shard.pieces else 0
-        self.count = shard.pieces[0].length if shard.pieces else 0
-
-    def forward(self, logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-        smoothing = self.label_smoothing if self.training else 0.0
-        ce: Tensor = _VocabCrossEntropy.apply(
-            logits, labels, self.group, self.first, self.count, 1 - smoothing, smoothing / self.vocab_size
-        )
-        return (ce * loss_mask).sum()
-
-    def whole(self, logits: Tensor) -> Tensor:
-        """[b, s, vocab/tp] -> [b, s, vocab], padding dropped."""
-        return self.group.all_gather(logits.contiguous()).movedim(0, -2).flatten(-2)[..., : self.vocab_size]
+    def forward(self, x: Tensor, context: LinearContext) -> Tensor:
+        if self.group.size == 1:
+            return linear(x, self.weight, self.bias, self.group, False, context.deferred)
+        return self.reduced(self.product(x, context))

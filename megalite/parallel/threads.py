@@ -1,7 +1,7 @@
-"""Every rank of a run as a thread of one process: the same code as real ranks, with nothing to install or launch.
+"""Every rank of a run as a thread of one process: the same code as real ranks, without a launcher.
 
-For learning with a debugger, and for the parity tests. Sums are taken in group order, so results do not depend on which
-thread came first.
+For stepping through with a debugger, and for the parity tests. Sums are taken in group order, so results do not depend
+on thread timing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class _Board:
-    """Where the threads of one group lay down a tensor each and read all of them."""
+    """Slots in which each thread of a group puts one value and reads those of all."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
         self.slots: list[Any] = [None] * size
@@ -30,13 +30,13 @@ class _Board:
         self.slots[rank] = value
         self.barrier.wait()
         values = list(self.slots)
-        # nobody may lay down the next value, nor change this one in place, before all have read
+        # no thread may put its next value, or modify this one in place, before all have read
         self.barrier.wait()
         return values
 
 
 class ThreadGroup(Group):
-    """A group of threads."""
+    """A group of ranks that are threads of one process."""
 
     def __init__(self, ranks: Sequence[int], rank: int, board: _Board) -> None:
         super().__init__(ranks, rank)
@@ -84,7 +84,7 @@ class _Shared:
     def __init__(self, size: int, timeout_s: float) -> None:
         self.size, self.timeout_s = size, timeout_s
         self.boards: dict[tuple[int, ...], _Board] = {}
-        # None in a mailbox: the run has ended
+        # None in a mailbox: the run was aborted
         self.mail: dict[tuple[int, int], queue.Queue[Tensor | None]] = {
             (source, target): queue.Queue() for source in range(size) for target in range(size)
         }
@@ -108,7 +108,7 @@ class _Shared:
 
 
 class ThreadWorld:
-    """One thread's view of the in-process world."""
+    """The `World` of one thread."""
 
     def __init__(self, rank: int, shared: _Shared) -> None:
         self.rank, self.size = rank, shared.size
@@ -130,14 +130,14 @@ class ThreadWorld:
 
 
 def run_threads(size: int, main: Callable[[ThreadWorld], T], timeout_s: float = 60.0) -> list[T]:
-    """Call `main(world)` on `size` threads; gives back their results in rank order.
+    """Call `main(world)` on `size` threads and return the results in rank order.
 
-    The first exception of any rank ends all of them and is raised here.
+    The first exception on any rank ends all of them and is raised here.
     """
     shared = _Shared(size, timeout_s)
     results: list[Any] = [None] * size
     errors: list[BaseException] = []
-    # a broken barrier is only the echo of another rank's error
+    # a broken barrier only follows from another rank's error
     echoes: list[BaseException] = []
 
     def call(rank: int) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from megalite.config import Config, ConfigError, resolve
 from megalite.config.check import valid_tp
-from megalite.plan.costs import GIB, Memory, memory, parameters, stage_memory
+from megalite.plan.costs import GIB, Memory, memory, stage_memory
+from megalite.plan.counts import parameters
 from megalite.plan.hardware import gpu_gib
 
 # of a GPU's memory, what a plan may use: fragmentation and other processes take the rest

@@ -1,7 +1,7 @@
-"""What all ranks of a run must have alike, compared before the first collective: files, keys, checkpoint, run folder.
+"""Checks, before the first collective, that all ranks have the same files, keys, checkpoint and run folder.
 
-Nodes with disks of their own hold other files under the same names. Each rank reports what it has; rank 0 compares, and
-the rank that differs says so. No torch.
+Nodes with local disks may have different files under the same name. Each rank reports what it has, rank 0 compares, and
+the rank that differs prints the difference. No torch.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from megalite.launch.peers import Peers
 from megalite.launch.place import Place
 from megalite.run.resume import PROBE
 
-# up to this size a file is read whole, of a larger one 64 parts
+# files up to this size are read whole, larger ones in 64 samples
 WHOLE_BYTES = 1 << 26
 PART_BYTES, PARTS = 1 << 16, 64
-SHARED = "train.run_dir has to be on a file system that all nodes share"
+SHARED = "train.run_dir must be on a file system that all nodes share"
 
 Report = dict[str, Any]
 
 
 def report(config: Config, resume: Path | None, here: Place) -> Report:
-    """What this rank has, as {what: how it is}; of several nodes the first rank of each also reads the files."""
-    # what other values follow from comes first
+    """This rank's report, with facts {what: state}; on several nodes the first rank of each also reads the files."""
+    # the first difference is reported, so causes come before what follows from them
     found = "no checkpoint" if resume is None else _name(resume)
     facts = {f"train.run_dir={config.train.run_dir}": f"has {found}"}
     if here.local_rank == 0 and here.local_ranks < here.world_size:
@@ -44,7 +44,7 @@ def report(config: Config, resume: Path | None, here: Place) -> Report:
 
 
 def paths_report(named: Mapping[str, str], here: Place) -> Report:
-    """The same of a tool's arguments, {what: path}: a run folder, a checkpoint, or other files."""
+    """A tool's report on its arguments {what: path}, each a run folder, a checkpoint or other files."""
     facts: dict[str, str] = {}
     if here.local_rank == 0 and here.local_ranks < here.world_size:
         for what, name in named.items():
@@ -55,13 +55,13 @@ def paths_report(named: Mapping[str, str], here: Place) -> Report:
     return start_report(here) | {"facts": facts}
 
 
-def start_report(here: Place, error: str = "", said: bool = False) -> Report:
-    """What any rank reports of itself. `said`: the user knows of the error already."""
-    return {"host": socket.gethostname(), "node": here.node, "error": error, "said": said, "facts": {}}
+def start_report(here: Place, error: str = "", printed: bool = False) -> Report:
+    """A report without facts. `printed`: whether this rank has printed the error already."""
+    return {"host": socket.gethostname(), "node": here.node, "error": error, "printed": printed, "facts": {}}
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """Sizes and contents of files as one short text."""
+    """Size and digest of several files as one short text."""
     digest, size = hashlib.blake2b(digest_size=6), 0
     for path in files:
         with open(path, "rb") as file:
@@ -89,7 +89,7 @@ def _files(config: Config) -> Iterator[tuple[str, list[Path]]]:
 
 
 def _of(key: str, path: Path) -> list[Path]:
-    """The files that a key means: a file, those of a prefix, or those of a folder."""
+    """The files behind a key's value: one file, those of a prefix, or those in a folder."""
     if path.is_dir():
         kinds = (".json", ".jinja", ".model", ".safetensors")
         return sorted(file for file in path.iterdir() if file.suffix in kinds and file.is_file())
@@ -106,10 +106,10 @@ def _name(checkpoint: Path) -> str:
 
 
 def difference(reports: Sequence[Report]) -> tuple[int, str] | None:
-    """(rank, text) of the first rank with an error, else of the first that has something other than rank 0 has."""
+    """(rank, text) for the first rank with an error, else the first that differs from rank 0; None if all agree."""
     for rank, each in enumerate(reports):
         if each["error"]:
-            return rank, "" if each["said"] else each["error"]
+            return rank, "" if each["printed"] else each["error"]
     first = reports[0]
     for what, there in first["facts"].items():
         for rank, each in enumerate(reports):
@@ -122,16 +122,16 @@ def _remedy(what: str) -> str:
     if what.startswith("train.run_dir="):
         return SHARED
     if "=" in what:
-        return "give every node the same files, best on a file system that all share"
+        return "give every node the same files, preferably on a shared file system"
     if what in ("parallel.tp", "parallel.pp", "parallel.dp"):
         return "nodes with different memory chose different topologies; set parallel.tp and parallel.pp"
     if what in ("torch", "train.device=auto"):
-        return "give all nodes the same Python environment and the same kind of GPU, or set train.device"
+        return "use the same Python environment and kind of GPU on all nodes, or set train.device"
     return "start all ranks with the same command and the same configuration files"
 
 
 def settle(peers: Peers, mine: Report, run_dir: Path | None = None) -> None:
-    """Compare the reports of all ranks, and see that all have the same `run_dir`; where not, the run ends here."""
+    """Compare all ranks' reports and check that all see the same `run_dir`; end the run if they differ."""
     _judge(peers, peers.gather(mine))
     if run_dir is None:
         return
@@ -157,10 +157,10 @@ def _judge(peers: Peers, reports: Sequence[Report]) -> None:
 
 
 def _problem(run_dir: Path, mark: str, here: Place) -> str:
-    """What is wrong with the folder as this rank sees it; rank 0 has put `mark` into its own."""
+    """What is wrong with `run_dir` on this rank, "" if nothing; rank 0 has created the file `mark` in it."""
     made = not run_dir.is_dir()
     try:
-        # a network file system that has seen no such folder before looks again now
+        # makes a network file system look again for a folder it has cached as missing
         run_dir.mkdir(parents=True, exist_ok=True)
         if (run_dir / mark).is_file():
             if here.local_rank == 0:
@@ -169,9 +169,9 @@ def _problem(run_dir: Path, mark: str, here: Place) -> str:
                 mine.unlink()
             return ""
         if made:
-            with contextlib.suppress(OSError):  # another rank of this node has done it
+            with contextlib.suppress(OSError):  # another rank on this node may have removed it
                 run_dir.rmdir()
     except OSError as error:
-        return f"train.run_dir={run_dir} cannot be written here ({error.strerror}); every rank saves into it"
+        return f"train.run_dir={run_dir} cannot be written here ({error.strerror}); every rank writes checkpoints to it"
     where = run_dir.absolute()
-    return f"train.run_dir={run_dir} is {where} here, and does not show what rank 0 wrote into it; {SHARED}"
+    return f"train.run_dir={run_dir} is {where} here and does not show a file that rank 0 wrote; {SHARED}"

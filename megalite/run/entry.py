@@ -21,8 +21,8 @@ from megalite.config import Config, ConfigError, Request, check, parse_command_l
 from megalite.config.batch import total_samples
 from megalite.exchange.hf_folder import find_tokenizer
 from megalite.exchange.hf_keys import check_hf, context_warning, with_hf
-from megalite.plan import costs as plan
-from megalite.plan import topology
+from megalite.plan import counts, topology
+from megalite.plan.costs import stage_layers
 from megalite.run.agree import Report, report
 from megalite.run.loaded import settle, with_loaded, with_template
 from megalite.run.objective import Objective, objective_of
@@ -129,11 +129,11 @@ def introduce(request: Request, config: Config, why: str) -> None:
     if HERE.note:
         say(HERE.note)
     name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
-    say(f"{name}: {plan.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
+    say(f"{name}: {counts.parameters(config.model) / 1e6:.1f}e6 parameters, {why}")
     if config.tune.mode != "full" or config.tune.freeze:
-        say(plan.describe_trained(config))
+        say(counts.describe_trained(config))
     if config.optim.name == "muon":
-        say(plan.describe_muon(config))
+        say(counts.describe_muon(config))
     if warning := context_warning(config):
         say(warning)
 
@@ -169,10 +169,10 @@ def describe(config: Config, machine: topology.Machine) -> str:
     """The plan in a few lines: stages, batch, memory, work."""
     p, t = config.parallel, config.train
     pp = p.pp or 1
-    stages = ", ".join(f"{len(r)}" for r in plan.stage_layers(config))
+    stages = ", ".join(f"{len(r)}" for r in stage_layers(config))
     microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
     tokens = t.global_batch_size * t.seq_len
-    flops = plan.run_flops(config)
+    flops = counts.run_flops(config)
     # how many steps an epoch has is not known before the data are read
     length = f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens" if t.epochs is None else f"{t.epochs:g} epochs"
     return (

@@ -16,6 +16,7 @@ from megalite.checkpoint.folder import complete, read_manifest
 from megalite.config import Config, ModelConfig, Request, from_mapping
 from megalite.config.batch import total_samples
 from megalite.config.read import read_yaml_file
+from megalite.config.shapes import with_family
 from megalite.data.origin import tokenizer_of_run
 from megalite.exchange.base import is_hf
 from megalite.exchange.hf_config import set_by_user
@@ -142,7 +143,7 @@ def with_loaded(request: Request, tuning: bool, say: Say) -> Request:
     saved = manifest["config"]
     try:
         # the tokenizer in the run's folder has the tokens that were added
-        model = dataclasses.replace(ModelConfig(**saved["model"]), from_hf=None, add_tokens=())
+        model = dataclasses.replace(with_family(ModelConfig(**saved["model"])), from_hf=None, add_tokens=())
     except (KeyError, TypeError) as error:
         raise ValueError(f"{source}: written by another version of megalite ({error}); use that one") from None
     request = _with_model(request, model, load, say)

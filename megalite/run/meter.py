@@ -1,4 +1,4 @@
-"""What a GPU can do at most, by its name, and how much of that a run uses."""
+"""FLOP/s per rank, MFU and peak memory of a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from megalite.plan.hardware import peak_flops
 
 
 class Meter:
-    """Turns a run's tokens per second into what one rank does with its device.
+    """Converts a run's tokens per second into FLOP/s per rank and MFU.
 
-    MFU as Megatron and PaLM count it: FLOPs that the model needs, recomputation not counted, over the peak's.
+    MFU as in Megatron and PaLM: the FLOPs that the model needs, without recomputation, divided by the device's peak.
     """
 
     def __init__(self, flops_per_token: float, ranks: int, device: torch.device, dtype: str) -> None:
@@ -24,7 +24,7 @@ class Meter:
             self._peak = peak_flops(torch.cuda.get_device_name(device), "tf32" if tf32 else dtype)
 
     def read(self, tokens_per_s: float) -> dict[str, float]:
-        """`tflops_per_rank`, `mfu` where the peak is known, and this rank's `peak_memory_gib` (CUDA, or resident)."""
+        """Return `tflops_per_rank`, `peak_memory_gib` of this rank (CUDA, else resident), and `mfu` if known."""
         flops = self._flops_per_token * tokens_per_s / self._ranks
         found = {"tflops_per_rank": flops / 1e12, "peak_memory_gib": self._peak_memory() / 2**30}
         return found | ({"mfu": flops / self._peak} if self._peak else {})
@@ -37,7 +37,7 @@ class Meter:
 
 
 def describe(reading: dict[str, float]) -> str:
-    """The reading in a word or two: `mfu 41.3%`, else `12.3 GFLOP/s/rank`."""
+    """The reading as a short text: `mfu 41.3%`, else `12.3 GFLOP/s/rank`."""
     if "mfu" in reading:
         return f"mfu {reading['mfu']:.1%}"
     tera = reading["tflops_per_rank"]

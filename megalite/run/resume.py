@@ -18,6 +18,7 @@ from megalite.config import Config, ConfigError, Request, check, from_mapping, r
 from megalite.config.batch import steps_for, total_samples
 from megalite.config.read import read_yaml_file
 from megalite.config.schema import MOST_STEPS, OptimConfig
+from megalite.config.shapes import with_family
 from megalite.optim.lr import learning_rate
 from megalite.watch import disk
 
@@ -205,7 +206,9 @@ def changed_keys(saved: Path, config: Config) -> list[str]:
     """
     if not saved.read_bytes().strip():
         raise ConfigError(f"{saved} is empty")
-    old, new = dataclasses.asdict(from_mapping(read_yaml_file(saved), str(saved))), dataclasses.asdict(config)
+    before = from_mapping(read_yaml_file(saved), str(saved))
+    before = dataclasses.replace(before, model=with_family(before.model))
+    old, new = dataclasses.asdict(before), dataclasses.asdict(config)
     return [
         f"{section}.{key}: {old[section][key]} -> {value}"
         for section, values in new.items()

@@ -9,6 +9,7 @@ from pathlib import Path
 from megalite.checkpoint import lock
 from megalite.config import Config, ConfigError, to_yaml
 from megalite.launch import launcher
+from megalite.run.revision import write_revision
 from megalite.text.tokenizer import tokenizer_file
 from megalite.text.tokenizer_files import TEMPLATES, copy_files
 from megalite.watch.disk import write_whole_text
@@ -21,6 +22,7 @@ def fill_run_folder(run_dir: Path, config: Config, template: str | None, step: i
     if before.strip() and before != text:
         keep.rename(run_dir / f"config.before-step-{step:08d}.yaml")
     write_whole_text(keep, text)
+    write_revision(run_dir, step)
     tokenizer = None if config.data.tokenizer is None else tokenizer_file(config.data.tokenizer)
     if tokenizer is not None and tokenizer.resolve().parent != run_dir.resolve():
         copy_files(tokenizer, run_dir, config.model.add_tokens)

@@ -1,4 +1,4 @@
-"""How the ranks of one command start, fail and end together: each fault is told once, by a rank that met it."""
+"""How the ranks of one command start, fail and end together: each error is printed once, by a rank that hit it."""
 
 from __future__ import annotations
 
@@ -36,57 +36,59 @@ watch_launcher()
 RANK, WORLD_SIZE, LOCAL_RANKS = HERE.rank, HERE.world_size, HERE.local_ranks
 
 
-# A rank that has failed alone does not wait longer than this for another to tell.
+# a rank that failed before connecting waits this long to report it to rank 0
 FAILED_S = 60.0
-# what an error of a connection between ranks speaks of
+# words in the message of a failed connection between ranks
 CONNECTION = r"gloo|nccl|connection|timed? ?out|store"
-# this rank's connection to the others once they have met
+# this rank's connection to rank 0, once it is open
 _peers: Peers | None = None
 
 
 def fail(error: object, meets: bool = True) -> int:
-    """Tell of what went wrong before the ranks have met: once, by the first of those that have met it.
+    """Report an error raised before the ranks have connected: printed once, by the first rank that hit it.
 
-    `meets`: whether the others, if they are well, go on to meet this one.
+    `meets`: whether ranks without the error go on to connect. Returns the exit status.
     """
     text = describe_error(error)
     if RANK == 0:
         print_error(text)
     one_node = LOCAL_RANKS == WORLD_SIZE
     if WORLD_SIZE == 1 or HERE.alone or (RANK == 0 and one_node and "TORCHELASTIC_RUN_ID" in os.environ):
-        return 2  # torchrun ends the other ranks of its node
+        return 2  # torchrun ends the other ranks on this node
     if not meets:
-        time.sleep(1.0)  # the launcher lets the first rank speak
+        time.sleep(1.0)  # let rank 0 print first
         return print_error(text) if HERE.local_rank == 0 and RANK > 0 else 2
     try:
         peers, _ = join(HERE, FAILED_S, BEGAN)
     except (ValueError, OSError, ImportError):
         return print_error(text) if RANK > 0 else 2
-    settle(peers, start_report(HERE, text, said=RANK == 0))
+    settle(peers, start_report(HERE, text, printed=RANK == 0))
     peers.wait_for_end()
 
 
 def require_peers() -> None:
-    """ConfigError where the other ranks cannot be met: nobody has started them, or nobody says where."""
+    """Raises ConfigError if the other ranks have not been started, or the address of rank 0 is not known."""
     if HERE.alone:
         raise ConfigError(
-            f"WORLD_SIZE={WORLD_SIZE} is set and RANK is not: nobody has started the other ranks; unset WORLD_SIZE for "
-            f"one process, or use torchrun --nproc_per_node {WORLD_SIZE}"
+            f"WORLD_SIZE={WORLD_SIZE} is set but RANK is not, so no launcher has started the other ranks; unset "
+            f"WORLD_SIZE for one process, or use torchrun --nproc_per_node {WORLD_SIZE}"
         )
     if not HERE.master:
         raise ConfigError(
-            f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set: before srun, "
+            f"srun started {WORLD_SIZE} ranks on several nodes and MASTER_ADDR is not set; before srun, run "
             f'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         )
 
 
 def describe_error(error: object) -> str:
+    """The error as text for the user, an OSError with its file name first."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
 def print_error(text: str) -> int:
+    """Print the error line, also to torchrun's error file; returns the exit status 2."""
     where = f"rank {RANK} on {socket.gethostname()}: " if RANK > 0 else ""
     sys.stdout.flush()
     line = f"error: {where}{text}"
@@ -96,14 +98,14 @@ def print_error(text: str) -> int:
 
 
 def hear_signals() -> None:
-    """From here to the training loop, which saves, a signal that asks for an end ends this rank, and with it all."""
+    """Until the training loop installs its own handlers, a stop signal ends this rank and with it the run."""
 
     def heard(number: int, frame: FrameType | None) -> None:
-        text = f"stopped by {signal.Signals(number).name} outside the training loop: nothing was left to save"
+        text = f"stopped by {signal.Signals(number).name} outside the training loop, with nothing to save"
         if _peers is not None:
             _peers.failed("signal", text)
         if _peers is not None or RANK == 0:
-            print(f"{text}; the same command starts again", file=sys.stderr, flush=True)
+            print(f"{text}; run the same command to start again", file=sys.stderr, flush=True)
         end(128 + number)
 
     for number in SIGNALS:
@@ -113,9 +115,9 @@ def hear_signals() -> None:
 def in_world(
     config: Config, main: Callable[[World], None], mine: Report | None = None, run_dir: Path | None = None
 ) -> int:
-    """Import torch, start the world, call `main` in it; gives the exit status, every failure told in one line.
+    """Import torch, start the world and call `main` in it; returns the exit status. Every failure prints one line.
 
-    `mine`: what this rank reports to the others. `run_dir`: a folder that has to be the same for all.
+    `mine`: this rank's report, compared with the others'. `run_dir`: a folder that must be the same on all ranks.
     """
     global _peers
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -139,7 +141,7 @@ def in_world(
 
 
 def failed_in_world(error: Exception) -> int:
-    """Tell the other ranks, and if this one is the cause the user; gives the exit status."""
+    """Report the error to the other ranks, and print it if this rank is the cause; returns the exit status."""
     first = (str(error).splitlines() or [""])[0]
     kind, text, status = "error", describe_error(error), 2
     if isinstance(error, ImportError):
@@ -152,9 +154,9 @@ def failed_in_world(error: Exception) -> int:
         if isinstance(error, torch.OutOfMemoryError):
             text, status = f"out of memory: {first}", 1
         elif isinstance(error, RuntimeError) and re.search(CONNECTION, str(error), re.IGNORECASE):
-            kind, text, status = "lost", f"lost the others: {first}", 1
+            kind, text, status = "lost", f"lost the connection to the other ranks: {first}", 1
         elif not isinstance(error, TrainingError):
-            text, status = f"{type(error).__name__}: {first}", 0  # a fault of ours: its traceback is wanted
+            text, status = f"{type(error).__name__}: {first}", 0  # a bug: print the traceback
     if _peers is not None:
         _peers.failed(kind, text)
     if status:
@@ -165,7 +167,7 @@ def failed_in_world(error: Exception) -> int:
 
 
 def meet(config: Config) -> tuple[Peers, typing.Any]:
-    """This rank's connection to the others, and the store of torchrun's agent if there is one."""
+    """Connect to rank 0, or end the process; returns the connection, and torchrun's store if there is one."""
     try:
         return join(HERE, config.parallel.timeout_s, BEGAN)
     except NotMet as error:
@@ -173,7 +175,7 @@ def meet(config: Config) -> tuple[Peers, typing.Any]:
 
 
 def complete_together(config: Config, resume: Path) -> int:
-    """End a run that has nothing left to do, if every rank sees it so."""
+    """End a run that is already complete, after checking that all ranks agree; returns the exit status 0."""
     peers, _ = meet(config)
     settle(peers, report(config, resume, HERE))
     peers.leave()
@@ -181,10 +183,10 @@ def complete_together(config: Config, resume: Path) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with `status`.
+    """Exit with `status`.
 
-    A rank does not wait for the interpreter to be taken down: threads of the communication library may still let go of
-    a tensor, need Python for it, and would abort the process at its very end.
+    With several ranks this skips the interpreter's shutdown: a thread of the communication library that frees a tensor
+    then needs Python, and would abort the process.
     """
     if WORLD_SIZE > 1:
         sys.stdout.flush()

@@ -19,7 +19,7 @@ from megalite.engine.restore import first_state, first_values
 from megalite.exchange.hf_keys import keep_hf
 from megalite.launch.stop import Stop
 from megalite.parallel.groups import World, sum_numbers
-from megalite.plan.costs import run_flops
+from megalite.plan.counts import run_flops
 from megalite.run import meter as flops
 from megalite.run.divergence import Spikes, advice, locate, spike_warning
 from megalite.run.evaluation import evaluate
@@ -203,7 +203,7 @@ def _report_disk(run: Run) -> None:
     Under checkpoint.on_failure=stop the run then saves at the end of its next step, and ends in this error.
     """
     c, run_dir = run.config, Path(run.config.train.run_dir)
-    for text, may_end in run.metrics.news():
+    for text, may_end in run.metrics.problems():
         if run.metrics.folder_gone:
             try:
                 remake_run_folder(run_dir, c, run.data.template, run.state.step)

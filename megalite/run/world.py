@@ -1,4 +1,4 @@
-"""From a process that torchrun (or srun) has started to a `World`, and back."""
+"""Starts and ends the `World` of a process: device, threads, process group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megalite.parallel.groups import DistWorld, SoloWorld, World
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks: fresh pages cost a fault each, 18 times the price of writing them."""
+    """Make glibc keep large freed blocks: each fresh page costs a fault, 18 times the price of writing it."""
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -31,23 +31,24 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, -1)
         libc.mallopt(m_top_pad, 256 * 2**20)
     except (OSError, AttributeError):
-        return  # not glibc: nothing to tell
+        return  # not glibc
 
 
 def _threads_asked(text: str) -> int:
-    """The threads of OMP_NUM_THREADS, of the outermost level where it names several, as 4,2."""
+    """The number of threads in OMP_NUM_THREADS, the outermost level of a list like 4,2. Raises ValueError."""
     found = re.fullmatch(r" *([0-9]{1,9}) *(,[0-9, ]*)?", text)
     if not found or not 1 <= int(found[1]) <= MOST_THREADS:
         raise ValueError(
-            f"OMP_NUM_THREADS={text[:80]!r} in the environment: write a number of threads from 1 to {MOST_THREADS}"
+            f"OMP_NUM_THREADS={text[:80]!r} in the environment is not a number of threads from 1 to {MOST_THREADS}; "
+            f"correct it or unset it"
         )
     return int(found[1])
 
 
 def set_threads(threads: int, local_ranks: int) -> int:
-    """CPU threads of this rank: `threads`, else what OMP_NUM_THREADS says, else cores / local ranks.
+    """Set and return this rank's CPU threads: `threads` if not 0, else OMP_NUM_THREADS, else cores / local ranks.
 
-    torchrun sets OMP_NUM_THREADS=1 for its workers where the user did not: that is not a wish.
+    OMP_NUM_THREADS=1 under torchrun is ignored: torchrun sets it when the user did not.
     """
     asked = os.environ.get("OMP_NUM_THREADS")
     by_user = asked is not None and not (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
@@ -59,7 +60,7 @@ def set_threads(threads: int, local_ranks: int) -> int:
 
 
 def environment(config: Config) -> dict[str, str]:
-    """What ranks need alike that torch alone can tell, as {what: how it is}."""
+    """Facts {what: state} that must agree on all ranks and need torch to find out."""
     found = {"torch": f"is {torch.__version__}"}
     if config.train.device == "auto":
         found["train.device=auto"] = "finds a GPU" if torch.cuda.is_available() else "finds no GPU"
@@ -68,10 +69,10 @@ def environment(config: Config) -> dict[str, str]:
 
 @contextmanager
 def start_world(config: Config, peers: Peers | None = None, agent_store: dist.Store | None = None) -> Iterator[World]:
-    """The world of this run: gloo on CPU, NCCL on CUDA, no process group at all for one rank.
+    """Start the world of this run: gloo on CPU, NCCL on CUDA, no process group for a single rank.
 
-    `peers`, `agent_store`: what `join` gave, where the ranks have met already. Where the block fails the caller tells
-    the peers, or they see this process end.
+    `peers`, `agent_store`: from `launch.meet.join`, if the ranks are connected already. If the block raises, the world
+    is left open and the caller reports to the peers.
     """
     here = place()
     warnings.filterwarnings("ignore", message=".*barrier.*device_id.*")
@@ -97,13 +98,13 @@ def start_world(config: Config, peers: Peers | None = None, agent_store: dist.St
         device_id=device if cuda else None,
     )
     yield DistWorld(device, config.parallel.timeout_s)
-    # not after an error: the others would lose their connections before they know of it
+    # not after an error: the other ranks would lose their connections before they learn the reason
     dist.destroy_process_group()
     peers.leave()
 
 
 def _own_store(here: Place, peers: Peers, timeout: timedelta) -> dist.Store:
-    """A store served by rank 0, where no agent serves one."""
+    """A store served by rank 0, for launchers without an agent store."""
     size = here.world_size
     if here.rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, timeout=timeout, wait_for_workers=False)

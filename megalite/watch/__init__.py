@@ -1,1 +1,1 @@
-"""What a run tells: metrics on disk, a progress line, a plot."""
+"""What a run records and shows: metrics, progress lines, plots, traces."""

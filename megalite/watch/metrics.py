@@ -1,7 +1,7 @@
-"""metrics.jsonl: one JSON object a line, appended at once, so that a killed run keeps what it wrote.
+"""metrics.jsonl: one JSON object per line, appended without buffering, so that a killed run keeps what it wrote.
 
-The same numbers go to TensorBoard where log.tensorboard asks for it. A disk that refuses does not end the run here:
-lines are kept and written when it takes them again, and `news` tells of it.
+With log.tensorboard the same numbers also go to TensorBoard. A failed write does not raise: lines are kept and written
+when the disk accepts them again, and `problems` reports it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from typing import Any
 
 from megalite.watch import disk
 
-# lines kept of a disk that refuses them: a day of short steps
+# most lines kept in memory while the disk fails: a day of short steps
 KEPT_LINES = 100_000
 
 
 def require_tensorboard() -> None:
-    """ValueError where TensorBoard cannot be written: to be told before a run starts, not by it. Imports nothing."""
+    """Raises ValueError if tensorboard is not installed. Imports nothing, so it can run before training starts."""
     if importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
-            "log.tensorboard=true: tensorboard is not installed; pip install 'megalite[log]', or log.tensorboard=false"
+            "log.tensorboard=true needs the package tensorboard; pip install 'megalite[log]', or set "
+            "log.tensorboard=false"
         )
 
 
 class Metrics:
-    """Appends to `run_dir/metrics.jsonl`; a rank that does not report gets `run_dir` None and writes nothing.
+    """Appends to `run_dir/metrics.jsonl`; with `run_dir` None, on ranks that do not report, writes nothing.
 
-    `tensorboard`: also to `run_dir/tensorboard`, where what an earlier run wrote after `step` is dropped from view.
-    OSError where the file cannot be opened; later the disk may refuse. `folder_gone`: the folder that was opened is no
-    longer at its place, and nothing is written until `reopen`.
+    `tensorboard`: also write to `run_dir/tensorboard`, hiding what an earlier run wrote after `step`. Raises OSError if
+    the file cannot be opened; later write errors are kept for `problems`. `folder_gone`: the folder was removed or
+    renamed, and nothing is written until `reopen`.
     """
 
     def __init__(self, run_dir: Path | None, *, tensorboard: bool = False, step: int = 0) -> None:
@@ -43,7 +44,7 @@ class Metrics:
         self._file: FileIO | None = None
         self._board: Any = None
         self._waiting: deque[bytes] = deque(maxlen=KEPT_LINES)
-        self._news: list[tuple[str, bool]] = []
+        self._problems: list[tuple[str, bool]] = []
         self._refused = self.folder_gone = False
         if run_dir is None:
             return
@@ -55,13 +56,14 @@ class Metrics:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
     def reopen(self) -> None:
-        """Open the file of the folder that is there now."""
+        """Open the file again, in a folder made anew."""
         assert self._run_dir is not None
         self._folder = os.stat(self._run_dir)
         self.folder_gone = False
         self._open()
 
     def write(self, kind: str, **values: Any) -> None:
+        """Append a row of `kind`: start, train, eval, ..."""
         if self._run_dir is not None:
             line = {"kind": kind, "time": round(time.time(), 3), **values}
             self._waiting.append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -70,14 +72,14 @@ class Metrics:
             try:
                 self._write_board(kind, values)
             except OSError as error:
-                # its thread is dead; metrics.jsonl has the numbers
+                # TensorBoard's writer thread has died; metrics.jsonl still has the numbers
                 self._board = None
                 reason = disk.reason(error, self._run_dir)
-                self._news.append((f"TensorBoard's curves end here: {reason}. {disk.remedy(error)}", False))
+                self._problems.append((f"TensorBoard's curves end here: {reason}. {disk.remedy(error)}", False))
 
-    def news(self) -> list[tuple[str, bool]]:
-        """What went wrong since this was asked last, each with whether it may end the run."""
-        found, self._news = self._news, []
+    def problems(self) -> list[tuple[str, bool]]:
+        """Return (text, whether it may end the run) for each failure since the last call."""
+        found, self._problems = self._problems, []
         return found
 
     def close(self) -> None:
@@ -96,20 +98,20 @@ class Metrics:
             assert self._file is not None
             while self._waiting:
                 rest = memoryview(self._waiting[0])
-                while rest:  # what a full disk takes is less than the line; the next try says why
+                while rest:  # a full disk accepts part of the line; the next write raises the reason
                     rest = rest[self._file.write(rest) :]
                 self._waiting.popleft()
             self._refused = False
         except OSError as error:
-            # opened again a torn line is ended first
+            # reopening ends a torn line first
             self._close_file()
             if not self._refused:
                 why = error.strerror or error
-                self._news.append((f"{path} cannot be written: {why}. {disk.remedy(error)}", True))
+                self._problems.append((f"{path} cannot be written: {why}. {disk.remedy(error)}", True))
             self._refused = True
 
     def _moved(self, path: Path) -> bool:
-        """Whether the folder is gone; a file that alone is gone is made again."""
+        """Whether the folder was removed or renamed; if only the file was removed, start a new one."""
         try:
             same = os.path.samestat(os.stat(path.parent), self._folder)
         except FileNotFoundError:
@@ -117,10 +119,10 @@ class Metrics:
         if not same and not self.folder_gone:
             self.folder_gone = True
             self._close_file()
-            self._news.append((f"{path.parent} was removed or renamed while the run was writing to it", True))
+            self._problems.append((f"{path.parent} was removed or renamed while the run was writing to it", True))
         if same and self._file is not None and not os.fstat(self._file.fileno()).st_nlink:
             self._close_file()
-            self._news.append((f"{path} was removed while the run was writing to it; a new one is begun", False))
+            self._problems.append((f"{path} was removed while the run was writing to it; a new one is started", False))
         return not same
 
     def _open(self) -> None:
@@ -130,7 +132,7 @@ class Metrics:
         if file.tell():
             file.seek(-1, 2)
             if file.read(1) != b"\n":
-                # a killed run's torn line must not swallow the first of this one
+                # end the torn line of a killed run, so that it does not absorb the next
                 file.write(b"\n")
         self._file = file
 
@@ -150,13 +152,13 @@ class Metrics:
 
 
 def read_metrics(run_dir: Path) -> dict[str, list[dict[str, Any]]]:
-    """{kind: rows}, of rows with a step the last one written for each step, in order of step.
+    """Return {kind: rows}, sorted by step.
 
-    A run that was killed and resumed has steps twice; the later ones count. A torn line is passed over.
+    A run that was killed and resumed has some steps twice: the last row written counts. Torn lines are skipped.
     """
     kinds: dict[str, dict[Any, dict[str, Any]]] = {}
     path = run_dir / "metrics.jsonl"
-    # bytes: a line may be torn within a character
+    # bytes: a line may be torn in the middle of a character
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else []):
         try:
             row = json.loads(line)

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""loss.png: the loss curve of a run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megalite.watch.metrics import read_metrics
 
 
 def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Path | None:
-    """Draw run_dir/loss.png from metrics.jsonl: training loss, its running mean, held-out sets, learning rate.
+    """Draw run_dir/loss.png from metrics.jsonl: training loss, its running mean, held-out losses, learning rate.
 
-    `references`: horizontal lines by name, nats per token. None where matplotlib is not installed.
+    `references`: {name: nats per token}, drawn as horizontal lines. Returns the path, None without matplotlib.
     """
     try:
         import matplotlib
@@ -21,7 +21,7 @@ def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Pa
     except ImportError:
         return None
     metrics = read_metrics(run_dir)
-    rows = [row for row in metrics.get("train", []) if "loss" in row]  # a batch without a trained token has none
+    rows = [row for row in metrics.get("train", []) if "loss" in row]  # batches without a trained token have none
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     steps = [row["step"] for row in rows]
     losses = [row["loss"] for row in rows]
@@ -40,7 +40,7 @@ def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Pa
         )
     low, high = axes.get_ylim()
     for name, value in (references or {}).items():
-        # a loss falls from the upper left to the lower right: the other two corners are free
+        # losses fall from upper left to lower right, which leaves the other two corners free
         above = value > (low + high) / 2
         axes.axhline(value, linestyle="--", linewidth=1, color="gray")
         style: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
@@ -49,11 +49,11 @@ def plot_losses(run_dir: Path, references: dict[str, float] | None = None) -> Pa
         axes.annotate(name, (0.99 if above else 0.01, value), (0, 2), ha="right" if above else "left", **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=run_dir.name)
     axes.grid(alpha=0.25)
-    # below the axes, where no line can run through it
+    # below the axes, where no curve crosses it
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=min(4, 1 + len(held_out)), frameon=False)
     if rows and "lr" in rows[0]:
         rate = axes.twinx()
-        # behind the losses and the names of the lines
+        # behind the losses and their labels
         rate.set_zorder(axes.get_zorder() - 1)
         axes.patch.set_visible(False)
         rate.plot(steps, [row["lr"] for row in rows], color="black", alpha=0.25, linewidth=1)

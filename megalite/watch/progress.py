@@ -1,4 +1,4 @@
-"""How far something is: a live line on a terminal, plain lines in a log."""
+"""Progress display: a live line on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
-    """59s, 4m05s, 2h03m, 3d04h."""
+    """A duration as text: 59s, 4m05s, 2h03m, 3d04h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
 
 
 def fit(head: str, fields: Sequence[str], tail: str, width: int) -> str:
-    """Head, as many of the fields as there is room for, and tail, in `width` columns."""
+    """Join head, as many fields as fit into `width` columns, and tail."""
     for count in range(len(fields), -1, -1):
         line = "  ".join(filter(None, (head, *fields[:count], tail)))
         if len(line) <= width:
@@ -35,7 +35,7 @@ def _loss(loss: float | None) -> list[str]:
 
 
 def _put(text: str) -> None:
-    """Write to standard output; where nobody reads it any more, as in a closed terminal, the run goes on silently."""
+    """Write to standard output; if it is closed, as after a lost terminal, the run continues silently."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -46,7 +46,7 @@ def _put(text: str) -> None:
 
 
 class Progress:
-    """Speaks for one rank of the run; the others are silent."""
+    """The progress of a run of `steps` steps, printed by the one rank that `speaks`, every `interval` steps."""
 
     def __init__(self, speaks: bool, steps: int, interval: int) -> None:
         self.speaks, self.steps, self.interval = speaks, steps, interval
@@ -57,17 +57,17 @@ class Progress:
         self._losses: list[float] = []
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print a permanent line."""
         if self.speaks:
             self._erase()
-            # text and newline in one write: ranks share the pipe
+            # text and newline in one write, because ranks share the pipe
             _put(text + "\n")
 
     def step(self, step: int, loss: float | None, fields: Sequence[str]) -> None:
-        """Report that `step` steps are done: every interval as a line that stays, in between on the live line.
+        """Report that `step` steps are done: every interval on a permanent line, in between on the live line.
 
-        A line that stays has the mean loss of the steps since the one before it, the live line this step's loss; None:
-        the step has none.
+        A permanent line shows the mean loss since the previous one, the live line this step's `loss` (None: no trained
+        token).
         """
         if not self.speaks:
             return
@@ -93,9 +93,9 @@ class Progress:
 
 
 class Bar:
-    """How much of `total` is done, on stderr: a bar with percentage and time left on a terminal, else a line at times.
+    """Progress towards `total`, on stderr: a bar with percentage and time left on a terminal, else a line every 30 s.
 
-    `total` None: the amount is not known beforehand. `shows`: whether this process is the one that tells.
+    `total` None: the amount is unknown. `shows`: whether this process prints.
     """
 
     REDRAW_S, LOG_S, WIDTH = 0.1, 30.0, 20
@@ -103,7 +103,7 @@ class Bar:
     def __init__(self, what: str, total: int | None, shows: bool = True) -> None:
         self.what, self.total, self.shows, self.done = what, total, shows, 0
         self.live = shows and sys.stderr.isatty()
-        self._start = self._told = time.monotonic()
+        self._start = self._printed = time.monotonic()
 
     def __enter__(self) -> Bar:
         return self
@@ -114,15 +114,15 @@ class Bar:
             sys.stderr.flush()
 
     def advance(self, by: int = 1, *fields: str) -> None:
-        """So much more is done; `fields` say more about it, the most important first."""
+        """Add `by` to the amount done; `fields` are details to show, the most important first."""
         self.done += by
         now = time.monotonic()
-        if self.shows and now - self._told >= (self.REDRAW_S if self.live else self.LOG_S):
-            self._told = now
-            self.tell(*fields)
+        if self.shows and now - self._printed >= (self.REDRAW_S if self.live else self.LOG_S):
+            self._printed = now
+            self.show(*fields)
 
-    def tell(self, *fields: str) -> None:
-        """Say at once how far it is."""
+    def show(self, *fields: str) -> None:
+        """Print the progress now."""
         share = min(1.0, self.done / self.total) if self.total else 0.0
         head, eta = self.what, ""
         if self.total:

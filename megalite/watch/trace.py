@@ -1,4 +1,4 @@
-"""The event trace of one step: actions, reductions and products with their times, to be opened in Perfetto."""
+"""The event trace of one step, for Perfetto: schedule actions, collectives and kernels with their times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def traced(path: Path | None) -> Iterator[None]:
-    """Write what happens inside to `path` in Chrome's trace format; None: nothing is recorded."""
+    """Record the block and write it to `path` in Chrome's trace format; None: record nothing."""
     if path is None:
         yield
         return

@@ -53,9 +53,9 @@ def test_a_mistake_is_told_once(run_dir: Path) -> None:
     for argv, message in (
         (
             ["--tp", "3", "--prompt", "x"],
-            "tp 3 x pp 1 make 3 ranks, but the world size is 2; start it with torchrun --nproc_per_node 3",
+            "tp 3 x pp 1 = 3, but the world size is 2; start it with torchrun --nproc_per_node 3",
         ),
-        (["--tp", "2", "--prompt", "x"], "tp 2 x pp 1 make 2 ranks, but the world size is 3"),
+        (["--tp", "2", "--prompt", "x"], "tp 2 x pp 1 = 2, but the world size is 3"),
     ):
         size = 2 if "3" in argv else 3
         with Ranks(size, tool, "generate.py", [str(run_dir), *argv]) as ranks:
@@ -110,7 +110,7 @@ def test_every_layout_measures_the_same(run_dir: Path, tmp_path: Path) -> None:
     ("name", "argv", "message"),
     [
         ("generate.py", ["--prompt", "x", "--top-p", "2"], "top_p=2.0 must be greater than 0"),
-        ("generate.py", ["--prompt", "x", "--chat", "y"], "leave out --prompt and --prompts"),
+        ("generate.py", ["--prompt", "x", "--chat", "y"], "cannot be combined with --prompt or --prompts"),
         ("generate.py", ["--chat", "y"], "has no chat template beside it"),
         ("generate.py", ["--prompts", "{tmp}/none.txt"], "none.txt"),
         ("generate.py", ["--prompts", "{tmp}/bad.jsonl"], 'bad.jsonl:2: expected a JSON object with a text "prompt"'),

@@ -127,7 +127,7 @@ def test_the_port_is_another_programs(settings, tmp_path: Path) -> None:
     assert f"(held by pid {os.getpid()}, " in line
     assert line.endswith("export MASTER_PORT=N with a free port N")
     (line,) = ended.err[1].splitlines()
-    assert line.startswith(f"error: rank 1 on {socket.gethostname()}: what answers at 127.0.0.1:{port} is not rank 0")
+    assert line.startswith(f"error: rank 1 on {socket.gethostname()}: the process at 127.0.0.1:{port} is not rank 0")
     assert "export MASTER_PORT=N" in line
 
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from megalite.config import ModelConfig
+from megalite.config.shapes import shapes
 from megalite.data.corpus import train_tokenizer
 from megalite.exchange.convert import to_hf_folder, write_run
 from megalite.model.init import draw
-from megalite.model.names import global_shapes
 from megalite.text.chat import BUILT_IN
 
 ROOT = Path(__file__).parents[2]
@@ -40,16 +40,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [json.loads(line)["text"] for line in (CORPUS / "kjv.jsonl").open(encoding="utf-8")][::40]
     (root / "tokenizer.model").write_bytes(train_tokenizer(texts, MODEL.vocab_size))
     (root / "chat_template.jinja").write_bytes((BUILT_IN / "plain.jinja").read_bytes())
-    shapes = global_shapes(MODEL)
+    whole = shapes(MODEL)
 
     def weight(name: str) -> torch.Tensor:
-        values = draw(name, shapes[name], MODEL, 11)
+        values = draw(name, whole[name], MODEL, 11)
         if name == "loss_head.head.weight":
             values[3:259] = 0
         return values
 
     files = [root / "tokenizer.model", root / "chat_template.jinja"]
-    write_run(root / "run", MODEL, weight, dict.fromkeys(shapes, torch.float32), context=256, files=files)
+    write_run(root / "run", MODEL, weight, dict.fromkeys(whole, torch.float32), context=256, files=files)
     return to_hf_folder(root / "run", root / "exported")
 
 

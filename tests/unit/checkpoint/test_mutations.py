@@ -36,7 +36,7 @@ from megalite.checkpoint.save import own_parts
 from megalite.checkpoint.state import State
 from megalite.checkpoint.verify import verify
 from megalite.config import Config, ModelConfig, resolve
-from megalite.config.trained import shapes
+from megalite.config.shapes import shapes
 from megalite.parallel.cuts import Shard, even, uncut
 
 SEED, COUNT = 2026, 1200

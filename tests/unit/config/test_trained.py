@@ -6,8 +6,10 @@ import math
 import pytest
 
 from megalite.config import CheckpointConfig, Config, ConfigError, ModelConfig, OptimConfig, TuneConfig, check, resolve
-from megalite.config.trained import adapted, adapter_shapes, shapes, trained
-from megalite.plan import costs as plan
+from megalite.config.shapes import shapes
+from megalite.config.trained import adapted, adapter_shapes, trained
+from megalite.plan import counts
+from megalite.plan.costs import memory
 
 MODEL = ModelConfig(
     vocab_size=101, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, ffn_hidden_size=36
@@ -48,7 +50,7 @@ def test_one_layer() -> None:
         "layers.1.attn.qkv.lora_v.b": (12, 3),
     }
     assert trained(c) == adapter_shapes(c)
-    assert "trains 0.00036e6 of" in plan.describe_trained(c)
+    assert "trains 0.00036e6 of" in counts.describe_trained(c)
 
 
 def test_modes() -> None:
@@ -83,17 +85,17 @@ def test_mistakes() -> None:
 
 def test_memory_counts_what_is_trained() -> None:
     """Weights whole; gradients and moments of what is trained, 4 and 8 bytes a parameter in fp32."""
-    whole = plan.memory(config("full"), "cpu")
+    whole = memory(config("full"), "cpu")
     for c in (config(), config("ffn_only"), config("full", freeze="layers.0.*")):
         count = sum(math.prod(shape) for shape in trained(c).values())
-        found = plan.memory(c, "cpu")
+        found = memory(c, "cpu")
         assert (found.gradients, found.optimizer) == (4 * count, 8 * count)
         assert found.weights == whole.weights + 4 * sum(math.prod(s) for s in adapter_shapes(c).values())
 
 
 def test_a_frozen_matrix_costs_two_products_of_three() -> None:
     full, lora = config("full"), config()
-    assert plan.run_flops(full) == plan.training_flops(full.model, full.train.seq_len)
-    matrices = plan.parameters(MODEL) - 5 * 24 - 101 * 24  # without norms and the embedding
+    assert counts.run_flops(full) == counts.training_flops(full.model, full.train.seq_len)
+    matrices = counts.parameters(MODEL) - 5 * 24 - 101 * 24  # without norms and the embedding
     factors = sum(math.prod(s) for s in adapter_shapes(lora).values())
-    assert plan.run_flops(lora) == plan.run_flops(full) - 2 * matrices + 6 * factors
+    assert counts.run_flops(lora) == counts.run_flops(full) - 2 * matrices + 6 * factors

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config.shapes import shapes
 from megalite.engine.engine import Microbatch, build
-from megalite.model.layouts import from_hf, global_names
+from megalite.model.layouts import from_hf
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
@@ -210,7 +211,7 @@ def reference(name: str, tied: bool, isolated: bool) -> Reference:
 
     def mapped(values: dict[str, Tensor | None]) -> dict[str, Tensor]:
         assert None not in values.values()
-        return {key: from_hf(values.__getitem__, key, c) for key in global_names(c)}
+        return {key: from_hf(values.__getitem__, key, c) for key in shapes(c)}
 
     weights = mapped({key: p.detach() for key, p in parameters.items()})
     return Reference(weights, loss.item(), mapped({key: p.grad for key, p in parameters.items()}))

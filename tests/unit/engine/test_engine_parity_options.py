@@ -19,11 +19,12 @@ from torch import Tensor
 
 from megalite import ops
 from megalite.config import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config.shapes import shapes
 from megalite.engine.engine import Microbatch, build
 from megalite.model.attention import rope_scaling
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import keep_mask, sample_keys
-from megalite.model.layouts import from_hf, global_names
+from megalite.model.layouts import from_hf
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
 
@@ -203,7 +204,7 @@ def hf_reference(name: str, isolated: bool) -> tuple[Weights, float, Weights]:
 
     def mapped(values: dict[str, Tensor | None]) -> Weights:
         assert None not in values.values()
-        return {key: from_hf(values.__getitem__, key, c) for key in global_names(c)}
+        return {key: from_hf(values.__getitem__, key, c) for key in shapes(c)}
 
     weights = mapped({key: p.detach() for key, p in parameters.items()})
     return weights, loss.item(), mapped({key: p.grad for key, p in parameters.items()})
@@ -372,11 +373,11 @@ def loss_of(w: Weights, c: ModelConfig, mb: Microbatch, isolated: bool, smoothin
 def formula_reference(config: Config, isolated: bool) -> tuple[Weights, float, Weights]:
     c = config.model
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Decoder(c, range(c.num_layers)).named_parameters()}
-    assert sorted(shapes) == sorted(global_names(c))
+        whole = {name: p.shape for name, p in Decoder(c, range(c.num_layers)).named_parameters()}
+    assert sorted(whole) == sorted(shapes(c))
     generator = torch.Generator().manual_seed(1)
     weights = {}
-    for name, shape in shapes.items():
+    for name, shape in whole.items():
         center = 1.0 if name.endswith("norm.weight") else 0.0
         weights[name] = torch.empty(shape, dtype=torch.float64).normal_(center, 0.2, generator=generator)
         weights[name].requires_grad_()

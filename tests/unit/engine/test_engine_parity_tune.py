@@ -14,10 +14,11 @@ from test_engine_parity_options import GPT2, formula_reference, largest_error, l
 from torch import Tensor
 
 from megalite.config import CheckpointConfig, Config, TuneConfig, check
-from megalite.config.trained import Projection, adapter_shapes, shapes, trained
+from megalite.config.parameters import is_factor
+from megalite.config.shapes import Projection, shapes
+from megalite.config.trained import adapter_shapes, trained
 from megalite.engine.engine import build
 from megalite.model.context import Context
-from megalite.model.cut_table import ADAPTER
 from megalite.model.dropout import Dropout, keep_mask, sample_keys
 from megalite.model.lora import LoraRow
 from megalite.parallel.groups import Group, World
@@ -55,7 +56,7 @@ def with_factors(w: Weights, config: Config) -> Weights:
     m = config.model
     queries, d = m.num_heads // m.num_kv_heads * m.head_dim, m.head_dim
     found = dict(w)
-    for linear in {ADAPTER.fullmatch(name)[1] for name in w if ADAPTER.fullmatch(name)}:
+    for linear in {name.partition(".lora_")[0] for name in w if is_factor(name)}:
 
         def delta(projection: str, rows: int, linear: str = linear) -> Tensor:
             a, b = (w.get(f"{linear}.lora_{projection}.{f}") for f in "ab")

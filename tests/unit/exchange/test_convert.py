@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from megalite.checkpoint.folder import complete, find, read_manifest
 from megalite.checkpoint.save import save
 from megalite.config import Config, ParallelConfig, TrainConfig, check, resolve
+from megalite.config.parameters import global_name
+from megalite.config.shapes import shapes
 from megalite.engine.engine import build
 from megalite.engine.restore import State
 from megalite.exchange.convert import FRESH, from_hf_folder, to_hf_folder
@@ -25,10 +27,9 @@ from megalite.exchange.hf_folder import open_config, open_folder
 from megalite.exchange.hf_verify import load_decoder, verify
 from megalite.exchange.hf_weights import fill, nothing, read_local, read_whole
 from megalite.model.context import Context
-from megalite.model.cut_table import cut_model, global_name, shard_of
+from megalite.model.cut_table import cut_model, shard_of
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
-from megalite.model.names import global_shapes
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.threads import run_threads
@@ -103,7 +104,7 @@ def test_the_same_bits_come_back_from_tp_2_pp_2(family: str, folder_of: Make, tm
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_rank_reads_what_its_shard_says(family: str, tp: int, folder_of: Make) -> None:
     folder = open_folder(folder_of(family))
-    for name, shape in global_shapes(folder.model).items():
+    for name, shape in shapes(folder.model).items():
         whole = read_whole(folder, name)
         assert tuple(whole.shape) == shape
         for rank in range(tp):

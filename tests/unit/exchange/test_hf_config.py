@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 from megalite.config import Config, ModelConfig, check, resolve
+from megalite.config.parameters import TABLE, Row
 from megalite.exchange.hf_config import ARCHITECTURES, differing, read_model, write_model
 from megalite.exchange.hf_fields import read_json
 
@@ -195,7 +196,15 @@ PLAIN = resolve(Config(model=ModelConfig()), 1).model
         ({"rope_fraction": 0.5}, "model.rope_fraction=0.5"),
         ({"qk_norm": True, "qkv_bias": True}, "model.qkv_bias=True: the nearest Hugging Face model is qwen3"),
         ({"sliding_window": 4, "linear_bias": True}, "model.linear_bias=True: the nearest Hugging Face model is mist"),
-        ({"position": "learned", "max_positions": 9}, "model.norm=rmsnorm: the nearest Hugging Face model is gpt2"),
+        (
+            {"position": "learned", "family": "gpt2", "max_positions": 9},
+            "model.norm=rmsnorm: the nearest Hugging Face model is gpt2",
+        ),
+        (
+            {"position": "learned", "max_positions": 9},
+            "model.position=learned: the nearest Hugging Face model is llama",
+        ),
+        ({"family": "gpt2"}, "model.position=rope: the nearest Hugging Face model is gpt2"),
     ],
 )
 def test_a_model_of_no_family_is_not_exported(changes: dict[str, Any], message: str) -> None:
@@ -204,6 +213,12 @@ def test_a_model_of_no_family_is_not_exported(changes: dict[str, Any], message: 
     with pytest.raises(ValueError, match="cannot be exported") as error:
         write_model(model, 128)
     assert message in str(error.value)
+
+
+def test_a_parameter_that_no_family_has_is_not_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megalite.config.shapes.TABLE", (*TABLE, Row("mlp.scale", "layer", ("ffn",), "scale")))
+    with pytest.raises(ValueError, match=r"mlp\.scale: the nearest Hugging Face model is llama, which has no such par"):
+        write_model(PLAIN, 128)
 
 
 def test_a_file_that_is_no_json(tmp_path: Path) -> None:

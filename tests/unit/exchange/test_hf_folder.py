@@ -12,9 +12,10 @@ import transformers
 from folders import Make, change
 from safetensors.torch import load_file, save_file
 
+from megalite.config.shapes import shapes
 from megalite.exchange.hf_folder import INDEX, SINGLE, carry, find_tokenizer, open_folder, require_new
 from megalite.model.layouts import to_hf
-from megalite.model.names import global_shapes, hf_shapes
+from megalite.model.names import hf_shapes
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_shapes_are_those_of_the_tensors(family: str, folder_of: Make) -> None:
     opened = open_folder(folder_of(family))
     assert {name: stored.shape for name, stored in opened.tensors.items()} == hf_shapes(opened.model)
     made: dict[str, tuple[int, ...]] = {}
-    for name, shape in global_shapes(opened.model).items():
+    for name, shape in shapes(opened.model).items():
         made |= {key: tuple(t.shape) for key, t in to_hf(name, torch.empty(shape), opened.model).items()}
     assert made == hf_shapes(opened.model)
 

@@ -13,10 +13,10 @@ from campaign import rounds
 from folders import Make
 from safetensors.torch import load_file, save_file
 
+from megalite.config.shapes import shapes
 from megalite.exchange.adapter import import_peft
 from megalite.exchange.hf_folder import INDEX, SINGLE, open_folder
 from megalite.exchange.hf_weights import read_whole
-from megalite.model.names import global_names
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**63, 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "\n",
@@ -108,7 +108,7 @@ def message_of(folder: Path, adapter: Path | None, run: Path) -> str | None:
             import_peft(adapter, folder, run)
             return None
         opened = open_folder(folder)
-        for name in global_names(opened.model):
+        for name in shapes(opened.model):
             read_whole(opened, name)
     except ValueError as error:
         return str(error)

@@ -11,9 +11,9 @@ import torch
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.config import Config, ModelConfig, resolve
+from megalite.config.shapes import shapes
 from megalite.exchange.convert import saved_config
 from megalite.exchange.megatron import from_megatron
-from megalite.model.names import global_shapes
 
 MODEL = resolve(
     Config(
@@ -47,7 +47,7 @@ ARGS = {
 
 def weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in global_shapes(model).items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes(model).items()}
 
 
 def write(folder: Path, whole: dict[str, torch.Tensor], tp: int, pp: int, rest: Any = None, **args: Any) -> None:

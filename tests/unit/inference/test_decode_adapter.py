@@ -48,7 +48,8 @@ def write(run_dir: Path, config: Config, state: dict[str, str]) -> None:
 
 
 def drawn(name: str, shape: tuple[int, ...], config: Config) -> torch.Tensor:
-    return draw(name.replace(".b", ".drawn") if ".lora_" in name else name, shape, config.model, 7)
+    # drawn as A is: training begins with B at zero
+    return draw(name.removesuffix(".b") + ".a" if name.endswith(".b") else name, shape, config.model, 7)
 
 
 @pytest.fixture(scope="module")

@@ -93,10 +93,14 @@ def test_prompt_and_answer_are_cut_out_of_their_joint_tokens(name: str, prompt: 
         (read_questions, {"prompt": "a"}, r":2: expected {"),
         (read_questions, {"prompt": "a", "answer": []}, r":2: expected {"),
         (read_questions, {"prompt": 1, "answer": "b"}, r":2: expected {"),
-        (read_questions, ["a"], r":2: holds a list"),
+        (read_questions, ["a"], r":2: expected a JSON object, found a list"),
         (read_clozes, {"prompt": "a", "choices": ["b"], "label": 0}, r":2: expected {"),
         (read_clozes, {"prompt": "a", "choices": ["b", ""], "label": 0}, r":2: expected {"),
-        (read_clozes, {"prompt": "a", "choices": ["b", "c"], "label": 2}, r":2: label 2 is not in 0..1"),
+        (
+            read_clozes,
+            {"prompt": "a", "choices": ["b", "c"], "label": 2},
+            r":2: label 2 is not the number of a choice, 0 to 1",
+        ),
         (read_clozes, {"prompt": "a", "choices": ["b", "c"], "label": True}, r":2: label True"),
     ],
 )
@@ -109,5 +113,5 @@ def test_a_wrong_row_is_named(read, row, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=":1: not JSON"):
         read(file)
     file.write_text("\n")
-    with pytest.raises(ValueError, match="holds no row"):
+    with pytest.raises(ValueError, match="contains no rows"):
         read(file)

@@ -105,7 +105,7 @@ def test_choices_and_answers_of_a_real_model() -> None:
 
 def test_a_choice_that_cannot_be_scored_is_named() -> None:
     source = open_source(asset("smollm2"), device="cpu")
-    with pytest.raises(ValueError, match=r"row 1: prompt and choice 'x' need a token each"):
+    with pytest.raises(ValueError, match=r"row 1: prompt and choice 'x' need at least one token each"):
         cloze_sequences(source, [Cloze("", ("x", "y"), 0)], [])
     with pytest.raises(ValueError, match=r"row 1: \d+ tokens with choice 'x', but the model has 8192 positions"):
         cloze_sequences(source, [Cloze("word " * 9000, ("x", "y"), 0)], [])

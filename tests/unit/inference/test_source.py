@@ -104,9 +104,9 @@ def test_all_ids_that_end_a_text_are_taken(tmp_path: Path) -> None:
     ("layout", "message"),
     [
         ({"tp": 2, "world_size": 2}, r"parallel.tp=2 does not divide model.num_heads=9; use 1 or 3"),
-        ({"tp": 3}, r"tp 3 x pp 1 make 3 ranks, but the world size is 1; start it with torchrun --nproc_per_node 3"),
-        ({"tp": 1, "pp": 1, "world_size": 2}, r"make 1 ranks, but the world size is 2; leave out torchrun"),
-        ({"tp": 0}, r"tp=0, pp=None: both are at least 1"),
+        ({"tp": 3}, r"tp 3 x pp 1 = 3, but the world size is 1; start it with torchrun --nproc_per_node 3"),
+        ({"tp": 1, "pp": 1, "world_size": 2}, r"tp 1 x pp 1 = 1, but the world size is 2; start it without torchrun"),
+        ({"tp": 0}, r"tp=0, pp=None: both must be at least 1"),
         ({"pp": 31, "world_size": 31}, r"parallel.pp=31 stages need at least 31 layers"),
     ],
 )

@@ -42,10 +42,10 @@ def test_rank_0_meets_itself() -> None:
 
 def test_nobody_is_there() -> None:
     here, began = Place(1, 2, 0, 1, "127.0.0.1", free_port()), time.monotonic()
-    with pytest.raises(NotMet, match=f"nobody answered as rank 0 at 127.0.0.1:{here.port} within 1 s") as caught:
+    with pytest.raises(NotMet, match=f"rank 0 did not answer at 127.0.0.1:{here.port} within 1 s") as caught:
         join(here, 1.0, began)
     assert time.monotonic() - began < 2
-    assert caught.value.line.startswith(f"error: rank 1 on {socket.gethostname()}: nobody answered")
+    assert caught.value.line.startswith(f"error: rank 1 on {socket.gethostname()}: rank 0 did not answer")
 
 
 def test_one_rank_of_a_node_speaks() -> None:
@@ -66,7 +66,7 @@ def test_another_program_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meet, "STRANGER_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as other:
         here = Place(1, 2, 1, 2, "127.0.0.1", other.getsockname()[1])
-        with pytest.raises(NotMet, match="is not rank 0 of this run: another program holds the port"):
+        with pytest.raises(NotMet, match="is not rank 0 of this run: another program uses the port"):
             join(here, 30.0, time.monotonic())
 
 

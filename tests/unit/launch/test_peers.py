@@ -87,7 +87,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], World]]
 
 
 def report(rank: int, error: str = "") -> dict[str, Any]:
-    return {"host": f"host{rank // 2}", "node": rank // 2 * 2, "error": error, "said": False}
+    return {"host": f"host{rank // 2}", "node": rank // 2 * 2, "error": error, "printed": False}
 
 
 def test_reports_come_together_and_a_value_goes_out(world: Callable[[], World]) -> None:
@@ -169,7 +169,7 @@ def test_ranks_that_do_not_report(world: Callable[[float], World]) -> None:
     ranks.listen(0, 1, 2)
     ranks.peers[1].gather(report(1))
     line, status = ranks.wait(3)[0]
-    assert line.startswith("error: ranks 0, 2 of 3 not ready after parallel.timeout_s=1 s: see what they")
+    assert line.startswith("error: ranks 0, 2 of 3 not ready after parallel.timeout_s=1 s: check their")
     assert status == 1
 
 

@@ -77,7 +77,9 @@ PTY = {**SALLOC_STEP, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_
 def test_a_plain_command_in_a_job_is_one_process_and_told_how_to_start_more(env: dict[str, str]) -> None:
     alone = place(env, pid=300)
     assert alone == Place()
-    assert alone.note.startswith("note: one process, in a SLURM job of 4 tasks: srun python ... starts one for each")
+    assert alone.note.startswith(
+        "note: this is one process in a SLURM job of 4 tasks; srun python ... starts one per task"
+    )
     # the batch script and the shell that ssh starts have numbers of SLURM's own, too
     for step in ("4294967291", "4294967292"):
         assert place({**env, "SLURM_STEP_ID": step}, pid=300) == Place()
@@ -100,7 +102,7 @@ def test_steps_started_from_the_shell_are_ranks() -> None:
 def test_a_shell_that_is_the_first_of_several_tasks_says_what_to_type() -> None:
     # srun --pty python: the process is the task
     assert place(PTY, pid=29) == Place(0, 4, 0, 4, "127.0.0.1", 20001)
-    with pytest.raises(ValueError, match=r"this shell is the first of 4 tasks of an srun --pty") as error:
+    with pytest.raises(ValueError, match=r"this shell is the first of 4 tasks of srun --pty") as error:
         place(PTY, pid=300)
     for command in ("srun --ntasks 4 python ...", "torchrun --nproc_per_node N ...", "env RANK=0 WORLD_SIZE=1 python"):
         assert command in str(error.value)
@@ -109,7 +111,7 @@ def test_a_shell_that_is_the_first_of_several_tasks_says_what_to_type() -> None:
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
 def test_other_launchers_are_not_taken_for_one_process(name: str) -> None:
-    with pytest.raises(ValueError, match=r"has started 4 processes .* use torchrun --nproc_per_node 4"):
+    with pytest.raises(ValueError, match=r"started 4 processes .* use torchrun --nproc_per_node 4"):
         place({name: "4"})
     assert place({name: "1"}) == Place()
     assert place({**SRUN, name: "8", "MASTER_ADDR": "x"}).world_size == 8
@@ -118,17 +120,17 @@ def test_other_launchers_are_not_taken_for_one_process(name: str) -> None:
 @pytest.mark.parametrize(
     ("env", "words"),
     [
-        ({"RANK": "0"}, "WORLD_SIZE is missing"),
+        ({"RANK": "0"}, "WORLD_SIZE is not set in the environment"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' in the environment is not a number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 of WORLD_SIZE=2, local rank 0 of 2, cannot be"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 of WORLD_SIZE=2, local rank 0 of 2: out of range"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 of WORLD_SIZE=2"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 of WORLD_SIZE=0"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, "local rank 3 of 2"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a valid port"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": ""}, "MASTER_PORT='' in the environment is not a number"),
         ({"WORLD_SIZE": "many"}, "WORLD_SIZE='many' in the environment is not a number"),
         ({**SRUN, "SLURM_PROCID": "8"}, "SLURM_PROCID=8 of SLURM_STEP_NUM_TASKS=8"),
-        ({k: v for k, v in SRUN.items() if k != "SLURM_PROCID"}, "SLURM_PROCID is missing"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_PROCID"}, "SLURM_PROCID is not set in the environment"),
     ],
 )
 def test_environments_that_contradict_themselves(env: dict[str, str], words: str) -> None:
@@ -144,11 +146,11 @@ def test_the_scripts_say_it_in_one_line() -> None:
     )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: the environment has a part of what a launcher sets, and WORLD_SIZE is missing")
+    assert line.startswith("error: WORLD_SIZE is not set in the environment, but other variables of a launcher are")
     argv = [sys.executable, PRETRAIN, "--preset", "tiny", "--dry-run", "train.device=cpu"]
     done = subprocess.run(argv, capture_output=True, text=True, env=SALLOC_STEP, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("note: one process, in a SLURM job of 4 tasks")
+    assert done.stdout.startswith("note: this is one process in a SLURM job of 4 tasks")
 
 
 def test_a_world_size_without_ranks_is_enough_for_a_plan_and_not_for_a_run(tmp_path: Path) -> None:
@@ -158,5 +160,7 @@ def test_a_world_size_without_ranks_is_enough_for_a_plan_and_not_for_a_run(tmp_p
     assert done.returncode == 0, done.stderr
     done = subprocess.run(argv, capture_output=True, text=True, env={"WORLD_SIZE": "4"}, timeout=60)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: WORLD_SIZE=4 is set and RANK is not: nobody has started the other ranks")
+    assert done.stderr.startswith(
+        "error: WORLD_SIZE=4 is set but RANK is not, so no launcher has started the other ranks"
+    )
     assert not (tmp_path / "run").exists()

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from megalite import ops
 from megalite.config import ModelConfig
+from megalite.config.shapes import shapes
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
-from megalite.model.layouts import global_names
 
 MODEL = ModelConfig(
     vocab_size=31,
@@ -52,7 +52,7 @@ def positions() -> Tensor:
 def test_names(tied: bool, extras: bool) -> None:
     model = dataclasses.replace(MODEL, tie_embeddings=tied, qkv_bias=extras, qk_norm=extras)
     decoder = make(model)
-    assert sorted(dict(decoder.named_parameters())) == sorted(global_names(model))
+    assert sorted(dict(decoder.named_parameters())) == sorted(shapes(model))
     assert decoder.embed is not None
     assert decoder.loss_head is not None
     assert (decoder.loss_head.head.weight is decoder.embed.weight) == tied

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.config.shapes import shapes
 from megalite.engine.engine import build
 from megalite.model.decoder import Decoder
 from megalite.model.init import draw, materialise
-from megalite.model.layouts import global_names
 from megalite.parallel.groups import Group, World
 from megalite.parallel.threads import run_threads
 
@@ -70,7 +70,7 @@ def test_every_topology_starts_from_the_same_bits(tp: int, pp: int, stages: tupl
 
 def test_names_are_global() -> None:
     for tied in (False, True):
-        assert sorted(alone(tied)) == sorted(global_names(dataclasses.replace(MODEL, tie_embeddings=tied)))
+        assert sorted(alone(tied)) == sorted(shapes(dataclasses.replace(MODEL, tie_embeddings=tied)))
     assert "loss_head.head.weight" in alone(False)
     assert "loss_head.head.weight" not in alone(True)
     # the name alone, not the order of drawing, decides
@@ -119,6 +119,6 @@ def test_a_tied_matrix_is_one_parameter_drawn_once() -> None:
     assert decoder.embed is not None
     assert decoder.loss_head is not None
     assert decoder.loss_head.head.weight is decoder.embed.weight
-    assert sorted(drawn) == sorted(shards) == sorted(global_names(model))
+    assert sorted(drawn) == sorted(shards) == sorted(shapes(model))
     assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
     assert not any(p.is_meta for p in decoder.parameters())

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from megalite.config import Config, ModelConfig, resolve
+from megalite.config.shapes import shapes
 from megalite.model.decoder import Decoder
-from megalite.model.layouts import from_hf, global_names, hf_names, to_hf
+from megalite.model.layouts import from_hf, to_hf
+from megalite.model.names import hf_shapes
 
 SMALL = ModelConfig(vocab_size=11, hidden_size=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=2)
 MODELS = {
@@ -27,12 +29,12 @@ MODELS = {
 def test_round_trip(model: ModelConfig) -> None:
     decoder = Decoder(model, range(model.num_layers))
     parameters = {name: p.detach() for name, p in decoder.named_parameters()}
-    assert sorted(global_names(model)) == sorted(parameters)
+    assert sorted(shapes(model)) == sorted(parameters)
 
     there = {}
     for name, whole in parameters.items():
         there |= to_hf(name, whole.normal_(), model)
-    assert sorted(there) == sorted(hf_names(model))
+    assert sorted(there) == sorted(hf_shapes(model))
     assert all(t.is_contiguous() for t in there.values())  # what safetensors takes
     assert sum(t.numel() for t in there.values()) == sum(p.numel() for p in parameters.values())
     for name, whole in parameters.items():

@@ -18,7 +18,8 @@ from megalite.config import (
     check,
     resolve,
 )
-from megalite.config.trained import adapter_shapes, shapes
+from megalite.config.shapes import shapes
+from megalite.config.trained import adapter_shapes
 from megalite.engine import engine as engine_module
 from megalite.engine.engine import Engine, Microbatch, build
 from megalite.model.attention import AttentionCore

@@ -34,7 +34,7 @@ def test_auto_falls_back_on_a_dtype_without_kernel(fresh_choice, caplog):
     x = torch.randn(1, 1, 3, 3, dtype=torch.float16)
     assert torch.equal(ops.causal_softmax(x, 0.5), ops.causal_softmax_reference(x, 0.5))
     assert "not float16" in caplog.text
-    with pytest.raises(ValueError, match="takes float32, bfloat16, float64, not float16"):
+    with pytest.raises(ValueError, match="supports float32, bfloat16, float64, not float16"):
         ops.causal_softmax(x, 0.5, kernel="fused")
 
 

@@ -22,16 +22,17 @@ from megalite.config import (
     check,
     resolve,
 )
+from megalite.config.shapes import shapes
 from megalite.config.trained import hidden_matrices
 from megalite.engine.engine import build
 from megalite.model.decoder import Decoder
 from megalite.model.init import draw
-from megalite.model.layouts import from_hf, global_names, to_hf
+from megalite.model.layouts import from_hf, to_hf
 from megalite.optim.muon import Muon, lr_ratio, orthogonalise
 from megalite.parallel.cuts import uncut
 from megalite.parallel.groups import SoloWorld
 from megalite.parallel.threads import run_threads
-from megalite.plan import costs as plan
+from megalite.plan.counts import describe_muon
 
 STEPS = 20
 MODEL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=36)
@@ -68,20 +69,20 @@ def reference(c: Config) -> dict[str, Tensor]:
     """Whole parameters after STEPS steps of torch's Muon on the matrices of hidden layers, its AdamW on the rest."""
     wholes = {}
     with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in Decoder(c.model, range(c.model.num_layers)).named_parameters()}
+        sizes = {n: tuple(p.shape) for n, p in Decoder(c.model, range(c.model.num_layers)).named_parameters()}
     apart: dict[str, nn.Parameter] = {}
-    names = global_names(c.model)
+    names = list(shapes(c.model))
     # the layout in which every matrix of every family is apart and [out, in]
-    layout = dataclasses.replace(c.model, position="rope")
-    matrices = [n for n in names if n.startswith("layers.") and len(shapes[n]) == 2]
+    layout = dataclasses.replace(c.model, family="llama")
+    matrices = [n for n in names if n.startswith("layers.") and len(sizes[n]) == 2]
 
     def unfused(name: str, whole: Tensor) -> dict[str, Tensor]:
         return {name: whole} if name == "pos_embed.weight" else to_hf(name, whole, layout)
 
     for name in names:
-        for there, x in unfused(name, draw(name, shapes[name], c.model, c.train.seed)).items():
+        for there, x in unfused(name, draw(name, sizes[name], c.model, c.train.seed)).items():
             apart[there] = nn.Parameter(x.clone())
-    hidden = [apart[there] for n in matrices for there in unfused(n, torch.empty(shapes[n]))]
+    hidden = [apart[there] for n in matrices for there in unfused(n, torch.empty(sizes[n]))]
     ids = set(map(id, hidden))
     rest = [p for p in apart.values() if id(p) not in ids]
     rule = c.optim.muon_lr_rule
@@ -91,7 +92,7 @@ def reference(c: Config) -> dict[str, Tensor]:
     adamw = torch.optim.AdamW(decayed + plain, lr=0.02, betas=(c.optim.beta1, c.optim.beta2), eps=c.optim.eps)
     for step in range(STEPS):
         for name in names:
-            for there, x in unfused(name, gradient(name, shapes[name], step)).items():
+            for there, x in unfused(name, gradient(name, sizes[name], step)).items():
                 apart[there].grad = x.clone()
         muon.step()
         adamw.step()
@@ -160,7 +161,7 @@ def test_every_matrix_of_a_block_is_hidden_and_nothing_else_is(family: str) -> N
     assert set(state["momentum"]) == expected
     assert set(state["exp_avg"]) == set(engine.parameters) - expected
     by_muon = sum(parameters[name].numel() for name in expected)
-    assert f"Muon updates {by_muon / 1e6:.4g}e6 parameters in 12 matrices, AdamW the other " in plan.describe_muon(c)
+    assert f"Muon updates {by_muon / 1e6:.4g}e6 parameters in 12 matrices, AdamW the other " in describe_muon(c)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])

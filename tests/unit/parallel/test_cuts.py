@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megalite.config import Config, ModelConfig, resolve
 from megalite.config.check import valid_tp
-from megalite.model.cut_table import CUT_TABLE, find_cut, is_partial, shard_of
+from megalite.config.parameters import is_partial, row_of
+from megalite.model.cut_table import shard_of
 from megalite.model.decoder import Decoder
 from megalite.parallel.cuts import Piece, Shard, even, grouped_qkv, padded, sum_of_squares, uncut
 
@@ -85,16 +86,16 @@ def test_what_is_cut(model: ModelConfig, tp: int) -> None:
     """Memory falls by tp but for padding and for replicated kv heads."""
     assert model.num_kv_heads is not None
     for name, whole in whole_model(model).items():
-        shard, cut = shard_of(name, whole.shape, model, tp, tp - 1), find_cut(name)
-        if cut is None:
+        shard, cut = shard_of(name, whole.shape, model, tp, tp - 1), row_of(name).cut
+        if not cut:
             assert shard.local_shape == whole.shape
-        elif cut.kind == "vocab":
+        elif cut == "vocab":
             assert shard.local_size == -(-model.vocab_size // tp)
-        elif cut.kind == "qkv":
+        elif cut == "qkv":
             assert shard.local_size == (12 // tp + 2 * max(1, model.num_kv_heads // tp)) * 2
         else:
             assert shard.local_size * tp == whole.shape[shard.dim]
-            assert shard.dim == (1 if cut.kind == "row" else 0)
+            assert shard.dim == (1 if cut == "row" else 0)
 
 
 def test_replicated_kv_heads() -> None:
@@ -141,15 +142,12 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_every_parameter_has_one_row_or_a_reason(model: ModelConfig) -> None:
-    """A parameter is cut by one row of the table, or uncut with a gradient that is whole or known to be partial."""
+def test_what_is_not_cut_has_a_partial_gradient(model: ModelConfig) -> None:
     for name in whole_model(resolve(Config(model=model), 1).model):
-        module = name.rpartition(".")[0]
-        rows = [cut for cut in CUT_TABLE if find_cut(name) == cut]
-        if rows:
+        if row_of(name).cut:
             assert not is_partial(name, sp=True)
         else:
-            assert module.endswith("norm")
+            assert name.endswith("norm.weight")
             assert is_partial(name, sp=True)
             assert is_partial(name, sp=False) == (".q_norm" in name or ".k_norm" in name)
 

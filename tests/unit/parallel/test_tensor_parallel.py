@@ -1,5 +1,6 @@
-"""Cut linears, embedding and cross entropy against torch's own, forward and gradients, in float64."""
+"""Cut linears against torch's own, forward and gradients, immediate and deferred."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -8,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite.model.context import Context
-from megalite.parallel.cuts import Shard, even, padded
+from megalite.parallel.cuts import even
 from megalite.parallel.groups import Group
-from megalite.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabCrossEntropy, VocabEmbedding
+from megalite.parallel.tensor_parallel import ColumnLinear, Job, RowLinear, _Linear
 from megalite.parallel.threads import run_threads
 
-B, S, H, VOCAB = 2, 12, 6, 101
+B, S, H = 2, 12, 6
 CONTEXT = Context(torch.arange(S).expand(B, -1))
 TP = pytest.mark.parametrize("tp", [2, 3, 4])
 SP = pytest.mark.parametrize("sp", [False, True], ids=["", "sp"])
@@ -31,125 +32,6 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def vocab_shard(tp: int, rank: int) -> Shard:
-    return padded((VOCAB, H), tp, rank)
-
-
-def cut_columns(logits: Tensor, tp: int, rank: int, padding: float) -> Tensor:
-    """This rank's columns of logits [b, s, vocab], with a value in the padding that must not matter."""
-    share = -(-VOCAB // tp)
-    return F.pad(logits, (0, share * tp - VOCAB), value=padding)[..., rank * share :][..., :share].clone()
-
-
-LABELS = torch.randint(0, VOCAB, (B, S), generator=torch.Generator().manual_seed(3))
-# both ends of every rank's rows for each tp
-LABELS[0] = torch.tensor([0, 25, 26, 33, 34, 50, 51, 52, 67, 68, 78, 100])
-MASK = (randn(B, S, seed=4) > 0).double()
-
-
-def plain_loss(logits: Tensor) -> Tensor:
-    ce = F.cross_entropy(logits.flatten(0, 1), LABELS.flatten(), reduction="none").view(B, S)
-    return (ce * MASK).sum()
-
-
-@TP
-@pytest.mark.parametrize("scale", [1.0, 1e4], ids=["usual", "extreme"])
-def test_cross_entropy(tp: int, scale: float) -> None:
-    logits = randn(B, S, VOCAB) if scale == 1 else randn(B, S, VOCAB).sign() * scale
-    whole = logits.clone().requires_grad_()
-    expected = plain_loss(whole)
-    (3 * expected).backward()
-    assert whole.grad is not None
-
-    def main(group: Group) -> tuple[Tensor, Tensor]:
-        local = cut_columns(logits, tp, group.rank, padding=1e5).requires_grad_()
-        before, labels, mask = local.detach().clone(), LABELS.clone(), MASK.clone()
-        loss = VocabCrossEntropy(group, vocab_shard(tp, group.rank))(local, labels, mask)
-        close(loss, expected)
-        (3 * loss).backward()
-        # nothing is written over what the caller gave
-        assert torch.equal(local, before)
-        assert torch.equal(labels, LABELS)
-        assert torch.equal(mask, MASK)
-        return local.grad
-
-    grads = torch.cat(on_tp(tp, main), -1)
-    assert bool(grads.isfinite().all())
-    close(grads[..., :VOCAB], whole.grad)
-    assert not grads[..., VOCAB:].any()
-
-
-@TP
-def test_cross_entropy_gradient_is_the_slope_of_the_loss(tp: int) -> None:
-    """By central differences along random directions: no reference but the forward itself."""
-    logits, step = randn(B, S, VOCAB), 1e-5
-
-    def main(group: Group) -> list[tuple[float, Tensor]]:
-        head = VocabCrossEntropy(group, vocab_shard(tp, group.rank))
-        local = cut_columns(logits, tp, group.rank, 0.0).requires_grad_()
-        head(local, LABELS, MASK).backward()
-        found = []
-        for seed in (1, 2, 3):
-            v = cut_columns(randn(B, S, VOCAB, seed=seed), tp, group.rank, 0.0)
-            up, down = (head(local.detach() + sign * step * v, LABELS, MASK) for sign in (1, -1))
-            found.append((((up - down) / (2 * step)).item(), (local.grad * v).sum()))
-        return found
-
-    for of_ranks in zip(*on_tp(tp, main)):
-        slope = sum(dot.item() for _, dot in of_ranks)
-        assert all(abs(difference - slope) < 1e-7 * max(1, abs(slope)) for difference, _ in of_ranks)
-
-
-@TP
-def test_cross_entropy_of_half_precision_is_taken_in_fp32(tp: int) -> None:
-    logits = randn(B, S, VOCAB).bfloat16()
-    whole = logits.double().requires_grad_()
-    expected = plain_loss(whole)
-    expected.backward()
-
-    def main(group: Group) -> Tensor:
-        local = cut_columns(logits, tp, group.rank, padding=0.0).requires_grad_()
-        loss = VocabCrossEntropy(group, vocab_shard(tp, group.rank))(local, LABELS, MASK)
-        assert loss.dtype == torch.promote_types(torch.float32, MASK.dtype)
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-        loss.backward()
-        assert local.grad.dtype == torch.bfloat16
-        return local.grad
-
-    grads = torch.cat(on_tp(tp, main), -1)[..., :VOCAB]
-    torch.testing.assert_close(grads, whole.grad.bfloat16(), rtol=2**-7, atol=1e-6)
-
-
-@TP
-def test_whole_logits_without_padding(tp: int) -> None:
-    logits = randn(B, S, VOCAB)
-
-    def main(group: Group) -> Tensor:
-        return VocabCrossEntropy(group, vocab_shard(tp, group.rank)).whole(cut_columns(logits, tp, group.rank, 9.0))
-
-    assert all(torch.equal(whole, logits) for whole in on_tp(tp, main))
-
-
-def test_a_rank_may_have_no_row_of_the_vocabulary() -> None:
-    """5 rows on 4 ranks: two each, the last rank has padding alone."""
-    logits, labels = randn(B, S, 5), LABELS % 5
-    whole = logits.clone().requires_grad_()
-    expected = F.cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="sum")
-    expected.backward()
-    weight = randn(5, H)
-
-    def main(group: Group) -> Tensor:
-        shard = padded((5, H), 4, group.rank)
-        local = F.pad(logits, (0, 3))[..., 2 * group.rank :][..., :2].clone().requires_grad_()
-        loss = VocabCrossEntropy(group, shard)(local, labels, torch.ones(B, S))
-        close(loss, expected)
-        loss.backward()
-        assert torch.equal(embedding(weight, group, False, shard)(labels), F.embedding(labels, weight))
-        return local.grad
-
-    close(torch.cat(on_tp(4, main), -1)[..., :5], whole.grad)
-
-
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float64)
     with torch.no_grad():
@@ -157,10 +39,6 @@ def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
         if bias is not None:
             module.bias.copy_(bias)
     return module
-
-
-def embedding(weight: Tensor, group: Group, sp: bool, shard: Shard) -> VocabEmbedding:
-    return VocabEmbedding(nn.Embedding.from_pretrained(shard.cut(weight), freeze=False), group, sp, shard)
 
 
 def rows(x: Tensor, group: Group, sp: bool) -> Tensor:
@@ -207,23 +85,140 @@ def test_column_then_row(tp: int, sp: bool, bias: bool) -> None:
     on_tp(tp, main)
 
 
-@TP
+Bits = list[Tensor | None]
+
+
+def two_microbatches(module: nn.Module, inputs: list[Tensor], out: Tensor, deferred: list[Job] | None) -> Bits:
+    """Outputs and gradients of x, weight and bias after two backwards; the jobs run after each."""
+    calls: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, n=name: calls.update({n: calls.get(n, 0) + 1}))
+    found: Bits = []
+    for count, x in enumerate(inputs, 1):
+        x = x.clone().requires_grad_()
+        context = dataclasses.replace(CONTEXT, deferred=deferred)
+        y = module(x) if type(module) is nn.Linear else module(x, context)
+        (y * out).sum().backward()
+        if deferred:
+            assert calls.get("weight", 0) == count - 1
+            while deferred:
+                deferred.pop(0)()
+        assert set(calls.values()) <= {count}
+        found += [y.detach(), x.grad]
+    assert set(calls) == {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return found + [None if parameter.grad is None else parameter.grad.clone() for parameter in module.parameters()]
+
+
+def same_bits(found: Bits, expected: Bits) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or b is None or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("deferred", [False, True], ids=["", "deferred"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(5,), (2, 12), (2, 3, 4)], ids=["2d", "3d", "4d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [ColumnLinear, RowLinear])
+def test_one_rank_has_the_bits_of_torchs_linear(
+    kind: type[ColumnLinear | RowLinear],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    bias: bool,
+    frozen: bool,
+    deferred: bool,
+) -> None:
+    wide = 71  # no multiple of a vector's length
+    torch.manual_seed(0)
+    inputs = [torch.randn(*shape, H).to(dtype) for _ in range(2)]
+    out = torch.randn(*shape, wide).to(dtype)
+    ours, torchs = (nn.Linear(H, wide, bias=bias).to(dtype) for _ in range(2))
+    ours.load_state_dict(torchs.state_dict())
+    ours.weight.requires_grad_(not frozen)
+    torchs.weight.requires_grad_(not frozen)
+    module = kind(ours, Group([0], 0), False)
+    jobs: list[Job] | None = [] if deferred else None
+    expected = two_microbatches(torchs, inputs, out, None)
+    same_bits(two_microbatches(module, inputs, out, jobs), expected)
+
+    # the Function also where torch's own linear would do
+    direct = nn.Linear(H, wide, bias=bias).to(dtype)
+    direct.load_state_dict(torchs.state_dict())
+    x = inputs[0].clone().requires_grad_()
+    y = _Linear.apply(x, direct.weight, direct.bias, None, Group([0], 0), False, None)
+    again = inputs[0].clone().requires_grad_()
+    z = F.linear(again, torchs.weight.detach().requires_grad_(), torchs.bias)
+    (y * out).sum().backward()
+    (z * out).sum().backward()
+    same_bits([y.detach(), x.grad], [z.detach(), again.grad])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3])
 @SP
-def test_embedding(tp: int, sp: bool) -> None:
-    weight, out = randn(VOCAB, H), randn(B, S, H, seed=9)
-    whole = weight.clone().requires_grad_()
-    expected = F.embedding(LABELS, whole)
-    (expected * out).sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deferred_gradients_are_the_immediate_ones(tp: int, sp: bool, dtype: torch.dtype) -> None:
+    """Column, a nonlinearity, row; before a job has run its weight has no gradient, and it keeps two tensors."""
+    wide = 12
+    up, down = randn(wide, H, seed=1).to(dtype), randn(H, wide, seed=2).to(dtype)
+    biases = randn(wide, seed=3).to(dtype), randn(H, seed=4).to(dtype)
+    x, out = randn(B, S, H).to(dtype), randn(B, S, H, seed=9).to(dtype)
 
     def main(group: Group) -> None:
-        shard = vocab_shard(tp, group.rank)
-        module = embedding(weight, group, sp, shard)
-        y = module(LABELS)
-        assert torch.equal(y, rows(expected, group, sp))  # a sum with zeros: to the bit
-        (y * rows(out, group, sp)).sum().backward()
-        close(module.weight.grad, shard.cut(whole.grad))
+        sizes = group.size, group.rank
+        found = []
+        for deferred in (None, list[Job]()):
+            first, second = linear(up, biases[0]), linear(down, biases[1])
+            first.weight = nn.Parameter(even((wide, H), 0, *sizes).cut(up))
+            first.bias = nn.Parameter(even((wide,), 0, *sizes).cut(biases[0]))
+            second.weight = nn.Parameter(even((H, wide), 1, *sizes).cut(down))
+            second.bias = nn.Parameter(biases[1].clone())
+            column, row = ColumnLinear(first, group, sp), RowLinear(second, group, sp)
+            context = dataclasses.replace(CONTEXT, deferred=deferred)
+            local = rows(x, group, sp).clone().requires_grad_()
+            hidden = column(local, context).sin()
+            y = row(hidden, context)
+            (y * rows(out, group, sp)).sum().backward()
+            if deferred is not None:
+                assert column.weight.grad is row.weight.grad is None
+                kept = [[a for a in job.args[1:] if isinstance(a, Tensor)] for job in deferred]
+                # the last linear's comes first
+                assert [[list(a.shape) for a in tensors] for tensors in kept] == [
+                    [[B, S, wide // tp], [B, S, H]],
+                    [list(local.shape), [B, S, wide // tp]],
+                ]
+                assert kept[0][0].data_ptr() == hidden.data_ptr()
+                assert kept[1][0].data_ptr() == local.data_ptr()
+                assert not any(a.requires_grad for tensors in kept for a in tensors)
+                for job in deferred:
+                    job()
+            found.append([y.detach(), local.grad, *(p.grad for p in (*column.parameters(), *row.parameters()))])
+        same_bits(found[1], found[0])
 
     on_tp(tp, main)
+
+
+def test_a_weight_has_a_job_where_its_input_needs_no_gradient() -> None:
+    """As behind a frozen embedding."""
+    module = linear(randn(4, 4))
+    jobs: list[Job] = []
+    y = ColumnLinear(module, Group([0], 0), False)(randn(B, S, 4), dataclasses.replace(CONTEXT, deferred=jobs))
+    y.sum().backward()
+    (job,) = jobs
+    job()
+    close(module.weight.grad, randn(B, S, 4).sum((0, 1)).expand(4, 4))
+
+
+def test_a_frozen_weight_has_no_job() -> None:
+    module = linear(randn(4, 4), randn(4))
+    module.weight.requires_grad_(False)
+    jobs: list[Job] = []
+    column = ColumnLinear(module, Group([0], 0), False)
+    column(randn(B, S, 4).requires_grad_(), dataclasses.replace(CONTEXT, deferred=jobs)).sum().backward()
+    assert not jobs
+    assert column.bias.grad is not None
 
 
 def test_swapping_keeps_the_parameters() -> None:

@@ -11,8 +11,8 @@ from megalite.run import agree
 from megalite.run.agree import difference, fingerprint, report
 
 
-def facts(rank: int = 0, error: str = "", said: bool = False, **found: str) -> dict[str, Any]:
-    return {"host": f"h{rank}", "node": rank, "error": error, "said": said, "facts": found}
+def facts(rank: int = 0, error: str = "", printed: bool = False, **found: str) -> dict[str, Any]:
+    return {"host": f"h{rank}", "node": rank, "error": error, "printed": printed, "facts": found}
 
 
 def test_the_first_difference_is_told() -> None:
@@ -28,7 +28,7 @@ def test_the_first_difference_is_told() -> None:
 
 def test_an_error_comes_before_differences_and_is_told_once() -> None:
     assert difference([facts(a="is 1"), facts(1, a="is 2"), facts(2, "no file")]) == (2, "no file")
-    assert difference([facts(0, "no file", said=True), facts(1, "no file")]) == (0, "")
+    assert difference([facts(0, "no file", printed=True), facts(1, "no file")]) == (0, "")
 
 
 @pytest.mark.parametrize("size", [0, 1000, 200_000])

@@ -16,7 +16,7 @@ from assets import asset
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
 from megalite.config import ConfigError, Request, parse_command_line, resolve
-from megalite.config.trained import shapes
+from megalite.config.shapes import shapes
 from megalite.data.indexed import IndexedWriter
 from megalite.run.entry import configure
 from megalite.run.request import apart, one_length, with_tokenizer

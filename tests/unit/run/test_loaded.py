@@ -14,7 +14,8 @@ from assets import asset
 from megalite.checkpoint.save import write_whole
 from megalite.config import Config, ConfigError, Request, resolve, to_yaml
 from megalite.config.schema import DataConfig, ModelConfig, ParallelConfig, TrainConfig, TuneConfig
-from megalite.config.trained import adapter_shapes, shapes
+from megalite.config.shapes import shapes
+from megalite.config.trained import adapter_shapes
 from megalite.data.instructions import Options, write_indexed
 from megalite.data.preprocess import preprocess
 from megalite.engine.restore import State

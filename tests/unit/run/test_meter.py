@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalite.config import ModelConfig
-from megalite.plan.costs import training_flops
+from megalite.plan.counts import training_flops
 from megalite.plan.hardware import GPUS, peak_flops
 from megalite.run.meter import Meter, describe
 

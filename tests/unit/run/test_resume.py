@@ -11,7 +11,7 @@ from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
 from megalite.config import Config, ConfigError, Request, parse_command_line, resolve
 from megalite.config.batch import batch_size
-from megalite.config.trained import shapes
+from megalite.config.shapes import shapes
 from megalite.optim.lr import learning_rate
 from megalite.run.resume import continued, with_curve, with_epochs
 

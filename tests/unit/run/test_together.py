@@ -30,7 +30,7 @@ def config() -> Config:
         (
             RuntimeError("[gloo/x.cc] Connection closed\nmore"),
             1,
-            "error: lost the others: [gloo/x.cc] Connection closed",
+            "error: lost the connection to the other ranks: [gloo/x.cc] Connection closed",
         ),
     ],
 )
@@ -41,15 +41,15 @@ def test_a_failure_is_one_line(
         raise error
 
     assert in_world(config, main) == status
-    (told,) = capfd.readouterr().err.splitlines()
-    assert told.startswith(line)
+    (printed,) = capfd.readouterr().err.splitlines()
+    assert printed.startswith(line)
 
 
-def test_a_fault_of_ours_keeps_its_traceback(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_bug_keeps_its_traceback(config: Config, capfd: pytest.CaptureFixture[str]) -> None:
     assert in_world(config, lambda world: {}["missing"]) == 1
-    told = capfd.readouterr().err
-    assert told.startswith("Traceback")
-    assert told.rstrip().endswith("KeyError: 'missing'")
+    printed = capfd.readouterr().err
+    assert printed.startswith("Traceback")
+    assert printed.rstrip().endswith("KeyError: 'missing'")
 
 
 def test_errors_of_the_system_name_their_file() -> None:

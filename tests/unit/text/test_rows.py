@@ -116,7 +116,7 @@ def test_prompts_of_a_generation(tmp_path: Path, read_prompts: Callable[[Path], 
     path.write_text('\ufeff{"prompt": "one\u2028two"}\r\n\n{"prompt": " b "}', "utf-8")
     lines.write_text("\ufeffone\u2028two\r\n\n b ", "utf-8")
     assert read_prompts(path) == read_prompts(lines) == ["one\u2028two", " b "]
-    for text, message in (("[1]", ":1: expected a JSON object"), ("{", ":1: not JSON"), ("\n", "holds no prompt")):
+    for text, message in (("[1]", ":1: expected a JSON object"), ("{", ":1: not JSON"), ("\n", "contains no prompts")):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_prompts(path)

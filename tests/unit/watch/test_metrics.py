@@ -85,15 +85,15 @@ def test_a_disk_that_refuses_is_told_once_and_costs_no_line(tmp_path: Path) -> N
             metrics.write("train", step=step, loss=1.0)
     finally:
         refuse_beyond(-1)
-    limit = "The limit on the size of a file is reached: raise it (ulimit -f)"
-    assert metrics.news() == [(f"{path} cannot be written: File too large. {limit}", True)]
+    limit = "The file size limit is reached: raise it (ulimit -f)"
+    assert metrics.problems() == [(f"{path} cannot be written: File too large. {limit}", True)]
     metrics.write("train", step=5, loss=1.0)
-    assert metrics.news() == []
+    assert metrics.problems() == []
     metrics.close()
     assert [row["step"] for row in read_metrics(tmp_path)["train"]] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("number", "says"), [(28, "Make room"), (122, "quota"), (30, "read-only"), (5, "dmesg")])
+@pytest.mark.parametrize(("number", "says"), [(28, "Free some space"), (122, "quota"), (30, "read-only"), (5, "dmesg")])
 def test_every_refusal_has_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str) -> None:
     metrics = Metrics(tmp_path)
 
@@ -103,7 +103,7 @@ def test_every_refusal_has_its_remedy(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(metrics, "_open", broken)
     metrics._close_file()
     metrics.write("train", step=1, loss=1.0)
-    ((text, may_end),) = metrics.news()
+    ((text, may_end),) = metrics.problems()
     assert may_end
     assert text.startswith(f"{tmp_path}/metrics.jsonl cannot be written: {os.strerror(number)}. ")
     assert says in text
@@ -114,9 +114,9 @@ def test_a_file_that_alone_is_removed_is_begun_anew(tmp_path: Path) -> None:
     metrics.write("train", step=1, loss=1.0)
     (tmp_path / "metrics.jsonl").unlink()
     metrics.write("train", step=2, loss=1.0)
-    ((text, may_end),) = metrics.news()
+    ((text, may_end),) = metrics.problems()
     assert not may_end
-    assert "metrics.jsonl was removed while the run was writing to it; a new one is begun" in text
+    assert "metrics.jsonl was removed while the run was writing to it; a new one is started" in text
     assert [row["step"] for row in read_metrics(tmp_path)["train"]] == [2]
 
 
@@ -132,7 +132,7 @@ def test_into_another_folder_nothing_is_written_before_it_is_opened(tmp_path: Pa
     for step in (2, 3):
         metrics.write("train", step=step, loss=1.0)
     assert metrics.folder_gone
-    assert metrics.news() == [(f"{run_dir} was removed or renamed while the run was writing to it", True)]
+    assert metrics.problems() == [(f"{run_dir} was removed or renamed while the run was writing to it", True)]
     assert read_metrics(run_dir) == {}
     run_dir.mkdir(exist_ok=True)
     metrics.reopen()
@@ -152,7 +152,7 @@ def test_tensorboard_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
     metrics._board.add_scalar = broken
     for step in (2, 3):
         metrics.write("train", step=step, loss=1.0)
-    ((text, may_end),) = metrics.news()
+    ((text, may_end),) = metrics.problems()
     assert not may_end
     assert text.startswith("TensorBoard's curves end here: No space left on device (")
     metrics.close()
@@ -205,10 +205,10 @@ def test_tensorboard_missing_is_told_before_torch_is_imported(
     argv = ["--preset", "tiny", "log.tensorboard=true", f"train.run_dir={tmp_path / 'run'}", "train.device=cpu"]
     assert entry.pretrain(argv, default_preset="tiny", corpus=tmp_path) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: log.tensorboard=true: tensorboard is not installed; pip install 'megalite[log]'")
+    assert line.startswith("error: log.tensorboard=true needs the package tensorboard; pip install 'megalite[log]'")
     assert not (tmp_path / "run").exists()
 
     with pytest.raises(ValueError, match=r"pip install 'megalite\[log\]'"):
         require_tensorboard()
-    with pytest.raises(ValueError, match="tensorboard is not installed"):
+    with pytest.raises(ValueError, match="needs the package tensorboard"):
         Metrics(tmp_path, tensorboard=True)

@@ -178,5 +178,5 @@ def test_a_bar_of_unknown_length_or_of_another_rank(errors: Callable[[bool], io.
         bar.advance(5, "5 documents")
     assert log.getvalue() == "preprocessing  5 documents\n"
     with Bar("nothing", 0) as bar:
-        bar.tell()
+        bar.show()
     assert log.getvalue().endswith("nothing\n")

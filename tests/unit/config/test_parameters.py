@@ -1,0 +1,241 @@
+"""The table of parameters against the modules of the model, and against the cuts of tensor parallelism."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, TuneConfig, resolve
+from megalite.config.check import valid_tp
+from megalite.config.parameters import (
+    TABLE,
+    find_row,
+    global_name,
+    has_kv_rows,
+    is_decayed,
+    is_factor,
+    is_hidden_matrix,
+    is_partial,
+    row_of,
+    split_layer,
+)
+from megalite.config.shapes import family_of, local_shape, projections, rows_of, shape_of, shapes
+from megalite.config.trained import adapter_shapes
+from megalite.model.cut_table import cut_model, shard_of
+from megalite.model.decoder import Decoder
+from megalite.model.init import materialise
+from megalite.model.lora import adapt
+from megalite.model.names import FAMILIES, names_there
+from megalite.parallel.groups import SoloWorld, World
+from megalite.parallel.mesh import Mesh
+from megalite.parallel.threads import run_threads
+from megalite.plan.costs import stage_memory
+from megalite.plan.counts import parameters
+
+BASE = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=40)
+GPT2 = {"position": "learned", "max_positions": 13, "norm": "layernorm", "activation": "gelu_tanh", "linear_bias": True}
+MODELS: Mapping[str, dict[str, Any]] = {
+    "llama": {},
+    "llama with biases": {"linear_bias": True},
+    "llama, tied": {"tie_embeddings": True},
+    "llama, one kv head": {"num_kv_heads": 1},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {"qkv_bias": True},
+    "qwen2, tied": {"qkv_bias": True, "tie_embeddings": True},
+    "qwen3": {"qk_norm": True, "head_dim": 10},
+    "stablelm": {"norm": "layernorm", "qkv_bias": True, "rope_fraction": 0.3334},
+    "geglu": {"activation": "geglu_tanh", "tie_embeddings": True, "head_dim": 8},
+    "gpt2": {**GPT2, "num_kv_heads": 4, "tie_embeddings": True},
+    "gpt2, untied": {**GPT2, "num_kv_heads": 4},
+    "learned positions with a gate": {"position": "learned", "max_positions": 13},
+    "no gate": {"activation": "gelu"},
+}
+
+
+def model_of(name: str) -> ModelConfig:
+    return resolve(Config(model=dataclasses.replace(BASE, **MODELS[name])), 1).model
+
+
+def decoder_of(m: ModelConfig) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(m, range(m.num_layers))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_names_and_shapes_are_those_of_the_modules(name: str) -> None:
+    m = model_of(name)
+    found = {name: tuple(p.shape) for name, p in decoder_of(m).named_parameters()}
+    assert shapes(m) == found
+    assert parameters(m) == sum(torch.Size(shape).numel() for shape in found.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_order_is_that_of_a_forward(name: str) -> None:
+    names = list(shapes(model_of(name)))
+    places = [(-1 if split_layer(n)[0] is None else split_layer(n)[0]) for n in names if row_of(n).where != "last"]
+    assert places == sorted(places)
+    assert row_of(names[0]).where == "first"
+    assert row_of(names[-1]).where == "last"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "factors"])
+@pytest.mark.parametrize("name", MODELS)
+def test_local_shapes_are_those_of_a_cut_model(name: str, lora: bool) -> None:
+    """tp 2: the names and shapes of a stage's modules after cut, adapters and materialise."""
+    m = model_of(name)
+    config = Config(model=m, tune=TuneConfig(mode="lora", lora_rank=3) if lora else TuneConfig())
+    config = dataclasses.replace(config, parallel=ParallelConfig(tp=2, pp=1, dp=1))
+
+    def main(world: World) -> dict[str, tuple[int, ...]]:
+        group = Mesh(world, tp=2, pp=1, dp=1, cp=1, kv_replicas=max(1, 2 // (m.num_kv_heads or 1))).tp
+        decoder = decoder_of(m)
+        cut_model(decoder, m, group, sp=True)
+        adapt(decoder, config, group)
+        materialise(
+            decoder,
+            m,
+            group,
+            lambda _, shape: torch.zeros(shape),
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        return {n: tuple(p.shape) for n, p in decoder.named_parameters()}
+
+    expected = {n: local_shape(row_of(n), m, 2, rank=3) for n in [*shapes(m), *adapter_shapes(config)]}
+    assert run_threads(2, main) == [expected, expected]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_local_shapes_are_those_of_the_shards(name: str) -> None:
+    m = model_of(name)
+    factors = adapter_shapes(Config(model=m, tune=TuneConfig(mode="lora", lora_rank=3)))
+    for tp in valid_tp(m):
+        for parameter, shape in [*shapes(m).items(), *factors.items()]:
+            row = row_of(parameter)
+            shard = shard_of(parameter, shape, m, tp, tp - 1)
+            assert shape_of(row, m, rank=3) == shape
+            assert local_shape(row, m, tp, rank=3) == shard.local_shape
+            assert bool(row.cut) or shard.local_shape == shape
+            assert not (row.cut and row.partial)  # a gradient is cut or summed, never both
+
+
+def test_every_row_is_in_some_model() -> None:
+    used = {row.name for name in MODELS for row in rows_of(model_of(name))}
+    assert used == {row.name for row in TABLE}
+    assert len({(row.where, row.name) for row in TABLE}) == len(TABLE)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_kind_init_and_shape_of_a_row_agree(row: Any) -> None:
+    name = f"layers.2.{row.name}" if row.where == "layer" else row.name
+    assert row_of(name) is row
+    assert (len(row.shape) == 2) == (row.kind in ("matrix", "embedding")) == is_decayed(name)
+    assert row.init == {"scale": "ones", "bias": "zeros"}.get(row.kind, row.init)
+    assert is_hidden_matrix(name) == (row.kind == "matrix" and row.where == "layer")
+    assert not is_factor(name)
+    assert set(row.hf) | set(row.targets) <= set(FAMILIES)
+    assert len(row.projections) in (0, len(row.shape[0].split()))
+    for modules in row.hf.values():
+        assert len(modules.split()) in (1, len(row.shape[0].split()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kinds_are_those_of_the_modules(name: str) -> None:
+    """Matrices are weights of linears, embeddings of nn.Embedding, scales of norms; so Muon misses no linear."""
+    m = model_of(name)
+    decoder = decoder_of(m)
+    for parameter in shapes(m):
+        module, _, leaf = parameter.rpartition(".")
+        owner = decoder.get_submodule(module)
+        kind = "matrix" if isinstance(owner, nn.Linear) else "embedding" if isinstance(owner, nn.Embedding) else "scale"
+        assert row_of(parameter).kind == ("bias" if leaf == "bias" else kind)
+
+
+def test_factors_are_cut_as_their_linear_is() -> None:
+    layer = "layers.0."
+    cuts = {name: (row_of(layer + name).cut, row_of(layer + name).partial) for name in FACTORS}
+    assert cuts == FACTORS
+    assert all(is_factor(layer + name) and is_decayed(layer + name) for name in FACTORS)
+    assert {name for name in FACTORS if has_kv_rows(layer + name)} == {
+        f"attn.qkv.lora_{n}.b" for n in ("k", "v", "qkv")
+    }
+    assert find_row(layer + "mlp.gate_up.lora_gateup.a") is None
+
+
+FACTORS = {
+    **{f"attn.qkv.lora_{n}.a": ("", "sp") for n in ("q", "k", "v", "qkv")},
+    "attn.qkv.lora_q.b": ("column", ""),
+    "attn.qkv.lora_k.b": ("kv", ""),
+    "attn.qkv.lora_v.b": ("kv", ""),
+    "attn.qkv.lora_qkv.b": ("qkv", ""),
+    "attn.out.lora_o.a": ("row", ""),
+    "attn.out.lora_o.b": ("", "always"),
+    "mlp.gate_up.lora_gate.a": ("", "sp"),
+    "mlp.gate_up.lora_up.b": ("column", ""),
+    "mlp.up.lora_up.a": ("", "sp"),
+    "mlp.up.lora_up.b": ("column", ""),
+    "mlp.down.lora_down.a": ("row", ""),
+    "mlp.down.lora_down.b": ("", "always"),
+}
+
+
+def test_partial_gradients() -> None:
+    assert is_partial("layers.0.attn.q_norm.weight", sp=False)
+    assert is_partial("layers.0.attn_norm.weight", sp=True)
+    assert not is_partial("layers.0.attn_norm.weight", sp=False)
+    assert not is_partial("layers.0.attn.qkv.weight", sp=True)
+
+
+def test_a_name_without_a_row() -> None:
+    for name in ("attn.qkv.weight", "layers.0.embed.weight", "layers.x.mlp.up.weight", "layers.0.mlp.shift", ""):
+        assert find_row(name) is None
+    with pytest.raises(KeyError, match=r"layers\.0\.mlp\.shift has no row in the table of parameters; add one to"):
+        row_of("layers.0.mlp.shift")
+
+
+def test_tied_weights_have_one_name() -> None:
+    assert global_name("loss_head.head.weight", tied=True) == "embed.weight"
+    assert global_name("loss_head.head.weight", tied=False) == "loss_head.head.weight"
+    assert global_name("layers.0.attn.qkv.weight", tied=True) == "layers.0.attn.qkv.weight"
+
+
+def test_the_family_follows_from_the_positions_unless_it_is_set() -> None:
+    learned = dataclasses.replace(BASE, position="learned", max_positions=13)
+    assert (family_of(BASE), family_of(learned)) == ("llama", "gpt2")
+    assert resolve(Config(model=learned), 1).model.family == "gpt2"
+    other = resolve(Config(model=dataclasses.replace(learned, family="llama")), 1).model
+    assert family_of(other) == "llama"
+    assert [p.there for p in projections(other)["attn.qkv"]] == ["q_proj", "k_proj", "v_proj"]
+    assert names_there("layers.1.attn.out.weight", other) == ["model.layers.1.self_attn.o_proj.weight"]
+    with pytest.raises(ValueError, match=r"'pos_embed\.weight' has no counterpart"):
+        names_there("pos_embed.weight", other)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(("tp", "pp", "kv"), [(1, 1, 2), (2, 1, 2), (4, 1, 2), (2, 3, 1), (1, 2, 4)])
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_plan_counts_what_a_stage_holds(mode: str, tp: int, pp: int, kv: int, tied: bool) -> None:
+    from megalite.engine.engine import build
+
+    model = dataclasses.replace(BASE, num_kv_heads=kv, qkv_bias=True, qk_norm=True, tie_embeddings=tied)
+    config = Config(
+        model=model,
+        parallel=ParallelConfig(tp=tp, pp=pp),
+        tune=TuneConfig(mode=mode, lora_rank=3),
+        train=TrainConfig(seq_len=8),
+    )
+    config = resolve(config, tp * pp)
+
+    def main(world: World) -> tuple[int, int, int]:
+        engine = build(config, world)
+        held = sum(p.numel() for p in engine.parameters.values())
+        updated = sum(p.numel() for p in engine.parameters.values() if p.requires_grad)
+        return engine.mesh.pp.rank, held, updated
+
+    needs = stage_memory(config, "cpu")
+    for stage, held, updated in [main(SoloWorld())] if tp * pp == 1 else run_threads(tp * pp, main):
+        assert needs[stage].weights == 4 * held
+        assert needs[stage].gradients == 4 * updated
