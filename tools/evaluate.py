@@ -40,7 +40,7 @@ from megalite.run import together
 from megalite.run.agree import paths_report
 
 if TYPE_CHECKING:
-    from megalite.engine.engine import Stage
+    from megalite.engine.stage import Stage
     from megalite.parallel.groups import World
 
 SEQ_LEN = 2048

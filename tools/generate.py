@@ -29,7 +29,7 @@ from megalite.run.agree import paths_report
 from megalite.text.rows import decode, filled_lines, kind, parse_json, text_fault
 
 if TYPE_CHECKING:
-    from megalite.engine.engine import Stage
+    from megalite.engine.stage import Stage
     from megalite.parallel.groups import World
 
 WEEK_S = 7 * 24 * 3600.0

@@ -7,6 +7,7 @@ import argparse
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,6 +22,8 @@ EXAMPLES = """examples:
   python tools/schedule.py 1f1b --stages 4 --microbatches 8
   python tools/schedule.py gpipe --stages 4 --microbatches 8 --png gpipe.png
   python tools/schedule.py 1f1b --stages 4 --microbatches 8 --stage-factors 1 1 1 1.5
+  python tools/schedule.py interleaved --stages 4 --chunks 2 --microbatches 8
+  python tools/schedule.py zb-h1 --stages 4 --microbatches 8
 """
 
 
@@ -28,10 +31,12 @@ def build_parser() -> Parser:
     parser = Parser(description=__doc__, epilog=EXAMPLES)
     add = parser.add_argument
     add("schedule", help=f"{', '.join(SCHEDULES)} or forward_only")
-    add("--stages", type=int, required=True, metavar="P", help="pipeline stages, one a rank")
+    add("--stages", type=int, required=True, metavar="P", help="pipeline ranks, parallel.pp")
+    add("--chunks", type=int, default=1, metavar="V", help="stages on each rank, parallel.chunks; default: 1")
     add("--microbatches", type=int, required=True, metavar="M", help="microbatches a step")
-    add("--forward-cost", type=float, default=1, metavar="T", help="time of one forward; default: 1")
-    add("--backward-cost", type=float, default=2, metavar="T", help="time of one backward; default: 2")
+    add("--forward-cost", type=float, default=1, metavar="T", help="time of one forward of one stage; default: 1")
+    halves = "time of one backward of one stage; its halves, where it is split, cost half of it; default: 2"
+    add("--backward-cost", type=float, default=2, metavar="T", help=halves)
     add("--communication-cost", type=float, default=0, metavar="T", help="time of one transfer; default: 0")
     factors = "one factor per stage on its costs, for stages of unequal size; default: all 1"
     add("--stage-factors", type=float, nargs="+", default=[], metavar="X", help=factors)
@@ -42,20 +47,22 @@ def build_parser() -> Parser:
 
 
 def show(args: argparse.Namespace) -> None:
-    p, m = args.stages, args.microbatches
-    plan = make_plan(args.schedule, p, m, {**SCHEDULES, "forward_only": forward_only})
-    if args.stage_factors and len(args.stage_factors) != p:
-        raise ValueError(f"--stage-factors has {len(args.stage_factors)} numbers for --stages {p}; give {p}")
-    factors = tuple(args.stage_factors)
-    costs = Costs(args.forward_cost, args.backward_cost, communication=args.communication_cost, stage_factors=factors)
+    p, m, v = args.stages, args.microbatches, args.chunks
+    plan = (forward_only if args.schedule == "forward_only" else partial(make_plan, args.schedule))(p, m, v)
+    if args.stage_factors and len(args.stage_factors) != p * v:
+        raise ValueError(
+            f"--stage-factors has {len(args.stage_factors)} numbers for --stages {p} x --chunks {v}; give {p * v}"
+        )
+    half, factors = args.backward_cost / 2, tuple(args.stage_factors)
+    costs = Costs(args.forward_cost, args.backward_cost, half, half, args.communication_cost, factors)
     played = simulate(plan, costs)
     tty = sys.stdout.isatty()
     print(text_grid(played, shutil.get_terminal_size().columns if tty else None, colour=tty))
-    formula = f"(p-1)/(m+p-1) = {(p - 1) / (m + p - 1):.2%}"
+    formula = f"1F1B's (p-1)/(m+p-1) = {(p - 1) / (m + p - 1):.2%}"
     if args.stage_factors or args.communication_cost:
         formula += " for equal stages and free transfers"
     print(f"\nmakespan  {played.makespan:g}")
-    print(f"bubble    {played.bubble:.2%}; formula {formula}")
+    print(f"bubble    {played.bubble:.2%}; {formula}")
     print(f"peak live activations, by rank  {' '.join(map(str, played.peak_live))}")
     if args.lowered:
         lowered = lower(plan, costs)
@@ -66,7 +73,8 @@ def show(args: argparse.Namespace) -> None:
         sends = sum(action.op == "SEND" for actions in lowered for action in actions)
         print(f"{sends} transfers; with blocking sends: no deadlock, makespan {blocked.makespan:g}")
     if args.png:
-        title = f"{args.schedule}: p = {p}, m = {m}, bubble {played.bubble:.1%}, peak {max(played.peak_live)}"
+        chunks = f", v = {v}" if v > 1 else ""
+        title = f"{args.schedule}: p = {p}, m = {m}{chunks}, bubble {played.bubble:.1%}, peak {max(played.peak_live)}"
         save_png(played, args.png, f"{title} live activations")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from megalite.config.batch import skipped_ranges, total_samples
 from megalite.config.errors import ConfigError
 from megalite.config.param_groups import check_groups
+from megalite.config.pipeline_rules import microbatch_fault, stage_fault
 from megalite.config.schema import MOST_BATCH, Config, ModelConfig, TuneConfig
 from megalite.config.shapes import shapes, with_family
 from megalite.config.trained import adapter_shapes, hidden_matrices, trained
@@ -151,21 +152,8 @@ def _check_topology(config: Config, world_size: int) -> None:
         f"parallel.tp={p.tp} neither divides model.num_kv_heads={m.num_kv_heads} nor is a multiple of it; "
         f"use {_either(allowed)}",
     )
-    _require(
-        p.pp <= m.num_layers,
-        f"parallel.pp={p.pp} stages need at least {p.pp} layers, model.num_layers={m.num_layers}; "
-        f"use parallel.pp={m.num_layers} or less",
-    )
-    if p.stages is not None:
-        total = sum(p.stages)
-        _require(
-            len(p.stages) == p.pp,
-            f"parallel.stages={list(p.stages)} names {len(p.stages)} stages, parallel.pp={p.pp}; make them equal",
-        )
-        _require(
-            total == m.num_layers,
-            f"parallel.stages={list(p.stages)} adds up to {total}, model.num_layers={m.num_layers}; make them equal",
-        )
+    fault = stage_fault(config)
+    _require(not fault, fault)
     _require(
         p.recompute_layers == 0 or p.recompute != "none",
         f"parallel.recompute_layers={p.recompute_layers} has no effect with parallel.recompute=none; "
@@ -209,6 +197,8 @@ def _check_batch(config: Config) -> None:
             f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
             f"{t.micro_batch_size} x dp {dp} = {unit}; {remedy}"
         )
+    fault = microbatch_fault(config)
+    _require(not fault, fault)
     if t.ramp_start or t.ramp_samples:
         _require(
             t.ramp_samples > 0 and 0 < t.ramp_start <= t.global_batch_size and t.ramp_start % unit == 0,

@@ -68,11 +68,11 @@ def from_mapping(nested: Mapping[str, Any], where: str = "config") -> Config:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where}: {section} is a section; write e.g. {_first_key(section)}=...")
         hints = hints_of(SECTIONS[section])
-        metadata = {f.name: f.metadata for f in dataclasses.fields(SECTIONS[section])}
+        choices = {f.name: (f.metadata["choices"], f.metadata["near"]) for f in dataclasses.fields(SECTIONS[section])}
         # train.epochs may say how long the run is
         given = {k: v for k, v in values.items() if (section, k) != ("train", "steps") or not _is_null(v)}
         sections[section] = SECTIONS[section](
-            **{k: coerce(f"{section}.{k}", v, hints[k], metadata[k]["choices"]) for k, v in given.items()}
+            **{k: coerce(f"{section}.{k}", v, hints[k], *choices[k]) for k, v in given.items()}
         )
     return Config(**sections)
 

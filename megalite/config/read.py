@@ -10,7 +10,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,8 +88,13 @@ def read_yaml_file(path: Path) -> Any:
     return {section: {} if values == "" else values for section, values in nested.items()}
 
 
-def coerce(key: str, value: Any, hint: Any, choices: Sequence[str]) -> Any:
-    """`value` (text, list or mapping, as YAML gave it) as the type of its key; ConfigError if it is not one."""
+def coerce(
+    key: str, value: Any, hint: Any, choices: Sequence[str] = (), nearest: Callable[[str], str | None] | None = None
+) -> Any:
+    """`value` (text, list or mapping, as YAML gave it) as the type of its key; ConfigError if it is not one.
+
+    `nearest`: the choice that an unknown text may mean, or None; default: the one of most similar spelling.
+    """
     if typing.get_origin(hint) is types.UnionType:
         if value is None or (isinstance(value, str) and value in ("null", "~", "", "auto")):
             return None
@@ -110,10 +115,10 @@ def coerce(key: str, value: Any, hint: Any, choices: Sequence[str]) -> Any:
         raise ConfigError(f"{key}={shown(value)}: expected {type_name(hint)}, not a list or mapping")
     if hint is str:
         if choices and value not in choices:
-            near = difflib.get_close_matches(value[:80], choices, n=1, cutoff=0.4)
+            near = nearest(value[:80]) if nearest else _most_alike(value[:80], choices)
             raise ConfigError(
                 f"{key}={shown(value)}: must be one of {', '.join(choices)}"
-                + (f"; did you mean {near[0]}?" if near else "")
+                + (f"; did you mean {near}?" if near else "")
             )
         return value
     if hint is bool:
@@ -121,6 +126,10 @@ def coerce(key: str, value: Any, hint: Any, choices: Sequence[str]) -> Any:
             return value.lower() == "true"
         raise ConfigError(f"{key}={shown(value)}: expected bool; write true or false")
     return _int(key, value) if hint is int else _float(key, value)
+
+
+def _most_alike(value: str, choices: Sequence[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(value, choices, n=1, cutoff=0.4)), None)
 
 
 def _plain(value: str) -> str:

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from megalite.config.values import Range
+from megalite.pipeline.schedule import SCHEDULES, nearest
 
 MOST_LAYERS = 1000  # what planning is quick for; the deepest models known have 126 to 1000
 MOST_STEPS = 10**9
@@ -29,9 +30,9 @@ TIMEOUT = Range(1, 7 * 86400, 600)
 TURNS = Range(0, 10**6, 4, above=True)
 
 
-def _key(default: Any, help: str, range: Range | None = None, *, choices: tuple[str, ...] = (), path: str = "") -> Any:
-    """A key. `range`: of a number, and of each of a list of them. `path`: "in" is read, "out" written."""
-    metadata = {"help": help, "choices": choices, "range": range, "path": path}
+def _key(default: Any, help: str, range: Range | None = None, *, path: str = "", **names: Any) -> Any:
+    """A key. `range`: of each number. `path`: "in" is read, "out" written. `near`: the choice another text may mean."""
+    metadata = {"help": help, "choices": (), "near": None, "range": range, "path": path, **names}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -97,16 +98,15 @@ class ParallelConfig:
     """The mesh and how the model is laid on it: world size = pp x dp x cp x tp."""
 
     tp: int | None = _key(None, "tensor-parallel ranks per replica; null: chosen", Range(1, 10**4, 8))
-    pp: int | None = _key(None, "pipeline stages; null: chosen", Range(1, MOST_LAYERS, 4))
+    pp: int | None = _key(None, "pipeline ranks per replica; null: chosen", Range(1, MOST_LAYERS, 4))
     dp: int | None = _key(None, "data-parallel replicas; null: world size / (tp pp cp)", Range(1, 10**6, 8))
     cp: int = _key(1, "context-parallel ranks; only 1 for now, the axis of the mesh exists", Range(1, 10**4, 1))
     sp: bool = _key(True, "sequence parallel: shard norms and residuals over tp along the sequence")
-    schedule: str = _key("1f1b", "pipeline schedule", choices=("1f1b", "gpipe"))
+    schedule: str = _key("1f1b", "pipeline schedule", choices=tuple(SCHEDULES), near=nearest)
+    chunks: int = _key(1, "stages on each pipeline rank; interleaved needs 2 or more", Range(1, MOST_LAYERS, 2))
     stages: tuple[int, ...] | None = _key(None, "layers on each stage; null: balanced", Range(1, MOST_LAYERS, 8))
     recompute: str = _key(
-        "none",
-        "keep less for backward and compute it again: the attention core, or whole blocks",
-        choices=("none", "selective", "full"),
+        "none", "compute again in backward: the attention core, or blocks", choices=("none", "selective", "full")
     )
     recompute_layers: int = _key(0, "first layers of a stage that recompute; 0: all", Range(0, MOST_LAYERS, 8))
     overlap: bool = _key(True, "sum gradient buckets over dp while the backward still computes")

@@ -1,1 +1,1 @@
-"""The engine of one rank: stages that run forward, and what learns."""
+"""One rank's stages of the model: what runs forward, and what learns."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megalite.data.dataset import Samples
 from megalite.engine.batches import load_microbatches
-from megalite.engine.engine import Stage
+from megalite.engine.stage import Stage
 from megalite.parallel.groups import sum_numbers
 from megalite.watch.progress import Bar
 

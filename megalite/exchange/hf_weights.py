@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megalite.exchange.hf_folder import HFFolder, Stored
 from megalite.model.layouts import from_hf
-from megalite.model.names import is_turned, names_there
+from megalite.model.names import is_transposed, names_there
 from megalite.parallel.cuts import Shard
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -37,7 +37,7 @@ def read_local(folder: HFFolder, name: str, shard: Shard) -> Tensor:
     """What `shard` says a rank holds of the parameter `name`; only those rows, or columns, are read. Padding is 0."""
     model = folder.model
     there = [folder.tensors[other] for other in names_there(name, model)]
-    turned = is_turned(name, model)
+    transposed = is_transposed(name, model)
     dtype = stored_dtype(folder, name)
     local = torch.zeros(shard.local_shape, dtype=dtype)
     for piece in shard.pieces:
@@ -46,12 +46,12 @@ def read_local(folder: HFFolder, name: str, shard: Shard) -> Tensor:
             # cut by columns: one tensor there, its rows as here
             (stored,) = there
             columns = slice(piece.start, piece.start + piece.length)
-            rows.copy_(_read(stored, columns).t() if turned else _read(stored, slice(None), columns))
+            rows.copy_(_read(stored, columns).t() if transposed else _read(stored, slice(None), columns))
             continue
         done = 0
         for index, low, high in _runs(folder, name, range(piece.start, piece.start + piece.length)):
             part = slice(low, high)
-            values = _read(there[index], slice(None), part).t() if turned else _read(there[index], part)
+            values = _read(there[index], slice(None), part).t() if transposed else _read(there[index], part)
             rows[done : done + high - low].copy_(values)
             done += high - low
     return local
@@ -73,8 +73,8 @@ def _runs(folder: HFFolder, name: str, rows: range) -> Iterator[tuple[int, int, 
     """
     model, there = folder.model, names_there(name, folder.model)
     shapes = [folder.tensors[other].shape for other in there]
-    turned = is_turned(name, model)
-    counts = [shape[-1 if turned else 0] for shape in shapes]
+    transposed = is_transposed(name, model)
+    counts = [shape[-1 if transposed else 0] for shape in shapes]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     numbers = {o: torch.arange(start, start + count) for o, start, count in zip(there, starts, counts, strict=True)}
     sources = from_hf(numbers.__getitem__, name, model)[rows.start : rows.stop].tolist()

@@ -5,8 +5,8 @@ A batch is padded on the left, so that its rows end at one column; bounds hide t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import read_manifest
 from megalite.checkpoint.load import load
-from megalite.engine.engine import Stage, build_stage
+from megalite.engine.stage import Stage, build_stage
 from megalite.exchange.hf_folder import HFFolder
 from megalite.exchange.hf_weights import fill, nothing
 from megalite.exchange.merge import open_merged
@@ -71,8 +71,16 @@ class LastToken(nn.Module):
 
 
 @contextmanager
-def decoding(model: Decoder) -> Iterator[None]:
+def decoding(models: Iterable[Decoder]) -> Iterator[None]:
     """Empty caches around the attention cores, and logits of the last token alone, until left."""
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(_decoding(model))
+        yield
+
+
+@contextmanager
+def _decoding(model: Decoder) -> Iterator[None]:
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
     cores, head = [attention.core for attention in attentions], model.loss_head
     try:
@@ -124,7 +132,7 @@ def decode(stage: Stage, prompts: Sequence[Sequence[int]], settings: Settings) -
     ragged, start = bool(pad.any()), 0
     # a row that has ended runs on beside the others, and must find a position
     last = (stage.config.model.max_positions or 2**31) - 1
-    with decoding(stage.model):
+    with decoding(stage.models.values()):
         while True:
             column = torch.arange(start, start + tokens.shape[1], device=device).expand(len(prompts), -1)
             positions = (column - pad[:, None]).clamp(0, last)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from megalite.engine.batches import Microbatch
-from megalite.engine.engine import Stage
 from megalite.engine.heldout import AT_ONCE
+from megalite.engine.stage import Stage
 from megalite.inference.decode import stream
 from megalite.inference.eval_rows import Cloze, Scores
 from megalite.inference.reply import Reply, Settings

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.config import ModelConfig
 from megalite.config.parameters import row_of
-from megalite.model.names import is_turned, names_there
+from megalite.model.names import is_transposed, names_there
 
 
 def to_hf(name: str, whole: Tensor, model: ModelConfig) -> dict[str, Tensor]:
@@ -27,13 +27,13 @@ def to_hf(name: str, whole: Tensor, model: ModelConfig) -> dict[str, Tensor]:
     """
     names = names_there(name, model)
     if row_of(name).cut != "qkv":
-        return dict(zip(names, (_turned(part, name, model) for part in whole.chunk(len(names))), strict=True))
+        return dict(zip(names, (_transposed(part, name, model) for part in whole.chunk(len(names))), strict=True))
     groups, queries, head_dim = _grouping(model)
     # [g, queries + key + value, d, ...]
     rows = whole.unflatten(0, (groups, queries + 2, head_dim))
     parts = [rows[:, :-2].flatten(0, 2), rows[:, -2].flatten(0, 1), rows[:, -1].flatten(0, 1)]
     if len(names) == 1:
-        return {names[0]: _turned(torch.cat(parts), name, model)}
+        return {names[0]: _transposed(torch.cat(parts), name, model)}
     return {there: part.contiguous() for there, part in zip(names, parts, strict=True)}
 
 
@@ -42,7 +42,7 @@ def from_hf(get: Callable[[str], Tensor], name: str, model: ModelConfig) -> Tens
 
     A tied head is not asked for: its only name is embed.weight.
     """
-    parts = [_turned(get(there), name, model) for there in names_there(name, model)]
+    parts = [_transposed(get(there), name, model) for there in names_there(name, model)]
     if row_of(name).cut == "qkv":
         groups, queries, head_dim = _grouping(model)
         heads = (queries, 1, 1)
@@ -54,9 +54,9 @@ def from_hf(get: Callable[[str], Tensor], name: str, model: ModelConfig) -> Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _turned(matrix: Tensor, name: str, model: ModelConfig) -> Tensor:
+def _transposed(matrix: Tensor, name: str, model: ModelConfig) -> Tensor:
     """From [out, in] to [in, out] or back, where the two sides differ."""
-    return matrix.t().contiguous() if is_turned(name, model) else matrix
+    return matrix.t().contiguous() if is_transposed(name, model) else matrix
 
 
 def _grouping(model: ModelConfig) -> tuple[int, int, int]:

@@ -41,11 +41,11 @@ def hf_shapes(model: ModelConfig) -> dict[str, Shape]:
         rows = [size[word] for word in words] if len(there) > 1 else [shape[0]]
         for other, count in zip(there, rows, strict=True):
             part = (count, *shape[1:])
-            found[other] = part[::-1] if is_turned(name, model) else part
+            found[other] = part[::-1] if is_transposed(name, model) else part
     return found
 
 
-def is_turned(name: str, model: ModelConfig) -> bool:
+def is_transposed(name: str, model: ModelConfig) -> bool:
     """Whether the parameter `name` is [out, in] here and [in, out] there."""
     return FAMILIES[family_of(model)].transposed and is_hidden_matrix(name)
 

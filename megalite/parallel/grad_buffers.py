@@ -49,7 +49,8 @@ class GradBuffers:
     `group`: the replicas over which gradients are summed; `groups[name]` replaces it for the parameters it names.
     Gradients accumulate in promote(dtype, fp32); parameters of that dtype accumulate straight into the view.
     Parameters are laid out by group, and within one in reverse, the order in which backward reaches them; one named in
-    `alone` has a bucket of its own.
+    `alone` has a bucket of its own. `accumulations`: how many gradients of a parameter each microbatch adds, if it is
+    not one.
 
     `spans[name]`: elements of the flattened local parameter that this rank, of all replicas, counts in norms and stores
     in checkpoints: its share if `sharded`; otherwise the first replica has all. `reduced[name]`: the part of the
@@ -64,9 +65,11 @@ class GradBuffers:
         overlap: bool,
         sharded: bool = False,
         alone: Collection[str] = (),
+        accumulations: Mapping[str, int] | None = None,
         groups: Mapping[str, Group] | None = None,
     ) -> None:
         self.overlap, self.sharded = overlap, sharded
+        self.accumulations = accumulations or {}
         self._parameters = dict(list(parameters.items())[::-1])
         # a stage may train nothing
         first: Tensor = next(iter(self._parameters.values()), torch.empty(0))
@@ -156,7 +159,7 @@ class GradBuffers:
         """Clear the gradients and expect `num_microbatches` backwards."""
         self.flat.zero_()
         for bucket in self.buckets:
-            bucket.waiting = num_microbatches * len(bucket.names)
+            bucket.waiting = num_microbatches * sum(self.accumulations.get(name, 1) for name in bucket.names)
             bucket.pending = None
 
     def _start(self, bucket: Bucket) -> None:

@@ -16,18 +16,22 @@ LEGEND = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight g
 def text_grid(played: Simulation, width: int | None = None, colour: bool = False) -> str:
     """One row per rank, one column per unit of time: `F3` a forward, `B3---` a longer backward, `.` idle.
 
-    The unit divides all times or, where that would be far too fine, is the shortest action; times are then
-    rounded. Rows of more than `width` characters go on in further blocks below. `colour` adds ANSI colours.
+    A rank's second stage has an apostrophe, `F3'`, its third two. The unit divides all times or, if that is far too
+    fine, is the shortest action; times are then rounded. Rows of more than `width` characters continue in further
+    blocks below. `colour` adds ANSI colours.
     """
     events = _computations(played)
     unit = _unit(events)
     digits = len(str(max((event.action.microbatch for event in events), default=0)))
-    cell = digits + 2
+    chunks = _chunks(played)
+    cell = digits + 2 + max(chunks.values(), default=0)
     columns = _column(played.makespan, unit)
     rows = [["." + " " * (cell - 1)] * columns for _ in played.timelines]
     for event in events:
         start, end = _column(event.start, unit), _column(event.end, unit)
-        text = f"{event.action.op}{event.action.microbatch}".ljust((end - start) * cell - 1, "-") + " "
+        name = f"{event.action.op}{event.action.microbatch}" + "'" * chunks[event.action.stage]
+        # of a length of one unit there is nothing to draw out
+        text = name.ljust((end - start) * cell - 1, "-" if end - start > 1 else " ") + " "
         for column in range(start, end):
             part = text[(column - start) * cell :][:cell]
             if colour:
@@ -48,7 +52,7 @@ def text_grid(played: Simulation, width: int | None = None, colour: bool = False
 
 def save_png(played: Simulation, path: str | Path, title: str) -> None:
     """Draw the plan with matplotlib: one row per rank, time to the right, the microbatch in every box
-    and the peak of live activations behind every row.
+    and the peak of live activations behind every row; a rank's later stages are paler.
 
     The kind of picture follows the ending of `path` (png, svg, pdf). Raises ModuleNotFoundError with the
     remedy where matplotlib is missing, OSError where `path` cannot be written, ValueError for an ending
@@ -60,7 +64,7 @@ def save_png(played: Simulation, path: str | Path, title: str) -> None:
     except ModuleNotFoundError as error:
         remedy = "a picture needs matplotlib, which is not installed: pip install megalite[plot]"
         raise ModuleNotFoundError(remedy) from error
-    events, ranks = _computations(played), len(played.timelines)
+    events, ranks, chunks = _computations(played), len(played.timelines), _chunks(played)
     shortest = min((event.end - event.start for event in events), default=1)
     inches = min(max(6.5, 0.3 * played.makespan / shortest), 40)
     points = 72 * (inches - 1) * shortest / max(played.makespan, shortest)
@@ -70,7 +74,8 @@ def save_png(played: Simulation, path: str | Path, title: str) -> None:
     for event in events:
         action, length = event.action, event.end - event.start
         edge = 0.8 if points > 6 else 0.2
-        corner, colour = (event.start, event.rank - 0.42), COLOURS[action.op]
+        corner = (event.start, event.rank - 0.42)
+        colour = (COLOURS[action.op], 1 - 0.6 * chunks[action.stage] / (1 + max(chunks.values())))
         box = Rectangle(corner, length, 0.84, facecolor=colour, edgecolor="white", linewidth=edge)
         axes.add_patch(box)
         if points * length / shortest > 7:
@@ -93,6 +98,12 @@ def save_png(played: Simulation, path: str | Path, title: str) -> None:
 
 def _computations(played: Simulation) -> list[Event]:
     return [event for event in played.events if event.action.op in COMPUTE and event.end > event.start]
+
+
+def _chunks(played: Simulation) -> dict[int, int]:
+    """Of each stage, how many stages before it stand on its rank."""
+    stages = [sorted({event.action.stage for event in timeline}) for timeline in played.timelines]
+    return {stage: chunk for own in stages for chunk, stage in enumerate(own)}
 
 
 def _unit(events: list[Event]) -> float:

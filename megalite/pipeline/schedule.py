@@ -2,10 +2,12 @@
 
 A `Plan` holds one list of `Action`s per pipeline rank. Nothing here computes, communicates or imports
 torch: `simulate` plays a plan on paper, `lower` adds the communication to it, the executor obeys it, so
-what runs, what is predicted and what is drawn are the same lists.
+what runs, what is predicted and what is drawn are the same lists. A new schedule is a function that returns
+a plan, and a row of `SCHEDULES`.
 
-Microbatches are numbered from 0 and every schedule runs the backwards of a stage in that order: gradients
-are then summed in the same order under every schedule, and the sums agree bit for bit.
+A rank holds one stage, or with v chunks v of them: stage c·p + r is chunk c of rank r. Microbatches are
+numbered from 0 and every schedule runs the backwards of a stage (and, split, its weight gradients) in that
+order: gradients are then summed in the same order under every schedule, and the sums agree bit for bit.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,28 +48,31 @@ Plan = list[list[Action]]
 """One list of actions per pipeline rank, each in the order in which the rank runs it."""
 
 
-def gpipe(num_stages: int, num_microbatches: int) -> Plan:
+def stages_of_rank(rank: int, num_ranks: int, chunks: int) -> range:
+    """The stages on one rank, by chunk."""
+    return range(rank, num_ranks * chunks, num_ranks)
+
+
+def gpipe(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
     """All forwards, then all backwards (Huang et al. 2019, "GPipe", sections 2.2 and 2.3).
 
     Bubble (p-1)/(m+p-1); every rank keeps all m activations. The paper's figure 2 runs the backwards last
     in, first out; here they run first in, first out, which costs the same and sums gradients as 1F1B does.
     """
-    _refuse_below_one(num_stages, num_microbatches)
     microbatches = range(num_microbatches)
-    return [[Action(s, op, m) for op in "FB" for m in microbatches] + [Action(s, "REDUCE")] for s in range(num_stages)]
+    return [[Action(s, op, m) for op in "FB" for m in microbatches] + [Action(s, "REDUCE")] for s in range(num_ranks)]
 
 
-def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
+def one_f_one_b(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
     """Warmup forwards, then one forward and one backward in turn, then the backwards left over.
 
     Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
     section 2.2 (PipeDream-Flush). The bubble is GPipe's, (p-1)/(m+p-1), also when m < p, but rank r keeps
     only min(p-r, m) activations: its warmup is the p-r-1 forwards the ranks after it need to fill up.
     """
-    _refuse_below_one(num_stages, num_microbatches)
     plan: Plan = []
-    for s in range(num_stages):
-        warmup = min(num_stages - s - 1, num_microbatches)
+    for s in range(num_ranks):
+        warmup = min(num_ranks - s - 1, num_microbatches)
         actions = [Action(s, "F", m) for m in range(warmup)]
         for m in range(warmup, num_microbatches):
             actions += [Action(s, "F", m), Action(s, "B", m - warmup)]
@@ -75,32 +81,127 @@ def one_f_one_b(num_stages: int, num_microbatches: int) -> Plan:
     return plan
 
 
-def forward_only(num_stages: int, num_microbatches: int) -> Plan:
-    """Forwards alone, for evaluation and generation: nothing is kept, nothing is reduced."""
-    _refuse_below_one(num_stages, num_microbatches)
-    return [[Action(s, "F", m) for m in range(num_microbatches)] for s in range(num_stages)]
+def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Plan:
+    """1F1B over several chunks a rank (Narayanan et al. 2021, section 2.2, figure 4).
+
+    Microbatches run in groups of p: for each group, each chunk takes all of the group; backward the same with the
+    chunks reversed. Bubble (p-1)/(m·v+p-1), a v-th of 1F1B's idle time; rank r keeps at most
+    min(2(p-r-1)+(v-1)p+1, m·v) activations, each of one chunk. Raises ValueError if p does not divide m.
+    """
+    p, m, v = num_ranks, num_microbatches, chunks
+    if m % p:
+        raise ValueError(
+            f"interleaved runs microbatches in groups of {p}, one for each rank, and {m} is not a multiple of {p}; "
+            f"use {m // p * p or p} or {-(-m // p) * p} microbatches"
+        )
+    plan: Plan = []
+    for rank in range(p):
+        steps = [(chunk, group + i) for group in range(0, m, p) for chunk in range(v) for i in range(p)]
+        forwards = [Action(chunk * p + rank, "F", i) for chunk, i in steps]
+        backwards = [Action((v - 1 - chunk) * p + rank, "B", i) for chunk, i in steps]
+        warmup = min(2 * (p - rank - 1) + (v - 1) * p, m * v)
+        actions = forwards[:warmup]
+        for forward, backward in zip(forwards[warmup:], backwards):
+            actions += [forward, backward]
+        actions += backwards[m * v - warmup :]
+        plan.append([*actions, *(Action(s, "REDUCE") for s in reversed(stages_of_rank(rank, p, v)))])
+    return plan
 
 
-Schedule = Callable[[int, int], Plan]
-SCHEDULES: Mapping[str, Schedule] = {"gpipe": gpipe, "1f1b": one_f_one_b}
+def zb_h1(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
+    """1F1B whose weight gradients wait until there is nothing else to do (Qi et al. 2023, section 3, ZB-H1).
+
+    On rank r a W follows its I by r microbatches. In units of one microbatch's forward f, input gradient i and weight
+    gradient w each rank idles for (p-1)(f+i-w) if w <= i and m >= p, beside 1F1B's (p-1)(f+i+w). Each rank keeps at
+    most min(p, m) microbatches, of which those between I and W only what the weight gradients need.
+    """
+    plan: Plan = []
+    for rank in range(num_ranks):
+        warmup, done = min(num_ranks - rank - 1, num_microbatches), 0
+        actions = [Action(rank, "F", m) for m in range(warmup)]
+        for m in range(num_microbatches):
+            if m + warmup < num_microbatches:
+                actions.append(Action(rank, "F", m + warmup))
+            actions.append(Action(rank, "I", m))
+            # after the last forward each I waits for the next rank, and a W fills the gap
+            if m - rank >= done or m + warmup >= num_microbatches:
+                actions.append(Action(rank, "W", done))
+                done += 1
+        actions += [Action(rank, "W", m) for m in range(done, num_microbatches)]
+        plan.append([*actions, Action(rank, "REDUCE")])
+    return plan
+
+
+def forward_only(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
+    """Forwards alone, for evaluation and generation: nothing is kept, nothing is reduced.
+
+    With several chunks microbatches run in groups of p, as in `interleaved`, but the last group may be smaller.
+    """
+    _require_one(num_ranks, num_microbatches, chunks)
+    p, m = num_ranks, num_microbatches
+    plan: Plan = []
+    for rank in range(p):
+        stages = stages_of_rank(rank, p, chunks)
+        groups = (range(first, min(first + p, m)) for first in range(0, m, p))
+        plan.append([Action(s, "F", i) for group in groups for s in stages for i in group])
+    return plan
+
+
+class Schedule(NamedTuple):
+    """A row of `SCHEDULES`. `names`: what others call it, for messages."""
+
+    plan: Callable[[int, int, int], Plan]
+    """plan(num_ranks, num_microbatches, chunks)."""
+    names: tuple[str, ...] = ()
+    chunked: bool = False
+    """Needs at least two chunks a rank, and a multiple of as many microbatches as there are ranks; else one chunk."""
+    splits: bool = False
+    """Whether it divides a backward into input gradient and weight gradient."""
+
+
+SCHEDULES: Mapping[str, Schedule] = {
+    "1f1b": Schedule(one_f_one_b, ("one_f_one_b", "pipedream_flush", "pipedream")),
+    "gpipe": Schedule(gpipe, ("afab", "fill_drain")),
+    "interleaved": Schedule(interleaved, ("interleaved_1f1b", "interleaved1f1b", "virtual", "vpp"), chunked=True),
+    "zb-h1": Schedule(zb_h1, ("zbh1", "zb_h1", "zb1p", "zero_bubble", "zerobubble"), splits=True),
+}
 """The schedules one can train with, by the name a user writes."""
 
 
-def make_plan(name: str, num_stages: int, num_microbatches: int, schedules: Mapping[str, Schedule] = SCHEDULES) -> Plan:
+def nearest(name: str) -> str | None:
+    """The schedule a user may have meant by an unknown `name`; None if nothing is near."""
+    known = {alias: key for key, row in SCHEDULES.items() for alias in (key, *row.names)}
+    near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.6) or get_close_matches(
+        name.lower(), known, n=1, cutoff=0.4
+    )
+    return known[near[0]] if near else None
+
+
+def make_plan(name: str, num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
     """The plan of the schedule called `name`.
 
-    Raises ValueError, with the nearest name, for a name that `schedules` lacks, and for numbers below 1.
+    Raises ValueError, with the nearest name, for an unknown name, for numbers below 1, and for chunks or microbatches
+    that the schedule cannot run with.
     """
-    if name not in schedules:
-        near = get_close_matches(name.lower(), schedules, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"unknown schedule {name!r}: {hint}use one of {', '.join(schedules)}")
-    return schedules[name](num_stages, num_microbatches)
+    if name not in SCHEDULES:
+        near = nearest(name)
+        hint = f"did you mean {near}? " if near else ""
+        raise ValueError(f"unknown schedule {name!r}: {hint}use one of {', '.join(SCHEDULES)}")
+    _require_one(num_ranks, num_microbatches, chunks)
+    schedule = SCHEDULES[name]
+    if schedule.chunked and chunks == 1:
+        raise ValueError(f"schedule {name} with chunks=1 is 1f1b; use 2 or more chunks, or 1f1b")
+    if chunks > 1 and not schedule.chunked:
+        chunked = " or ".join(key for key, row in SCHEDULES.items() if row.chunked)
+        raise ValueError(f"schedule {name} runs one chunk a rank, not chunks={chunks}; use chunks=1, or {chunked}")
+    return schedule.plan(num_ranks, num_microbatches, chunks)
 
 
-def _refuse_below_one(num_stages: int, num_microbatches: int) -> None:
-    if num_stages < 1:
-        raise ValueError(f"num_stages={num_stages} is below 1; use 1 to train without a pipeline")
+def _require_one(num_ranks: int, num_microbatches: int, chunks: int) -> None:
+    if num_ranks < 1:
+        raise ValueError(f"num_ranks={num_ranks} is below 1; use 1 to train without a pipeline")
+    if chunks < 1:
+        raise ValueError(f"chunks={chunks} is below 1; use 1 for one stage a rank")
     if num_microbatches < 1:
         raise ValueError(
             f"num_microbatches={num_microbatches} is below 1; a step runs at least one microbatch, so "

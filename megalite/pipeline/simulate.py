@@ -93,7 +93,8 @@ class Simulation:
     """Fraction of all ranks' time spent not computing: idle / (p * makespan). Narayanan et al. 2021 divide by
     the time without idling instead, and so write (p-1)/m where this is (p-1)/(m+p-1)."""
     peak_live: list[int]
-    """Per rank, the most microbatches (of all its stages) whose activations it keeps at one time."""
+    """Per rank, the most activations it keeps at one time, each of one microbatch on one of its stages: from F until B,
+    or until W where the backward is split. `live_counts` tells them apart."""
 
 
 def simulate(plan: Plan, costs: Costs = DEFAULT_COSTS, blocking_sends: bool = False) -> Simulation:
@@ -143,7 +144,7 @@ def simulate(plan: Plan, costs: Costs = DEFAULT_COSTS, blocking_sends: bool = Fa
     makespan = max((event.end for event in events), default=0)
     busy = sum(costs.of(event.action) for event in events)
     area = len(plan) * makespan
-    peaks = [_peak_live(actions) for actions in plan]
+    peaks = [max((sum(whole) + sum(kept) for whole, kept in live_counts(actions)), default=0) for actions in plan]
     return Simulation(events, timelines, makespan, (area - busy) / area if area else 0.0, peaks)
 
 
@@ -257,15 +258,30 @@ class _Graph:
             yield Action(source, "SEND", m, of, here), self.costs.communication
 
 
-def _peak_live(actions: list[Action]) -> int:
-    """The most forwards at once whose backward (B, or W where split) is not done; see `Simulation`."""
-    kept = {(action.stage, action.microbatch) for action in actions if action.op in ("B", "W")}
-    live = peak = 0
+def live_counts(actions: list[Action]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What one rank keeps, where it keeps most: (whole, kept), each one count per stage of the rank in their order.
+
+    `whole`: microbatches between F and B (or I), whose activations are all alive; `kept`: microbatches between I and W,
+    of which only what the weight gradients need is. Counts that another pair exceeds nowhere below are left out, so the
+    rank's peak in bytes is the largest of these pairs whatever an activation costs on each stage.
+    """
+    stages = sorted({action.stage for action in actions})
+    place = {stage: i for i, stage in enumerate(stages)}
+    ends = {(action.stage, action.microbatch) for action in actions if action.op in ("B", "W")}
+    counts = [0] * (2 * len(stages))
+    seen: set[tuple[int, ...]] = set()
     for action in actions:
+        whole, kept = place.get(action.stage, 0), place.get(action.stage, 0) + len(stages)
         if action.op == "F":
-            peak = max(peak, live + 1)
-            # Without a backward to come an activation is dropped as soon as it is sent on.
-            live += (action.stage, action.microbatch) in kept
-        if action.op in ("B", "W"):
-            live -= 1
-    return peak
+            counts[whole] += 1
+            seen.add(tuple(counts))
+            # without a backward to come an activation is dropped as soon as it is sent on
+            counts[whole] -= (action.stage, action.microbatch) not in ends
+        elif action.op in ("B", "I"):
+            counts[whole] -= 1
+            counts[kept] += action.op == "I"
+            seen.add(tuple(counts))
+        elif action.op == "W":
+            counts[kept] -= 1
+    largest = [a for a in seen if not any(a != b and all(x <= y for x, y in zip(a, b)) for b in seen)]
+    return [(a[: len(stages)], a[len(stages) :]) for a in sorted(largest)]

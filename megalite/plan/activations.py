@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megalite.config import Config
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -38,12 +40,29 @@ def activation_bytes(config: Config, recompute: str = "none") -> int:
     return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * kept)
 
 
-def stage_activation_bytes(config: Config, layers: int, live: int) -> int:
-    """Bytes of activations of a stage of `layers` blocks that keeps `live` microbatches.
-
-    A recomputing block holds all that it makes for as long as its own backward takes, one block at a time.
-    """
+def stage_activation_bytes(config: Config, layers: int) -> int:
+    """Bytes of activations that a stage of `layers` blocks keeps of one microbatch, on one tp rank."""
     p = config.parallel
     again = 0 if p.recompute == "none" else min(layers, p.recompute_layers or layers)
-    whole, less = activation_bytes(config), activation_bytes(config, p.recompute)
-    return live * (again * less + (layers - again) * whole) + (whole if again else 0)
+    return again * activation_bytes(config, p.recompute) + (layers - again) * activation_bytes(config)
+
+
+def recompute_bytes(config: Config) -> int:
+    """Bytes that a recomputing block makes for its own backward, on one tp rank; one block of a rank at a time."""
+    return 0 if config.parallel.recompute == "none" else activation_bytes(config)
+
+
+def deferred_bytes(config: Config, layers: int, last: bool) -> int:
+    """Bytes that a stage keeps of one microbatch from input gradient to weight gradient, on one tp rank.
+
+    Of each linear its input and its output gradient; `last`: of the head, too. An upper bound with frozen linears.
+    """
+    m, p, t = config.model, config.parallel, config.train
+    assert p.tp is not None
+    assert m.head_dim is not None
+    assert m.num_kv_heads is not None
+    heads, products = m.num_heads * m.head_dim, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+    inputs = 2 * m.hidden_size / (p.tp if p.sp else 1) + (heads + m.ffn_hidden_size) / p.tp
+    gradients = (products + (2 if m.gated else 1) * m.ffn_hidden_size) / p.tp + 2 * m.hidden_size
+    head = m.hidden_size / (p.tp if p.sp else 1) + math.ceil(m.vocab_size / p.tp) if last else 0
+    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * (layers * (inputs + gradients) + head))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -14,7 +15,9 @@ from itertools import accumulate, pairwise
 from megalite.config import Config, ModelConfig, TuneConfig
 from megalite.config.parameters import TABLE, Row, row_of, split_layer
 from megalite.config.shapes import local_shape
-from megalite.plan.activations import BYTES, stage_activation_bytes
+from megalite.pipeline.forecast import peak_bytes
+from megalite.pipeline.schedule import SCHEDULES, stages_of_rank
+from megalite.plan.activations import BYTES, deferred_bytes, recompute_bytes, stage_activation_bytes
 from megalite.plan.counts import head_flops, layer_flops, named_shapes
 
 GIB = 2**30
@@ -23,13 +26,13 @@ OVERHEAD_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.4 * GIB)}
 
 
 def stage_layers(config: Config) -> list[range]:
-    """The layers of each pipeline stage: parallel.stages, or cut so that the slowest stage is as fast as can be.
+    """The layers of each of pp x chunks stages: parallel.stages, or cut so that the slowest stage is as fast as can be.
 
     The output head counts for what it costs in layers; of equally good cuts the most even one is taken.
     """
     m, p = config.model, config.parallel
     assert p.pp is not None
-    counts = p.stages or _balanced(m.num_layers, p.pp, head_flops(m) / layer_flops(m, config.train.seq_len))
+    counts = p.stages or _balanced(m.num_layers, p.pp * p.chunks, head_flops(m) / layer_flops(m, config.train.seq_len))
     starts = [0, *accumulate(counts)]
     return [range(a, b) for a, b in pairwise(starts)]
 
@@ -80,9 +83,10 @@ class _Elements:
     last: int
     tied: int
 
-    def on(self, stage: int, stages: int, layers: range) -> int:
-        ends = self.first * (stage == 0) + (self.last + self.tied * (stage > 0)) * (stage == stages - 1)
-        return self.before[layers.stop] - self.before[layers.start] + ends
+    def on(self, rank: int, ranks: int, layers: Sequence[range]) -> int:
+        """On one pipeline rank, whose stages have these layers."""
+        ends = self.first * (rank == 0) + (self.last + self.tied * (rank > 0)) * (rank == ranks - 1)
+        return sum(self.before[r.stop] - self.before[r.start] for r in layers) + ends
 
 
 @lru_cache(maxsize=256)
@@ -108,8 +112,8 @@ def _elements(model: ModelConfig, tune: TuneConfig, tp: int, of: str) -> _Elemen
     return _Elements((0, *accumulate(layers)), ends["first"], ends["last"], tied)
 
 
-def stage_memory(config: Config, device: str) -> list[Memory]:
-    """Bytes per rank of a resolved configuration, by pipeline stage."""
+def rank_memory(config: Config, device: str) -> list[Memory]:
+    """Bytes per rank of a resolved configuration, by pipeline rank; a rank's stages are summed."""
     m, p, t = config.model, config.parallel, config.train
     assert p.tp is not None
     assert p.pp is not None
@@ -122,13 +126,13 @@ def stage_memory(config: Config, device: str) -> list[Memory]:
     # in half precision a gradient stands beside the fp32 one until it is added; the largest is the embedding's
     uses = 2 if m.tie_embeddings and p.pp == 1 else 1
     ends_trained = any(n in chosen for n in ("embed.weight", "loss_head.head.weight"))
-    found = []
-    for stage, layers in enumerate(stage_layers(config)):
-        ends = (stage == 0) + (stage == p.pp - 1 and not (m.tie_embeddings and p.pp == 1))
-        local = model.on(stage, p.pp, layers) + factors.on(stage, p.pp, layers)
-        updated = some.on(stage, p.pp, layers)
-        live = microbatches if p.schedule == "gpipe" else min(p.pp - stage, microbatches)
-        last = stage == p.pp - 1
+    stages, activations, found = stage_layers(config), _peak_activations(config, microbatches), []
+    for rank in range(p.pp):
+        layers = [stages[stage] for stage in stages_of_rank(rank, p.pp, p.chunks)]
+        last = rank == p.pp - 1
+        ends = (rank == 0) + (last and not (m.tie_embeddings and p.pp == 1))
+        local = model.on(rank, p.pp, layers) + factors.on(rank, p.pp, layers)
+        updated = some.on(rank, p.pp, layers)
         # logits, and their softmax in fp32 with one temporary
         logits = t.micro_batch_size * t.seq_len * -(-m.vocab_size // p.tp) * (element + 2 * wide) if last else 0
         passing = uses * m.vocab_size * m.hidden_size * element // p.tp if masters and ends and ends_trained else 0
@@ -137,7 +141,7 @@ def stage_memory(config: Config, device: str) -> list[Memory]:
                 weights=local * element,
                 gradients=updated * wide + passing,
                 optimizer=updated * (2 * wide + masters) // (p.dp if p.zero else 1),
-                activations=stage_activation_bytes(config, len(layers), live),
+                activations=activations[rank],
                 logits=logits,
                 overhead=OVERHEAD_BYTES[device],
             )
@@ -145,6 +149,18 @@ def stage_memory(config: Config, device: str) -> list[Memory]:
     return found
 
 
+def _peak_activations(config: Config, microbatches: int) -> list[int]:
+    """Bytes of activations that each pipeline rank keeps when it keeps most."""
+    p, layers = config.parallel, [len(r) for r in stage_layers(config)]
+    assert p.pp is not None
+    whole = [stage_activation_bytes(config, n) for n in layers]
+    kept = [0] * len(layers)
+    if SCHEDULES[p.schedule].splits:
+        kept = [deferred_bytes(config, n, stage == len(layers) - 1) for stage, n in enumerate(layers)]
+    peaks = peak_bytes(p.schedule, p.pp, microbatches, p.chunks, whole, kept)
+    return [peak + recompute_bytes(config) for peak in peaks]
+
+
 def memory(config: Config, device: str) -> Memory:
     """Bytes per rank of a resolved configuration, for the rank that needs most."""
-    return max(stage_memory(config, device), key=lambda need: need.total)
+    return max(rank_memory(config, device), key=lambda need: need.total)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from megalite.config import Config, ConfigError, resolve
 from megalite.config.check import valid_tp
-from megalite.plan.costs import GIB, Memory, memory, stage_memory
+from megalite.config.pipeline_rules import pipeline_fault
+from megalite.plan.costs import GIB, Memory, memory, rank_memory
 from megalite.plan.counts import parameters
 from megalite.plan.hardware import gpu_gib
 
@@ -91,18 +92,18 @@ def available_memory() -> int:
 def _layouts(config: Config, ranks: int, local: int) -> Iterator[Config]:
     """`config`, resolved, at every tp x pp that obeys the rules where it leaves them open."""
     m, p, t = config.model, config.parallel, config.train
-    if p.stages is not None and (sum(p.stages) != m.num_layers or p.pp != len(p.stages)):
-        return
     # how long the learning rate decays is no matter of memory, and slow to find out for a long ramp
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, decay_samples=10**15))
     for tp in valid_tp(m) if p.tp is None else [p.tp]:
         if p.tp is None and (tp > local or (p.sp and t.seq_len % tp)):
             continue
         for pp in range(1, min(m.num_layers, ranks) + 1) if p.pp is None else [p.pp]:
-            model_ranks = tp * pp * p.cp
-            dp, left = divmod(ranks, model_ranks)
-            if not left and p.dp in (None, dp) and t.global_batch_size % (t.micro_batch_size * dp) == 0:
-                yield resolve(dataclasses.replace(config, parallel=dataclasses.replace(p, tp=tp, pp=pp, dp=dp)), ranks)
+            dp, left = divmod(ranks, tp * pp * p.cp)
+            if left or p.dp not in (None, dp) or t.global_batch_size % (t.micro_batch_size * dp):
+                continue
+            layout = dataclasses.replace(config, parallel=dataclasses.replace(p, tp=tp, pp=pp, dp=dp))
+            if not pipeline_fault(layout):
+                yield resolve(layout, ranks)
 
 
 def choose_topology(config: Config, machine: Machine, explicit: frozenset[str]) -> tuple[Config, str]:
@@ -114,7 +115,7 @@ def choose_topology(config: Config, machine: Machine, explicit: frozenset[str]) 
     """
     p, ranks = config.parallel, machine.ranks
     if p.stages is not None and "parallel.pp" not in explicit:
-        p = dataclasses.replace(p, pp=len(p.stages))
+        p = dataclasses.replace(p, pp=max(1, len(p.stages) // p.chunks))
     if p.tp and p.pp and ranks % (p.tp * p.pp) == 0:
         why = "as asked" if {"parallel.tp", "parallel.pp"} <= explicit else "the preset's"
         return dataclasses.replace(config, parallel=p), _topology(p.tp, p.pp, ranks, why)
@@ -214,7 +215,7 @@ def memory_table(config: Config, machine: Machine) -> str:
     """The bytes of each rank by kind, a line for stages that are alike, and whether they fit."""
     p, rows = config.parallel, []
     width = (p.tp or 1) * (p.dp or 1) * p.cp
-    needs = stage_memory(config, machine.device)
+    needs = rank_memory(config, machine.device)
     start = 0
     for stage in range(1, len(needs) + 1):
         if stage == len(needs) or needs[stage] != needs[start]:
@@ -223,7 +224,7 @@ def memory_table(config: Config, machine: Machine) -> str:
             kinds = [f"{v / GIB:.2f}" for v in (*dataclasses.astuple(needs[start]), needs[start].total)]
             rows.append([stages, ranks, *kinds])
             start = stage
-    head = ["stage", "ranks", *(f.name for f in dataclasses.fields(Memory)), "total"]
+    head = ["stage" if p.chunks == 1 else "pp", "ranks", *(f.name for f in dataclasses.fields(Memory)), "total"]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = ["    " + "  ".join(word.rjust(w) for word, w in zip(row, widths)) for row in [head, *rows]]
     fullest = max(need.total for need in needs)

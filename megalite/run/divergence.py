@@ -90,19 +90,21 @@ def _losses(engine: Engine, microbatches: Sequence[Microbatch], dataset: Samples
 
 
 def _outputs(engine: Engine, microbatches: Sequence[Microbatch], dataset: Samples) -> str:
-    """Run the forward again and watch what each module gives: children are done before their parents."""
+    """Run the forward again and watch the output of each module: children are done before their parents."""
     seen: list[str] = []
-    done = 0
+    done = dict.fromkeys(engine.models, 0)
 
-    def look(name: str, module: nn.Module, inputs: object, output: object) -> None:
-        nonlocal done
+    def look(stage: int, name: str, module: nn.Module, inputs: object, output: object) -> None:
         if not seen and isinstance(output, Tensor) and not _finite(output):
-            seen.append(
-                f"the output of {name or 'the stage'} on {_here(engine)}, of {_samples(microbatches[done], dataset)}"
-            )
-        done += name == ""
+            samples = _samples(microbatches[done[stage]], dataset)
+            seen.append(f"the output of {name or 'the stage'} on {_here(engine)}, of {samples}")
+        done[stage] += name == ""
 
-    hooks = [module.register_forward_hook(partial(look, name)) for name, module in engine.model.named_modules()]
+    hooks = [
+        module.register_forward_hook(partial(look, stage, name))
+        for stage, model in engine.models.items()
+        for name, module in model.named_modules()
+    ]
     try:
         engine.losses(microbatches)
     finally:

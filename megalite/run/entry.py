@@ -21,6 +21,7 @@ from megalite.config import Config, ConfigError, Request, check, parse_command_l
 from megalite.config.batch import total_samples
 from megalite.exchange.hf_folder import find_tokenizer
 from megalite.exchange.hf_keys import check_hf, context_warning, with_hf
+from megalite.pipeline.forecast import bubble
 from megalite.plan import counts, topology
 from megalite.plan.costs import stage_layers
 from megalite.run.agree import Report, report
@@ -168,8 +169,9 @@ def check_threads(config: Config) -> None:
 def describe(config: Config, machine: topology.Machine) -> str:
     """The plan in a few lines: stages, batch, memory, work."""
     p, t = config.parallel, config.train
-    pp = p.pp or 1
-    stages = ", ".join(f"{len(r)}" for r in stage_layers(config))
+    ranks, layers = p.pp or 1, stage_layers(config)
+    # a rank with several stages holds every ranks-th of them
+    stages = ", ".join("+".join(f"{len(r)}" for r in layers[rank::ranks]) for rank in range(ranks))
     microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
     tokens = t.global_batch_size * t.seq_len
     flops = counts.run_flops(config)
@@ -177,9 +179,9 @@ def describe(config: Config, machine: topology.Machine) -> str:
     length = f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens" if t.epochs is None else f"{t.epochs:g} epochs"
     return (
         f"plan:\n"
-        f"  mesh: pp {pp} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
-        f"  layers by stage: {stages}; {p.schedule}, {microbatches} microbatches, bubble "
-        f"{(pp - 1) / (microbatches + pp - 1):.1%}\n"
+        f"  mesh: pp {ranks} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
+        f"  layers by {'stage' if p.chunks == 1 else 'rank and stage'}: {stages}; {p.schedule}, {microbatches} "
+        f"microbatches, bubble {bubble(p.schedule, ranks, microbatches, p.chunks):.1%}\n"
         f"{topology.memory_table(config, machine)}\n"
         f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
         f"{length} in all"

@@ -23,7 +23,7 @@ def poisoned(argv: Sequence[str], rank: int) -> int:
 
         def spoiled(engine: Engine, microbatches, *args, **kwargs):
             numbers = [number for mb in microbatches for number in mb.samples.tolist()]
-            module = next(iter(engine.model.layers.values())).mlp
+            module = next(iter(engine.models[engine.mesh.pp.rank].layers.values())).mlp
             spoil = min(numbers) // 8 == STEP - 1
             hook = module.register_forward_hook(lambda m, i, out: out * (math.nan if spoil else 1.0))
             try:

@@ -8,7 +8,8 @@ from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
-from megalite.engine.engine import Engine, Microbatch, build
+from megalite.engine.batches import Microbatch
+from megalite.engine.engine import Engine, build
 from megalite.pipeline.schedule import make_plan
 from megalite.pipeline.simulate import simulate
 from megalite.run.world import start_world

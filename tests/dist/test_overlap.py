@@ -35,7 +35,7 @@ def trace_step(tp: int, dp: int, sp: bool, folder: str) -> int:
         tokens = torch.randint(0, 600, (4, SEQ + 1), generator=torch.Generator().manual_seed(world.rank))
         positions = torch.arange(SEQ).expand(4, SEQ)
         microbatches = [Microbatch(tokens[:, :-1], tokens[:, 1:], torch.ones(4, SEQ), positions)] * 2
-        for number, block in engine.model.layers.items():
+        for number, block in engine.models[engine.mesh.pp.rank].layers.items():
 
             def reached(*_: object, number: str = number) -> None:
                 with record_function(f"backward of layer {number}"):

@@ -36,7 +36,8 @@ MEGATRON = (
     "runs/x --load runs/y --split 949,50,1 --use-distributed-optimizer --swiglu "
     "--untie-embeddings-and-output-weights --disable-bias-linear --no-position-embedding --normalization RMSNorm "
     "--distributed-timeout-minutes 5 --rampup-batch-size 16 16 1000 --tokenizer-model t.model --data-path a "
-    "--fp8-format hybrid --recompute-granularity selective"
+    "--fp8-format hybrid --num-virtual-stages-per-pipeline-rank 2 --num-layers-per-virtual-pipeline-stage 4 "
+    "--recompute-granularity selective"
 )
 EXPECTED = {
     "--tensor-model-parallel-size": "parallel.tp=2",
@@ -72,6 +73,9 @@ EXPECTED = {
     "--tokenizer-model": "data.tokenizer=t.model",
     "--data-path": "data.path=a",
     "--fp8-format": "fp8 is not supported; use train.dtype=bf16",
+    "--num-virtual-stages-per-pipeline-rank": "parallel.chunks=2",
+    "--num-layers-per-virtual-pipeline-stage": "not supported: the stages on each rank are counted, not the layers on "
+    "each stage; use parallel.schedule=interleaved with parallel.chunks=2 or more",
     "--recompute-granularity": "parallel.recompute=selective",
 }
 

@@ -32,7 +32,7 @@ from megalite.model.names import FAMILIES, names_there
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.mesh import Mesh
 from megalite.parallel.threads import run_threads
-from megalite.plan.costs import stage_memory
+from megalite.plan.costs import rank_memory
 from megalite.plan.counts import parameters
 
 BASE = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=40)
@@ -235,7 +235,7 @@ def test_the_plan_counts_what_a_stage_holds(mode: str, tp: int, pp: int, kv: int
         updated = sum(p.numel() for p in engine.parameters.values() if p.requires_grad)
         return engine.mesh.pp.rank, held, updated
 
-    needs = stage_memory(config, "cpu")
+    needs = rank_memory(config, "cpu")
     for stage, held, updated in [main(SoloWorld())] if tp * pp == 1 else run_threads(tp * pp, main):
         assert needs[stage].weights == 4 * held
         assert needs[stage].gradients == 4 * updated

@@ -98,7 +98,19 @@ def test_values(override: str, expected: object) -> None:
         ("parallel.sp=1", "parallel.sp=1: expected bool; write true or false"),
         ("parallel.tp=two", "parallel.tp=two: expected int; write a whole number, e.g. 8"),
         ("parallel.stages=[1, x]", "parallel.stages=x: expected int; write a whole number, e.g. 8"),
-        ("parallel.schedule=gpip", "parallel.schedule=gpip: must be one of 1f1b, gpipe; did you mean gpipe?"),
+        *(
+            (
+                f"parallel.schedule={name}",
+                f"parallel.schedule={name}: must be one of 1f1b, gpipe, interleaved, zb-h1; did you mean {meant}?",
+            )
+            for name, meant in [
+                ("gpip", "gpipe"),
+                ("interleaved_1f1b", "interleaved"),
+                ("zero_bubble", "zb-h1"),
+                ("zbh1", "zb-h1"),
+            ]
+        ),
+        ("parallel.schedule=xyz", "parallel.schedule=xyz: must be one of 1f1b, gpipe, interleaved, zb-h1"),
         ("train.dtype=xyz", "train.dtype=xyz: must be one of fp32, bf16, fp16, fp64"),
         ("data.valid=en", "data.valid='en': expected NAME: PREFIX pairs, e.g. data.valid.en=data/en_text_document"),
         ("train.run_dir=[a]", "train.run_dir=['a']: expected text, not a list or mapping"),
@@ -281,7 +293,7 @@ def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train.steps  (int 1 to 1e9, default 100)" in key_help()
     assert "model.dropout  (float 0 to < 1, default 0.0)" in key_help()
     assert "optim.clip_grad  (float 0, 1e-6 to 1e6, default 1.0)" in key_help()
-    assert "parallel.schedule  (1f1b|gpipe, default 1f1b)" in key_help()
+    assert "parallel.schedule  (1f1b|gpipe|interleaved|zb-h1, default 1f1b)" in key_help()
     assert "parallel.tp  (int or null 1 to 10000, default null)" in key_help()
     with pytest.raises(SystemExit):
         parse("--version")

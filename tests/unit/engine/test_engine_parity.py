@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.config.shapes import shapes
-from megalite.engine.engine import Microbatch, build
+from megalite.engine.batches import Microbatch
+from megalite.engine.engine import build
 from megalite.model.layouts import from_hf
 from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import World
@@ -72,13 +73,16 @@ class Case:
     tied: bool = False
     dp: int = 1
     stages: tuple[int, ...] | None = None
+    chunks: int = 1
+    recompute: str = "none"
     isolated: bool = False
     overlap: bool = True
     zero: int = 0
 
     def __str__(self) -> str:
         words = [f"tp{self.tp}"] + ["sp"] * self.sp
-        words += [self.schedule, f"pp{self.pp}"] if self.pp > 1 else []
+        words += [self.schedule, f"pp{self.pp}"] if self.pp > 1 or self.schedule != "1f1b" else []
+        words += [f"v{self.chunks}"] * (self.chunks > 1) + [self.recompute] * (self.recompute != "none")
         words += [f"dp{self.dp}"] * (self.dp > 1) + ["tied"] * self.tied + [self.shape]
         words += ["stages" + ".".join(map(str, self.stages))] if self.stages else []
         return "-".join(words + ["isolated"] * self.isolated + ["inturn"] * (not self.overlap) + ["zero"] * self.zero)
@@ -91,6 +95,8 @@ class Case:
             sp=self.sp,
             schedule=self.schedule,
             stages=self.stages,
+            chunks=self.chunks,
+            recompute=self.recompute,
             overlap=self.overlap,
             zero=self.zero,
             bucket_mb=0.02,  # several buckets even of these models
@@ -113,7 +119,42 @@ def matrix() -> Iterator[Case]:
                         yield Case(name, tp, sp, schedule, pp, tied)
 
 
+def chunked() -> Iterator[Case]:
+    """Interleaved 1F1B and ZB-H1, on models whose layers do not divide evenly: 7 over 3 x 2, 4 over 1 x 3."""
+    layouts = [("interleaved", pp, v) for pp, v in ((1, 2), (1, 3), (2, 2), (2, 3))]
+    layouts += [("zb-h1", pp, 1) for pp in (1, 2, 4)]
+    for name, tp in (("gqa", 1), ("gqa", 3), ("qknorm", 2)):
+        for sp in (False, True) if tp > 1 else (False,):
+            for schedule, pp, v in layouts:
+                for tied in (False, True):
+                    if pp * v <= SHAPES[name].layers:
+                        yield Case(name, tp, sp, schedule, pp, tied, chunks=v)
+
+
+CHUNKED_EXTRA = [
+    *(
+        Case(name, tp, tp > 1, schedule, 2, tied, dp, chunks=v, zero=zero)
+        for name, tp in (("qknorm", 1), ("qknorm", 2))
+        for schedule, v, dp in (("interleaved", 2, 2), ("zb-h1", 1, 2))
+        for tied in (False, True)
+        for zero in (0, 1)
+    ),
+    *(
+        Case("gqa", 3, True, schedule, 2, tied, chunks=v, recompute=recompute)
+        for schedule, v in (("interleaved", 3), ("zb-h1", 1))
+        for tied in (False, True)
+        for recompute in ("selective", "full")
+    ),
+    Case("gqa", 1, False, "interleaved", 1, True, 2, chunks=3, zero=1),
+    Case("gqa", 1, False, "interleaved", 1, True, 2, chunks=2, overlap=False),
+    Case("gqa", 1, False, "zb-h1", 1, True, 2, zero=1),
+    Case("gqa", 1, False, "interleaved", 2, False, chunks=3, stages=(2, 1, 1, 1, 1, 1)),
+    Case("gqa", 1, False, "interleaved", 2, True, chunks=2, isolated=True),
+    Case("mqa", 3, True, "zb-h1", 2, chunks=1, isolated=True),
+    Case("mqa", 6, True, "interleaved", 2, chunks=2),
+]
 EXTRA = [
+    *CHUNKED_EXTRA,
     Case("gqa", dp=2, tied=True),
     Case("gqa", dp=4, pp=2, tied=True),
     Case("gqa", tp=3, sp=True, pp=2, dp=2),
@@ -245,7 +286,7 @@ def play(case: Case, weights: dict[str, Tensor]) -> list[Rank]:
     return run_threads(case.tp * case.pp * case.dp, main)
 
 
-@pytest.mark.parametrize("case", [*matrix(), *EXTRA], ids=str)
+@pytest.mark.parametrize("case", [*matrix(), *chunked(), *EXTRA], ids=str)
 def test_parity(case: Case) -> None:
     expected = reference(case.shape, case.tied, case.isolated)
     ranks = play(case, expected.weights)
@@ -273,8 +314,10 @@ def test_parity(case: Case) -> None:
 
 
 def test_the_matrix_is_as_large_as_it_claims() -> None:
-    cases = list(matrix())
-    assert len(set(map(str, cases + EXTRA))) == len(cases + EXTRA)
+    cases = [*matrix()]
+    more = [*chunked()]
+    assert {(case.schedule, case.chunks) for case in more} == {("interleaved", 2), ("interleaved", 3), ("zb-h1", 1)}
+    assert len(set(map(str, more + cases + EXTRA))) == len(more + cases + EXTRA)
     assert {case.tp for case in cases} == {1, 2, 3, 4} == {case.pp for case in cases}
     # each of these has its own path through the cuts
     for tp in (2, 3, 4):

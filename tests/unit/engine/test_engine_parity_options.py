@@ -20,7 +20,8 @@ from torch import Tensor
 from megalite import ops
 from megalite.config import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.config.shapes import shapes
-from megalite.engine.engine import Microbatch, build
+from megalite.engine.batches import Microbatch
+from megalite.engine.engine import build
 from megalite.model.attention import rope_scaling
 from megalite.model.decoder import Decoder
 from megalite.model.dropout import keep_mask, sample_keys

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
 from megalite.data.dataset import Spread, WindowDataset, heldout_windows
 from megalite.data.indexed import IndexedDataset, IndexedWriter
-from megalite.engine.engine import Stage, build_stage
 from megalite.engine.heldout import held_out
+from megalite.engine.stage import Stage, build_stage
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
-from megalite.engine.engine import build_stage
+from megalite.engine.stage import build_stage
 from megalite.inference import decode as decode_module
 from megalite.inference.decode import CachedCore, decode, share_text
 from megalite.inference.reply import Settings
@@ -116,9 +116,9 @@ def test_the_model_is_left_as_it_was() -> None:
     stage = build_stage(config("llama"), SoloWorld())
     tokens = decode(stage, PROMPTS, Settings(NEW))
     next(tokens)
-    assert any(isinstance(module, CachedCore) for module in stage.model.modules())
+    assert any(isinstance(module, CachedCore) for module in stage.models[0].modules())
     tokens.close()
-    assert not any(isinstance(module, CachedCore) for module in stage.model.modules())
+    assert not any(isinstance(module, CachedCore) for module in stage.models[0].modules())
     logits = stage.logits(torch.tensor([PROMPTS[0]]), torch.arange(7).unsqueeze(0), None)
     assert logits is not None
     assert logits.shape == (1, 7, 101)

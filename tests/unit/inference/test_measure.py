@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
-from megalite.engine.engine import build_stage
+from megalite.engine.stage import build_stage
 from megalite.inference.decode import load_stage
 from megalite.inference.eval_rows import Cloze, cloze_sequences
 from megalite.inference.measure import answer, log_likelihoods, score

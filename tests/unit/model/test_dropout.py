@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.data.dataset import Batch
-from megalite.engine.batches import load_microbatches
-from megalite.engine.engine import Engine, Microbatch, build
+from megalite.engine.batches import Microbatch, load_microbatches
+from megalite.engine.engine import Engine, build
 from megalite.model import dropout
 from megalite.model.context import Context
 from megalite.model.dropout import Dropout, keep_mask, sample_keys

@@ -20,14 +20,15 @@ from megalite.config import (
 )
 from megalite.config.shapes import shapes
 from megalite.config.trained import adapter_shapes
-from megalite.engine import engine as engine_module
-from megalite.engine.engine import Engine, Microbatch, build
+from megalite.engine import stage as stage_module
+from megalite.engine.batches import Microbatch
+from megalite.engine.engine import Engine, build
 from megalite.model.attention import AttentionCore
 from megalite.model.context import Context
 from megalite.model.decoder import Block, Decoder
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
-from megalite.plan.activations import stage_activation_bytes
+from megalite.plan.activations import recompute_bytes, stage_activation_bytes
 
 SMALL = ModelConfig(
     vocab_size=67, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, ffn_hidden_size=48, qk_norm=True
@@ -104,14 +105,14 @@ def test_recompute_cuts_and_adapters_compose_in_either_order(
 
     expected, usual = run(plain), run(config)
     assert all(bool(grad.any()) for _, grad in expected)
-    set_recompute, cut_model = Decoder.set_recompute, engine_module.cut_model
+    set_recompute, cut_model = Decoder.set_recompute, stage_module.cut_model
 
     def recompute_first(decoder: Decoder, *args: Any) -> None:
         set_recompute(decoder, kind, 1)
         cut_model(decoder, *args)
 
     # build cuts, adapts and sets recomputation; here it is set before all else and not again
-    monkeypatch.setattr(engine_module, "cut_model", recompute_first)
+    monkeypatch.setattr(stage_module, "cut_model", recompute_first)
     monkeypatch.setattr(Decoder, "set_recompute", lambda *_: None)
     for found in (usual, run(config)):
         for (loss, grad), (loss_here, grad_here) in zip(expected, found, strict=True):
@@ -169,7 +170,7 @@ def test_peak_bytes_fall_as_planned() -> None:
             recompute_layers=layers,
         )
         peaks[kind, layers] = peak_bytes(build(config, SoloWorld()), batches(config, 1))
-        planned[kind, layers] = stage_activation_bytes(config, 8, 1)
+        planned[kind, layers] = stage_activation_bytes(config, 8) + recompute_bytes(config)
     assert sorted(peaks.values(), reverse=True) == list(peaks.values())
     for key, bytes_planned in planned.items():
         # the peak holds passing tensors too: what one step of backward makes

@@ -4,22 +4,50 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megalite.pipeline.draw import save_png, text_grid
 from megalite.pipeline.lower import lower
-from megalite.pipeline.schedule import SCHEDULES, Action, Plan, forward_only, gpipe, make_plan, one_f_one_b
-from megalite.pipeline.simulate import Costs, Deadlock, check_complete, simulate
+from megalite.pipeline.schedule import (
+    Action,
+    Plan,
+    forward_only,
+    gpipe,
+    interleaved,
+    make_plan,
+    one_f_one_b,
+    rank_of_stage,
+    stages_of_rank,
+    zb_h1,
+)
+from megalite.pipeline.simulate import Costs, Deadlock, check_complete, live_counts, simulate
 
 ROOT = Path(__file__).resolve().parents[3]
-ALL = {**SCHEDULES, "forward_only": forward_only}
+# those whose bubble is 1F1B's
+PLAIN: dict[str, Callable[[int, int], Plan]] = {"gpipe": gpipe, "1f1b": one_f_one_b, "forward_only": forward_only}
 PEAK: dict[str, Callable[[int, int, int], int]] = {
     "gpipe": lambda p, m, rank: m,
     "1f1b": lambda p, m, rank: min(p - rank, m),
     "forward_only": lambda p, m, rank: 1,
 }
+EVERY: dict[str, Callable[[int, int], Plan]] = {
+    **PLAIN,
+    "zb-h1": zb_h1,
+    **{f"interleaved-{v}": partial(interleaved, chunks=v) for v in (2, 3, 4)},
+}
+
+
+def fitting(name: str, p: int, m: int) -> int:
+    """`m`, or the next number of microbatches that the schedule runs on p ranks."""
+    return -(-m // p) * p if name.startswith("interleaved") else m
+
+
+def idle_times(plan: Plan, costs: Costs) -> list[float]:
+    played = simulate(plan, costs)
+    return [played.makespan - sum(e.end - e.start for e in timeline) for timeline in played.timelines]
 
 
 def parse(text: str) -> list[Action]:
@@ -37,10 +65,10 @@ def written(plan: Plan) -> list[str]:
 
 
 @pytest.mark.parametrize("p", range(1, 9))
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", PLAIN)
 def test_every_small_pipeline(name: str, p: int) -> None:
     for m in range(1, 33):
-        plan = make_plan(name, p, m, ALL)
+        plan = PLAIN[name](p, m)
         check_complete(plan, m)
         played = simulate(plan)
         # Both are correctly rounded quotients of whole numbers, so they are equal, not close.
@@ -55,12 +83,81 @@ def test_every_small_pipeline(name: str, p: int) -> None:
             assert simulate(lowered, blocking_sends=blocking_sends).makespan == played.makespan
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_bubble_depends_neither_on_costs_nor_on_m_reaching_p(name: str) -> None:
     for p, m in [(2, 1), (5, 3), (8, 1), (8, 7), (4, 8), (8, 32)]:
         for forward, backward in [(1, 1), (2, 1), (3, 7), (0.1, 0.3)]:
-            played = simulate(make_plan(name, p, m, ALL), Costs(forward, backward))
+            played = simulate(PLAIN[name](p, m), Costs(forward, backward))
             assert played.bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
+
+
+@pytest.mark.parametrize("p", range(1, 9))
+@pytest.mark.parametrize("v", [2, 3, 4])
+def test_interleaving_idles_for_a_part_of_the_time(v: int, p: int) -> None:
+    """Narayanan et al. 2021, section 2.2: (p-1)(f+b)/v on every rank, f and b of all chunks of a rank."""
+    for m in range(p, 33, p):
+        plan = interleaved(p, m, v)
+        check_complete(plan, m)
+        for forward, backward in [(1, 2), (0.3, 0.7)]:
+            idle = idle_times(plan, Costs(forward, backward))
+            assert idle == pytest.approx([(p - 1) * (forward + backward)] * p, abs=1e-9)
+        assert simulate(plan).bubble == pytest.approx((p - 1) / (m * v + p - 1), abs=1e-12)
+        for rank, actions in enumerate(plan):
+            ahead = 2 * (p - rank - 1) + (v - 1) * p
+            first = next(i for i, action in enumerate(actions) if action.op == "B")
+            # the forward right before the first backward is the first of the steady state
+            assert first == min(ahead + 1, m * v)
+            assert simulate(plan).peak_live[rank] == min(ahead + 1, m * v)
+
+
+@pytest.mark.parametrize("p", range(1, 9))
+def test_zb_h1_fills_the_bubble_with_weight_gradients(p: int) -> None:
+    """Qi et al. 2023, table 1: (p-1)(f+i-w) on every rank, at the memory of 1F1B's first rank on every rank."""
+    for m in range(1, 33):
+        plan = zb_h1(p, m)
+        check_complete(plan, m)
+        for f, i, w in [(1, 1, 1), (1, 1, 0.5), (1.3, 1.1, 0.9)]:
+            costs = Costs(f, i + w, i, w)
+            idle = idle_times(plan, costs)
+            if m >= p:
+                assert idle == pytest.approx([(p - 1) * (f + i - w)] * p, abs=1e-9)
+            assert max(idle) <= max(idle_times(one_f_one_b(p, m), costs)) + 1e-9
+        played = simulate(plan)
+        assert played.peak_live == [min(p, m)] * p
+        for rank, actions in enumerate(plan):
+            counts = live_counts(actions)
+            assert max(whole for (whole,), _ in counts) == min(p - rank, m)
+            # a W follows its I by as many microbatches as there are ranks before
+            assert m < p or max(kept for _, (kept,) in counts) == rank + 1
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_backwards_and_weight_gradients_come_in_the_order_of_the_microbatches(name: str) -> None:
+    for p, m in [(1, 3), (2, 4), (4, 8), (3, 9), (5, 5)]:
+        for rank, actions in enumerate(EVERY[name](p, fitting(name, p, m))):
+            for stage in {action.stage for action in actions}:
+                assert stage % p == rank
+                for op in "BIW":
+                    order = [a.microbatch for a in actions if (a.stage, a.op) == (stage, op)]
+                    assert order == sorted(order)
+
+
+def test_forwards_alone_run_any_number_of_microbatches_through_the_chunks() -> None:
+    for p, m, v in [(1, 3, 2), (2, 1, 3), (3, 7, 2), (4, 6, 3), (4, 32, 2)]:
+        plan = forward_only(p, m, v)
+        check_complete(plan, m)
+        homes = rank_of_stage(plan)
+        assert all(homes[s] == rank for rank in range(p) for s in stages_of_rank(rank, p, v))
+        assert simulate(lower(plan), blocking_sends=True).peak_live == [1] * p
+        if m % p == 0:
+            assert simulate(plan).bubble == pytest.approx((p - 1) / (m * v + p - 1), abs=1e-12)
+
+
+def test_what_a_rank_keeps_is_counted_by_stage() -> None:
+    assert live_counts(parse("0F0 0I0 0F1 0I1 0W0 0W1 0REDUCE")) == [((0,), (2,)), ((1,), (1,))]
+    assert live_counts(parse("0F0 2F0 0F1 2B0 2F1 0B0 2B1 0B1")) == [((2, 1), (0, 0))]
+    assert live_counts(parse("0F0 0F1")) == [((1,), (0,))]
+    assert live_counts([]) == []
 
 
 def test_1f1b_by_hand() -> None:
@@ -78,6 +175,19 @@ def test_the_others_by_hand() -> None:
     assert written(one_f_one_b(3, 1)) == ["0F0 0B0 0REDUCE", "1F0 1B0 1REDUCE", "2F0 2B0 2REDUCE"]
 
 
+def test_interleaved_and_zb_h1_by_hand() -> None:
+    assert written(interleaved(2, 2, 2)) == [
+        "0F0 0F1 2F0 2F1 2B0 2B1 0B0 0B1 2REDUCE 0REDUCE",
+        "1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1 3REDUCE 1REDUCE",
+    ]
+    assert written(interleaved(1, 2, 2)) == ["0F0 1F0 1B0 0F1 0B0 1F1 1B1 0B1 1REDUCE 0REDUCE"]
+    assert written(zb_h1(3, 4)) == [
+        "0F0 0F1 0F2 0I0 0W0 0F3 0I1 0W1 0I2 0W2 0I3 0W3 0REDUCE",
+        "1F0 1F1 1I0 1F2 1I1 1W0 1F3 1I2 1W1 1I3 1W2 1W3 1REDUCE",
+        "2F0 2I0 2F1 2I1 2F2 2I2 2W0 2F3 2I3 2W1 2W2 2W3 2REDUCE",
+    ]
+
+
 def test_lowered_by_hand() -> None:
     lowered = lower(one_f_one_b(2, 2))
     assert written(lowered) == [
@@ -90,17 +200,19 @@ def test_lowered_by_hand() -> None:
         lower(lowered)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", EVERY)
 def test_lowering_holds_for_costs_it_did_not_know(name: str) -> None:
     draw = random.Random(0)
     for _ in range(40):
-        p, m = draw.randint(2, 8), draw.randint(1, 12)
-        lowered = lower(make_plan(name, p, m, ALL), Costs(forward=draw.choice([0, 1, 3]), communication=0.5))
-        factors = tuple(draw.uniform(0.1, 9) for _ in range(p))
+        p = draw.randint(2, 8)
+        plan = EVERY[name](p, m := fitting(name, p, draw.randint(1, 12)))
+        lowered = lower(plan, Costs(forward=draw.choice([0, 1, 3]), communication=0.5))
+        check_complete(lowered, m)
+        factors = tuple(draw.uniform(0.1, 9) for _ in rank_of_stage(plan))
         costs = Costs(backward=draw.uniform(0, 3), communication=draw.uniform(0, 3), stage_factors=factors)
         simulate(lowered, costs, blocking_sends=True)
         # Receives that are only posted take no time from the schedule.
-        assert simulate(lowered, costs).makespan == simulate(make_plan(name, p, m, ALL), costs).makespan
+        assert simulate(lowered, costs).makespan == simulate(plan, costs).makespan
 
 
 def test_what_crosses_ranks_takes_time() -> None:
@@ -217,12 +329,31 @@ def test_incomplete_communication() -> None:
 def test_refusals_name_a_remedy() -> None:
     with pytest.raises(ValueError, match="unknown schedule '1F1': did you mean 1f1b"):
         make_plan("1F1", 2, 2)
-    with pytest.raises(ValueError, match="use one of gpipe, 1f1b"):
-        make_plan("forward_only", 2, 2)
-    with pytest.raises(ValueError, match="num_stages=0 is below 1; use 1"):
+    for written, meant in [
+        ("interleaved_1f1b", "interleaved"),
+        ("Interleaved1F1B", "interleaved"),
+        ("zero_bubble", "zb-h1"),
+        ("zbh1", "zb-h1"),
+        ("ZB-H2", "zb-h1"),
+        ("gpip", "gpipe"),
+        ("one-f-one-b", "1f1b"),
+    ]:
+        with pytest.raises(ValueError, match=f"unknown schedule '{written}': did you mean {meant}"):
+            make_plan(written, 2, 2)
+    with pytest.raises(ValueError, match="unknown schedule 'zzz': use one of 1f1b, gpipe, interleaved, zb-h1"):
+        make_plan("zzz", 2, 2)
+    with pytest.raises(ValueError, match="num_ranks=0 is below 1; use 1"):
         make_plan("1f1b", 0, 2)
+    with pytest.raises(ValueError, match="chunks=0 is below 1"):
+        make_plan("1f1b", 2, 2, 0)
     with pytest.raises(ValueError, match="num_microbatches=0 is below 1"):
         make_plan("gpipe", 2, 0)
+    with pytest.raises(ValueError, match=r"groups of 4.*6 is not a multiple of 4; use 4 or 8 microbatches"):
+        make_plan("interleaved", 4, 6, 2)
+    with pytest.raises(ValueError, match="chunks=1 is 1f1b; use 2 or more"):
+        make_plan("interleaved", 2, 2)
+    with pytest.raises(ValueError, match="zb-h1 runs one chunk a rank, not chunks=2; use chunks=1, or interleaved"):
+        make_plan("zb-h1", 2, 2, 2)
 
 
 def test_text_grid() -> None:
@@ -235,6 +366,10 @@ def test_text_grid() -> None:
     wrapped = text_grid(played, width=24).splitlines()
     assert wrapped[:2] == ["time    0", "rank 0  F0 F1 .  .  B0-"]
     assert wrapped[4:6] == ["time    5", "rank 0  -- .  B1---"]
+    assert text_grid(simulate(interleaved(2, 2, 2))).splitlines()[1:] == [
+        "rank 0  F0  F1  F0' F1' .   .   B0'---- .   B1'---- B0----- B1-----",
+        "rank 1  .   F0  F1  F0' B0'---- F1' B1'---- B0----- B1----- .   .",
+    ]
     assert "\x1b[" in text_grid(played, colour=True)
     # The unit follows the costs: microseconds, or odd ones, give no wider a grid.
     assert len(text_grid(simulate(one_f_one_b(2, 2), Costs(1000, 2000))).splitlines()[1]) == 34
@@ -260,12 +395,19 @@ def tool(*args: str) -> subprocess.CompletedProcess[str]:
 def test_the_tool() -> None:
     shown = tool("1f1b", "--stages", "4", "--microbatches", "8", "--lowered")
     assert shown.returncode == 0
-    assert "bubble    27.27%; formula (p-1)/(m+p-1) = 27.27%" in shown.stdout
+    assert "bubble    27.27%; 1F1B's (p-1)/(m+p-1) = 27.27%" in shown.stdout
     assert "peak live activations, by rank  4 3 2 1" in shown.stdout
     assert "no deadlock, makespan 33" in shown.stdout
+    chunked = tool("interleaved", "--stages", "4", "--microbatches", "8", "--chunks", "2", "--lowered")
+    assert "bubble    15.79%; 1F1B's (p-1)/(m+p-1) = 27.27%" in chunked.stdout
+    assert "peak live activations, by rank  11 9 7 5" in chunked.stdout
+    split = tool("zb-h1", "--stages", "4", "--microbatches", "8", "--backward-cost", "4", "--forward-cost", "2")
+    assert "makespan  54\nbubble    11.11%" in split.stdout
     for mistake in (
         ["gpipe", "--stages", "two", "--microbatches", "2"],
         ["forward", "--stages", "2", "--microbatches", "2"],
+        ["interleaved", "--stages", "2", "--microbatches", "3", "--chunks", "2"],
+        ["interleaved", "--stages", "2", "--microbatches", "4"],
         ["gpipe", "--stages", "2", "--microbatches", "2", "--png", "/no/such/folder/x.png"],
     ):
         refused = tool(*mistake)

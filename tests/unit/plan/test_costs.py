@@ -16,10 +16,12 @@ from megalite.config import (
 )
 from megalite.model.context import Context
 from megalite.parallel.groups import SoloWorld
-from megalite.plan.costs import memory, stage_layers
+from megalite.plan.costs import memory, rank_memory, stage_layers
 from megalite.plan.counts import head_flops, layer_flops, parameters
 
 SMALL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, ffn_hidden_size=20)
+FULL = {"train": {"global_batch_size": 1024}}  # enough microbatches to fill a pipeline
+EIGHT = {"seq_len": 64, "micro_batch_size": 1, "global_batch_size": 8}
 LLAMA_7B = ModelConfig(
     vocab_size=32000,
     hidden_size=4096,
@@ -75,6 +77,42 @@ def test_the_head_makes_the_last_stage_shorter() -> None:
     assert sum(counts) == 8
 
 
+def test_the_stages_of_chunks_are_balanced_each_for_itself() -> None:
+    light = dataclasses.replace(SMALL, num_layers=7, vocab_size=16)
+    found = stage_layers(make(light, 3, pp=3, schedule="interleaved", chunks=2))
+    assert sorted(map(len, found)) == [1, 1, 1, 1, 1, 2]
+    assert [layer for stage in found for layer in stage] == list(range(7))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_memory_of_a_rank_sums_its_chunks(tied: bool) -> None:
+    model = dataclasses.replace(SMALL, num_layers=8, vocab_size=16, tie_embeddings=tied)
+    for pp, chunks in ((1, 2), (2, 2), (2, 4), (4, 2)):
+        plain = make(model, pp, EIGHT, pp=pp, stages=(8 // pp,) * pp)
+        more = {"schedule": "interleaved", "chunks": chunks, "stages": (8 // pp // chunks,) * pp * chunks}
+        cut = make(model, pp, EIGHT, pp=pp, **more)
+        whole, parts = rank_memory(plain, "cpu"), rank_memory(cut, "cpu")
+        for kind in ("weights", "gradients", "optimizer", "logits"):
+            assert [getattr(need, kind) for need in parts] == [getattr(need, kind) for need in whole]
+        # docs/pipeline-parallel.md: of a chunk's activations so many, beside so many of a whole rank's
+        kept = [min(2 * (pp - r - 1) + (chunks - 1) * pp + 1, 8 * chunks) / chunks for r in range(pp)]
+        for rank, (need, part) in enumerate(zip(whole, parts)):
+            assert part.activations / need.activations == pytest.approx(kept[rank] / min(pp - rank, 8), rel=1e-3)
+
+
+def test_memory_of_a_split_backward_counts_what_waits() -> None:
+    model = dataclasses.replace(SMALL, num_layers=8, vocab_size=4096)
+    plain, split = (
+        rank_memory(make(model, 4, EIGHT, pp=4, schedule=name, stages=(2, 2, 2, 2)), "cpu")
+        for name in ("1f1b", "zb-h1")
+    )
+    more = [b.activations - a.activations for a, b in zip(plain, split)]
+    # on the first rank a weight gradient follows at once; on the last the head's output gradients wait
+    assert more[0] == 0
+    assert sorted(more) == more
+    assert more[3] > 3 * 64 * 4096 * 4
+
+
 def test_stages_written_by_hand_are_taken() -> None:
     config = make(dataclasses.replace(SMALL, num_layers=7), 3, pp=3, stages=(1, 4, 2))
     assert stage_layers(config) == [range(0, 1), range(1, 5), range(5, 7)]
@@ -96,6 +134,8 @@ def need(model: ModelConfig = LLAMA_7B, ranks: int = 64, train: dict[str, Any] |
         ({"tp": 2, "pp": 4}, {"tp": 2, "pp": 2}),
         ({"tp": 2}, {"tp": 2, "sp": False}),
         ({"pp": 4}, {"pp": 4, "schedule": "gpipe"}),
+        (FULL | {"pp": 4}, FULL | {"pp": 4, "schedule": "interleaved", "chunks": 2}),
+        (FULL | {"pp": 4, "schedule": "interleaved", "chunks": 4}, FULL | {"pp": 4, "schedule": "gpipe"}),
         ({}, {"train": {"seq_len": 4096}}),
         ({}, {"train": {"micro_batch_size": 2}}),
         ({}, {"train": {"dtype": "fp32", "micro_batch_size": 8}}),
@@ -134,13 +174,14 @@ def test_memory_of_one_rank_counts_every_parameter() -> None:
 
 def test_activations_are_about_what_autograd_keeps() -> None:
     """Within a quarter of the bytes that a block's saved tensors hold."""
-    from megalite.engine.engine import Microbatch, build
+    from megalite.engine.batches import Microbatch
+    from megalite.engine.engine import build
 
     model = ModelConfig(vocab_size=64, hidden_size=64, num_layers=6, num_heads=4, num_kv_heads=4, ffn_hidden_size=176)
     config = make(model, train={"seq_len": 128, "micro_batch_size": 2, "global_batch_size": 2, "kernels": "auto"})
     engine = build(config, SoloWorld())
     saved: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in engine.models[0].parameters()}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
         storage = x.untyped_storage()
@@ -151,7 +192,7 @@ def test_activations_are_about_what_autograd_keeps() -> None:
     tokens = torch.zeros(2, 128, dtype=torch.long)
     mb = Microbatch(tokens, tokens, torch.ones(2, 128), torch.arange(128).expand(2, 128))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = engine.model(mb.tokens, Context(mb.positions), mb.labels, mb.loss_mask)
+        loss = engine.models[0](mb.tokens, Context(mb.positions), mb.labels, mb.loss_mask)
     kept = sum(saved.values())
     loss.backward()
     planned = memory(config, "cpu")

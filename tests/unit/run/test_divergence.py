@@ -115,7 +115,7 @@ def test_an_activation(
 
     def poison(engine: Engine, here: int) -> None:
         if here == rank:
-            block = list(engine.model.layers.values())[1]
+            block = list(engine.models[engine.mesh.pp.rank].layers.values())[1]
             block.mlp.down = Poisoned(block.mlp.down, forward, value)
             block.mlp.down.every = 4 // (c.parallel.dp or 1)
 
@@ -157,9 +157,9 @@ def test_a_loss_that_a_second_forward_does_not_show_again(dataset: PretrainDatas
 
     def poison(engine: Engine, here: int) -> None:
         if here == 1:
-            head = Poisoned(engine.model.loss_head.cross_entropy, 1, math.nan)
+            head = Poisoned(engine.models[engine.mesh.pp.rank].loss_head.cross_entropy, 1, math.nan)
             head.every = 10**9
-            engine.model.loss_head.cross_entropy = head
+            engine.models[engine.mesh.pp.rank].loss_head.cross_entropy = head
 
     (found,) = set(located(c, dataset, poison))
     assert found == "the loss on rank 1 (dp 1), of samples 14 to 15 (documents 7, 8)"
