@@ -329,7 +329,7 @@ def test_a_run_with_one_group_has_the_layout_of_before() -> None:
     parameters = dict(model().named_parameters())
     two = Group([0, 1], 0)
     every, one = (
-        GradBuffers(parameters, group, 12 * 4, False, True, {"2.weight"}, groups)
+        GradBuffers(parameters, group, 12 * 4, False, True, {"2.weight"}, groups=groups)
         for group, groups in ((ONE, dict.fromkeys(parameters, two)), (two, None))
     )
     assert [bucket.offsets for bucket in every.buckets] == [bucket.offsets for bucket in one.buckets]
