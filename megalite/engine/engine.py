@@ -40,11 +40,11 @@ class Engine(Stage):
     buffers: ParamBuffers | None
     microbatch_losses: Sequence[Tensor] = ()
 
-    def forward_backward(self, microbatches: Sequence[Microbatch], loss_scale: float = 1.0) -> tuple[float, float]:
-        """Gradients of loss_scale · Σ mask · ce over this replica's microbatches.
+    def forward_backward(self, microbatches: Sequence[Microbatch], loss_scale: float = 1.0) -> dict[str, float]:
+        """Compute the gradients of loss_scale · Σ mask · ce over this replica's microbatches.
 
-        They are summed over replicas and left in `grads.reduced`.
-        Gives (Σ loss, valid tokens) of this replica on one rank of it, the last stage's tp rank 0, else zeros.
+        They are summed over replicas and left in `grads.reduced`. Returns the `sums` of this replica on one rank of it,
+        the last stage's tp rank 0, otherwise zeros.
         """
         self.grads.begin(len(microbatches))
         waiting = set(self.models)
@@ -57,7 +57,7 @@ class Engine(Stage):
 
         results = self._run(microbatches, True, loss_scale=loss_scale, reduce=reduce)
         self.microbatch_losses = [result["loss"] for result in results]
-        return self._totals(self.microbatch_losses, microbatches)
+        return self._totals(results, microbatches)
 
     def reduce_gradients(self) -> None:
         """Finish all sums that a gradient is owed: replicas, partial tp gradients, kv replicas, tied ends."""
@@ -123,12 +123,17 @@ class Engine(Stage):
         return {"weight": self.stored(), **self.optimizer.state()}
 
 
-def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Engine:
-    """This rank's engine for a resolved, checked `config`; `value` as in `build_stage`."""
+def build(
+    config: Config,
+    world: World,
+    value: Callable[[str, tuple[int, ...]], Tensor] | None = None,
+    head: str = "next-token",
+) -> Engine:
+    """This rank's engine for a resolved, checked `config`; `value` and `head` as in `build_stage`."""
     m, p = config.model, config.parallel
     chosen = trained(config)
     check_groups(config.optim, [*shapes(m), *adapter_shapes(config)])
-    stage = build_stage(config, world, value)
+    stage = build_stage(config, world, value, head)
     mesh, models, parameters, shards = stage.mesh, stage.models, stage.parameters, stage.shards
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in chosen)
@@ -148,7 +153,7 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
         ]
         buffers = ParamBuffers(active, grads, units)
     optimizer = make_optimizer(config, mesh, active, shards, grads, buffers)
-    return Engine(config, mesh, models, parameters, shards, grads, optimizer, buffers)
+    return Engine(config, mesh, models, parameters, shards, stage.sums, grads, optimizer, buffers)
 
 
 def make_optimizer(

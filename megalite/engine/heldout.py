@@ -13,17 +13,17 @@ AT_ONCE = 32
 
 
 def held_out(stage: Stage, dataset: Samples, what: str, shows: bool) -> dict[str, float]:
-    """The named sums over every sample of `dataset`: `loss` in nats, `tokens` (Σ loss mask). Collective.
+    """The `sums` of the stage over every sample of `dataset`. Collective.
 
     what: the name of the progress bar. shows: whether this rank draws it. Raises TrainingError for a token that the
     model does not have.
     """
-    sums = {"loss": 0.0, "tokens": 0.0}
+    sums = dict.fromkeys(stage.sums, 0.0)
     chunk = AT_ONCE * stage.config.train.micro_batch_size * stage.mesh.dp.size
     with Bar(what, len(dataset), shows=shows) as bar:
         for first in range(0, len(dataset), chunk):
             samples = range(first, min(first + chunk, len(dataset)))
-            loss, tokens = stage.evaluate(load_microbatches(dataset, samples, stage.config, stage.mesh))
-            sums = {"loss": sums["loss"] + loss, "tokens": sums["tokens"] + tokens}
+            found = stage.evaluate(load_microbatches(dataset, samples, stage.config, stage.mesh))
+            sums = {name: value + found[name] for name, value in sums.items()}
             bar.advance(len(samples), f"{samples.stop} of {len(dataset)} samples")
     return sum_numbers(stage.mesh.world, sums, stage.mesh.device)

@@ -21,6 +21,7 @@ class Objective:
     applies(config): whether this row trains a configuration that does not name its kind otherwise.
     open_data(config, scan): opens and checks the data of a resolved configuration; what is predicted, and with which
         weight, is in its batches. scan: also read small data through, which one rank should do. Raises ValueError.
+    head: what ends the model, a key of HEADS in megalite/model/decoder.py; it names what is summed over a batch.
     figures(sums): what is reported of a batch or a set, by name, of the named sums over it; always has `loss`, which
         decides whether training has diverged and which evaluation was best.
     starts_trained: whether a run normally continues from the weights of another one.
@@ -28,6 +29,7 @@ class Objective:
 
     applies: Callable[[Config], bool]
     open_data: Callable[[Config, bool], DataSets]
+    head: str
     figures: Callable[[Mapping[str, float]], dict[str, float]]
     starts_trained: bool
 
@@ -37,8 +39,20 @@ def mean_loss(sums: Mapping[str, float]) -> dict[str, float]:
     return {"loss": sums["loss"] / sums["tokens"]}
 
 
-PRETRAINING = Objective(lambda config: True, open_stream, mean_loss, starts_trained=False)
-TUNING = Objective(lambda config: config.data.sft is not None, open_conversations, mean_loss, starts_trained=True)
+PRETRAINING = Objective(
+    applies=lambda config: True,
+    open_data=open_stream,
+    head="next-token",
+    figures=mean_loss,
+    starts_trained=False,
+)
+TUNING = Objective(
+    applies=lambda config: config.data.sft is not None,
+    open_data=open_conversations,
+    head="next-token",
+    figures=mean_loss,
+    starts_trained=True,
+)
 
 
 def described(figures: Mapping[str, float]) -> list[str]:

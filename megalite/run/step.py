@@ -63,18 +63,19 @@ def train_step(
     rate = learning_rate(c.optim, state.consumed_samples)
     samples = range(state.consumed_samples, state.consumed_samples + batch_size(c, state.consumed_samples))
     microbatches: list[Microbatch] = []
-    sums = dict.fromkeys(("loss", "tokens", "squares"), 0.0)
+    sums, squares = dict.fromkeys(engine.sums, 0.0), 0.0
     if not is_skipped(c, samples):
         microbatches = load_microbatches(dataset, samples, c, engine.mesh)
-        sums["loss"], sums["tokens"] = engine.forward_backward(microbatches, state.loss_scale)
-        sums["squares"] = engine.gradient_squares()
-    sums["stops"] = float(stop.asked())
-    sums["over"], sums["failed"] = saver.progress()
-    sums = sum_numbers(engine.mesh.world, sums, engine.mesh.device)
-    tokens, used_scale = sums["tokens"], state.loss_scale
-    figures = objective.figures(sums) if tokens else {}
+        sums = engine.forward_backward(microbatches, state.loss_scale)
+        squares = engine.gradient_squares()
+    over, failed = saver.progress()
+    flags = {"squares": squares, "stops": float(stop.asked()), "saves over": over, "saves failed": failed}
+    assert not flags.keys() & sums.keys()
+    total = sum_numbers(engine.mesh.world, {**sums, **flags}, engine.mesh.device)
+    tokens, used_scale = total["tokens"], state.loss_scale
+    figures = objective.figures({name: total[name] for name in sums}) if tokens else {}
     # every rank has the same sum of squares, so all of them skip a step or none does
-    norm, factor = clip_scale(c.optim, sums["squares"], tokens, used_scale)
+    norm, factor = clip_scale(c.optim, total["squares"], tokens, used_scale)
     outcome = Outcome(
         samples=samples,
         microbatches=microbatches,
@@ -84,8 +85,8 @@ def train_step(
         loss_scale=used_scale,
         skipped=_why_skipped(bool(microbatches), tokens, norm, used_scale),
         diverged=_why_diverged(c, state, figures.get("loss"), norm, rate),
-        stop=(stop.reason or "another rank received a stop signal") if sums["stops"] else "",
-        saves=(sums["over"], sums["failed"]),
+        stop=(stop.reason or "another rank received a stop signal") if total["stops"] else "",
+        saves=(total["saves over"], total["saves failed"]),
     )
     if outcome.diverged:
         return outcome

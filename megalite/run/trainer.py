@@ -97,7 +97,7 @@ def train(config: Config, objective: Objective, data: DataSets, world: World, re
 
 def _start(config: Config, objective: Objective, data: DataSets, world: World, resume: Path | None, stop: Stop) -> Run:
     run_dir, first = Path(config.train.run_dir), world.rank == 0
-    engine = build(config, world, first_values(config))
+    engine = build(config, world, first_values(config), objective.head)
     progress = Progress(first, config.train.steps, config.log.interval)
     source, state = first_state(engine, data.fingerprint, resume, progress.say)
     if first:

@@ -3,17 +3,23 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
 from megalite.data.dataset import Spread, WindowDataset, heldout_windows
 from megalite.data.indexed import IndexedDataset, IndexedWriter
+from megalite.engine.batches import load_microbatches
+from megalite.engine.engine import build
 from megalite.engine.heldout import held_out
 from megalite.engine.stage import Stage, build_stage
+from megalite.model.context import Context
+from megalite.model.decoder import HEADS, LossHead
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
 
@@ -75,3 +81,41 @@ def test_a_model_of_zeros_has_the_loss_of_a_guess(windows: WindowDataset) -> Non
     stage: Stage = build_stage(config(), SoloWorld(), lambda _, shape: torch.zeros(shape))
     expected = {"loss": 29 * math.log(101), "tokens": 29}
     assert held_out(stage, windows, "loss", shows=False) == pytest.approx(expected, rel=1e-12)
+
+
+class Counting(LossHead):
+    """The head of next tokens, which also counts labels of an even number."""
+
+    sums = ("loss", "even")
+
+    def forward(
+        self, hidden: Tensor, context: Context, labels: Tensor | None = None, loss_mask: Tensor | None = None
+    ) -> Any:
+        found = super().forward(hidden, context, labels, loss_mask)
+        if labels is None or loss_mask is None:
+            return found
+        return {**found, "even": ((labels % 2 == 0) * loss_mask).sum()}
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp"), LAYOUTS)
+def test_a_head_that_sums_more(
+    tp: int, pp: int, dp: int, windows: WindowDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank has its sums by name, and training is what it is without them."""
+    monkeypatch.setitem(HEADS, "counting", Counting)
+
+    def main(world: World) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        engines = [build(config(tp, pp, dp), world, head=head) for head in ("counting", "next-token")]
+        samples = load_microbatches(windows, range(len(windows)), engines[0].config, engines[0].mesh)
+        trained, plain = (engine.forward_backward(samples) for engine in engines)
+        for name, gradient in engines[0].grads.main_grad.items():
+            assert torch.equal(gradient, engines[1].grads.main_grad[name])
+        return held_out(engines[0], windows, "loss", shows=False), trained, plain
+
+    labels = [windows.batch([number]).labels[windows.batch([number]).loss_mask > 0] for number in range(4)]
+    even = int(sum((each % 2 == 0).sum() for each in labels))
+    found = run_threads(tp * pp * dp, main)
+    for held, trained, plain in found:
+        assert held == pytest.approx({"loss": by_hand(windows, range(4)), "even": even, "tokens": 29}, rel=1e-12)
+        assert plain == {name: value for name, value in trained.items() if name != "even"}
+    assert sum(trained["even"] for _, trained, _ in found) == even

@@ -24,7 +24,7 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> list[Counter[int]]:
     found: list[Counter[int]] = []
     evaluate = Engine.evaluate
 
-    def spy(engine: Engine, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
+    def spy(engine: Engine, microbatches: Sequence[Microbatch]) -> dict[str, float]:
         found.append(Counter(label for mb in microbatches for label in mb.labels[mb.loss_mask > 0].tolist()))
         return evaluate(engine, microbatches)
 
@@ -120,7 +120,7 @@ def test_a_held_out_set_without_a_trained_token_has_no_loss(make: Make, monkeypa
 def test_a_held_out_loss_that_is_not_finite_is_told(
     make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Engine, "evaluate", lambda engine, microbatches: (math.nan, 1.0))
+    monkeypatch.setattr(Engine, "evaluate", lambda engine, microbatches: {"loss": math.nan, "tokens": 1.0})
     state = run(make(train__eval_only=True))
     assert "WARNING: held out a: the loss is nan" in capsys.readouterr().out
     assert state.best_loss is None

@@ -73,10 +73,10 @@ def spoil(monkeypatch: pytest.MonkeyPatch, loss: Callable[[float], float], grad:
     """Change the loss that a rank reports, and multiply its gradients."""
     forward_backward = Engine.forward_backward
 
-    def spoiled(engine: Engine, microbatches: Sequence[Microbatch], *more: float) -> tuple[float, float]:
-        found, tokens = forward_backward(engine, microbatches, *more)
+    def spoiled(engine: Engine, microbatches: Sequence[Microbatch], *more: float) -> dict[str, float]:
+        sums = forward_backward(engine, microbatches, *more)
         engine.grads.flat.mul_(grad)
-        return loss(found), tokens
+        return {**sums, "loss": loss(sums["loss"])}
 
     monkeypatch.setattr(Engine, "forward_backward", spoiled)
 

@@ -109,7 +109,7 @@ def test_a_signal(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     forward_backward = Engine.forward_backward
 
-    def interrupted(engine: Engine, microbatches: Sequence[Microbatch], *more: float) -> tuple[float, float]:
+    def interrupted(engine: Engine, microbatches: Sequence[Microbatch], *more: float) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
         return forward_backward(engine, microbatches, *more)
 

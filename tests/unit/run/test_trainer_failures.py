@@ -39,12 +39,12 @@ def spoil(monkeypatch: pytest.MonkeyPatch, sample: int, factor: float) -> None:
     """Multiply the loss of every batch that holds `sample`."""
     forward_backward = Engine.forward_backward
 
-    def spoiled(engine: Engine, microbatches: Sequence[Microbatch], *more: float) -> tuple[float, float]:
-        loss, tokens = forward_backward(engine, microbatches, *more)
+    def spoiled(engine: Engine, microbatches: Sequence[Microbatch], *more: float) -> dict[str, float]:
+        sums = forward_backward(engine, microbatches, *more)
         held = any(sample in mb.samples.tolist() for mb in microbatches if mb.samples is not None)
         if held and not math.isfinite(factor):
             engine.microbatch_losses[-1].fill_(math.nan)
-        return loss * factor if held else loss, tokens
+        return {**sums, "loss": sums["loss"] * factor} if held else sums
 
     monkeypatch.setattr(Engine, "forward_backward", spoiled)
 
