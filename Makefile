@@ -1,13 +1,13 @@
-# make install   .venv with pinned dependencies and the compiled extensions
-# make demo      train a small model on real text over tp 2 x pp 2 on a CPU, tune it on questions, and ask it some
-# make test      all tests (fetches 110 MB of real tokenizers and weights once: make assets)
-# make soak      ranks killed at random a hundred times, and every campaign of random variations in full
-# make check     lint, types, formats
-# make slurm     a preempted job on a two-node Slurm cluster within this machine (root, Debian; 1 to 2 minutes)
-# make format    mend formats         make clean    remove what the others made (not runs/)
+# make install   create .venv with pinned dependencies and the compiled extensions
+# make demo      train a small model on real text with tp 2 x pp 2 on a CPU, tune it on questions, and test it
+# make test      run all tests (downloads 110 MB of real tokenizers and weights once: make assets)
+# make soak      kill ranks at random a hundred times, and run every campaign of random variations in full
+# make check     lint, formats, types, import floors
+# make slurm     test a preempted job on a two-node Slurm cluster in this machine (root, Debian; 1 to 2 minutes)
+# make format    fix formats          make clean    remove everything made here except runs/
 #
-# PYTHON=python3.12 make install     another interpreter
-# SYSTEM_TORCH=1 make install        use the torch that is installed already (GPU machines), any 2.9 to 2.13
+# PYTHON=python3.12 make install     use another interpreter
+# SYSTEM_TORCH=1 make install        use the torch that is already installed (GPU machines), 2.9 to 2.13
 
 PYTHON ?= python3
 VENV := .venv
@@ -38,7 +38,7 @@ endif
 demo: install
 	@$(BIN)/python examples/demo.py
 
-# what tests compare with; real tokenizers, weights and instruction rows, fetched once into ~/.cache/megalite/assets
+# reference packages, and real tokenizers, weights and instruction rows in ~/.cache/megalite/assets, for the tests
 assets: install $(VENV)/.assets
 	@$(BIN)/python tests/assets.py
 
@@ -46,7 +46,7 @@ $(VENV)/.assets: $(STAMP) requirements-test.txt
 	$(BIN)/python -m pip install -q -r requirements-test.txt
 	@touch $@
 
-# tests of one process share the cores; those that start ranks take them all in turn
+# single-process tests run in parallel; those that start ranks run one at a time
 test: assets
 	@$(BIN)/python -m pytest tests/unit -n 2
 	@$(BIN)/python -m pytest tests/dist

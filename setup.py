@@ -2,11 +2,11 @@
 
     pip install --no-build-isolation --no-deps -e .
 
-builds `megalite._C` (torch ops) and `megalite._index` (index reader, no torch inside). Environment:
+builds `megalite._C` (torch ops) and `megalite._index` (index reader, without torch). Environment:
 
-MEGALITE_NO_EXT=1   build neither: a pure Python install, slower but whole
-MEGALITE_CUDA=0|1   leave out or insist on the CUDA kernels; by default they are built when nvcc and a CUDA build of
-                    torch are both present
+MEGALITE_NO_EXT=1   build neither: a pure Python install, slower but complete
+MEGALITE_CUDA=0|1   never build the CUDA kernels, or fail without them; by default they are built if nvcc and a CUDA
+                    build of torch are present
 MAX_JOBS=n          compile n files at a time
 """
 
@@ -18,7 +18,7 @@ from setuptools import setup
 
 
 def wants_cuda(torch, cuda_home: str | None) -> bool:
-    """Whether to compile the .cu files; SystemExit when they are insisted on and cannot be."""
+    """Whether to compile the .cu files. Raises SystemExit if MEGALITE_CUDA=1 and they cannot be compiled."""
     wish = os.environ.get("MEGALITE_CUDA")
     missing = []
     if torch.version.cuda is None:
@@ -26,7 +26,7 @@ def wants_cuda(torch, cuda_home: str | None) -> bool:
     if cuda_home is None and shutil.which("nvcc") is None:
         missing.append("nvcc")
     if wish == "1" and missing:
-        raise SystemExit(f"MEGALITE_CUDA=1 needs {' and '.join(missing)}; install that or unset MEGALITE_CUDA")
+        raise SystemExit(f"MEGALITE_CUDA=1 needs {' and '.join(missing)}; install it or unset MEGALITE_CUDA")
     return wish != "0" and not missing
 
 
@@ -46,8 +46,8 @@ def extensions() -> dict:
 
     folders = ["softmax", "rope"]
     sources = ["csrc/ops.cpp"] + [f"csrc/{op}/{op}{part}.cpp" for op in folders for part in ("", "_cpu")]
-    # OpenMP is compiled in but not linked: its symbols come from the runtime torch has already loaded, so that
-    # torch.set_num_threads reaches our loops too.
+    # Compiled with OpenMP but not linked to it: the symbols come from the runtime that torch has loaded, so that
+    # torch.set_num_threads applies to these loops too.
     flags = {"cxx": ["-O3", "-fopenmp", "-g0", "-fvisibility=hidden"]}
     extension = cpp_extension.CppExtension
     if wants_cuda(torch, cpp_extension.CUDA_HOME):
@@ -55,9 +55,9 @@ def extensions() -> dict:
         sources += [f"csrc/{op}/{op}_cuda.cu" for op in folders]
         flags = {"cxx": [*flags["cxx"], "-DMEGALITE_WITH_CUDA"], "nvcc": ["-O3"]}
     headers = glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)
-    # _C touches Python only to be importable, so one build serves every Python version.
+    # _C uses Python only to be importable, so one build works with every Python version.
     ops = extension("megalite._C", sources, extra_compile_args=flags, py_limited_api=True, depends=headers)
-    # Contracting multiply-add would break ties of the blending arithmetic differently from machine to machine.
+    # Fused multiply-add would break ties in the blending arithmetic differently on different machines.
     index = Pybind11Extension(
         "megalite._index",
         ["csrc/index/index.cpp"],

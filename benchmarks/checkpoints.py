@@ -1,10 +1,10 @@
-"""Saving and loading beside torch.distributed.checkpoint (DCP): the same tensors, ranks and disk, in turn.
+"""Saving and loading compared with torch.distributed.checkpoint (DCP): the same tensors, ranks and disk, in turn.
 
     python benchmarks/checkpoints.py [--rounds N] [--folder DIR]      writes results/checkpoints.md
 
 Weights and both moments of about 100M parameters in fp32, matrices cut by rows over 2 and 4 ranks. Both sides sync
-their files before a checkpoint counts as saved; what is loaded was just written, so it comes from memory, not the disk,
-and is compared bit for bit.
+their files before a checkpoint counts as saved. Loads read what was just written, so from the page cache and not the
+disk, and are compared bit for bit.
 """
 
 import argparse
@@ -27,11 +27,13 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "dist"))
 
+import torch
 from ranks import Ranks
 
 from megalite.checkpoint.state import State
-from megalite.config import ModelConfig
+from megalite.config import CheckpointConfig, Config, ModelConfig, TrainConfig
 from megalite.config.shapes import shapes
+from megalite.parallel.groups import World
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -39,171 +41,189 @@ MODEL = ModelConfig(vocab_size=10_000, hidden_size=768, num_layers=12, num_heads
 SHAPES = shapes(MODEL)
 COUNTERS = dataclasses.asdict(State(step=1, consumed_samples=1))
 
+Kinds = dict[str, dict[str, torch.Tensor]]
+Contender = Callable[[], dict[str, float]]
+
+
+def config(asynchronous: bool) -> Config:
+    return Config(MODEL, train=TrainConfig(device="cpu"), checkpoint=CheckpointConfig(async_save=asynchronous, keep=0))
+
+
+class Rank:
+    """One rank's tensors and the contenders, each a method that returns seconds by name."""
+
+    def __init__(self, world: World, folder: str) -> None:
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+
+        from megalite.parallel.cuts import even, uncut
+        from megalite.parallel.mesh import Mesh
+
+        rank, size = world.rank, world.size
+        self.rank, self.size, self.folder = rank, size, Path(folder)
+        self.mesh = Mesh(world, tp=size)
+        self.shards = {n: even(s, 0, size, rank) if len(s) == 2 else uncut(s, rank) for n, s in SHAPES.items()}
+        self.spans = {n: range(shard.numel) for n, shard in self.shards.items()}
+        self.values, self.target = self._tensors(filled=True), self._tensors(filled=False)
+        self.devices = init_device_mesh("cpu", (size,))
+        self.dcp_group = dist.new_group(backend="gloo")  # DCP's thread and the step must not share a group
+        self.work = torch.randn(384, 384)
+
+    def _tensors(self, filled: bool) -> Kinds:
+        kinds: Kinds = {}
+        for k, kind in enumerate(KINDS):
+            for i, (n, shard) in enumerate(self.shards.items()):
+                # norms are the same on every rank
+                seed = 1000 * k + i + (10_000 * (self.rank + 1) if len(shard.local_shape) == 2 else 0)
+                generator = torch.Generator().manual_seed(seed)
+                new = torch.randn(shard.local_shape, generator=generator) if filled else torch.zeros(shard.local_shape)
+                kinds.setdefault(kind, {})[n] = new
+        return kinds
+
+    def _as_dtensors(self, kinds: Kinds) -> dict[str, Any]:
+        from torch.distributed.tensor import DTensor, Replicate
+        from torch.distributed.tensor import Shard as Rows
+
+        where = {n: Rows(0) if len(s) == 2 else Replicate() for n, s in SHAPES.items()}
+        whole: dict[str, Any] = {
+            n: {"shape": torch.Size(s), "stride": (s[1], 1) if len(s) == 2 else (1,)} for n, s in SHAPES.items()
+        }
+        return {
+            f"{kind}.{n}": DTensor.from_local(x, self.devices, [where[n]], run_check=False, **whole[n])
+            for kind, named in kinds.items()
+            for n, x in named.items()
+        }
+
+    def _fresh(self, name: str) -> Path:
+        path = self.folder / name
+        if self.rank == 0:
+            shutil.rmtree(path, ignore_errors=True)
+        self.mesh.world.barrier()
+        return path
+
+    def step(self, flag: float = 0.0) -> float:
+        """A stand-in for a training step: arithmetic on one core and a small sum over the ranks."""
+        for _ in range(12):
+            torch.mm(self.work, self.work)
+        return float(self.mesh.world.all_reduce(torch.tensor([flag], dtype=torch.float64)))
+
+    def megalite_sync(self) -> dict[str, float]:
+        from megalite.checkpoint.save import save
+
+        run = self._fresh("megalite")
+        began = time.perf_counter()
+        save(run, config(False), self.mesh, self.shards, self.spans, self.values, COUNTERS)
+        took = time.perf_counter() - began
+        return {"held": took, "saved": took}
+
+    def megalite_without_checksums(self) -> dict[str, float]:
+        from megalite.checkpoint import blocks
+
+        none = SimpleNamespace(sha256=lambda _: SimpleNamespace(hexdigest=lambda: ""))
+        with mock.patch.object(blocks, "hashlib", none):
+            return self.megalite_sync()
+
+    def megalite_async(self) -> dict[str, float]:
+        from megalite.checkpoint.save import Saver
+
+        saver = Saver(self._fresh("megalite"), config(True), self.mesh)
+        began = time.perf_counter()
+        saver.start(self.shards, self.spans, self.values, COUNTERS)
+        held, steps, final = time.perf_counter() - began, 0, None
+        while final is None:
+            over, failed = saver.progress()
+            self.step()
+            sums = self.mesh.world.all_reduce(torch.tensor([over, failed], dtype=torch.float64)).tolist()
+            final, steps = saver.settle(*sums), steps + 1
+        saved = time.perf_counter() - began
+        return {"held": held, "saved": saved, "steps": steps, "step": (saved - held) / steps}
+
+    def dcp_sync(self) -> dict[str, float]:
+        import torch.distributed.checkpoint as dcp
+
+        path = self._fresh("dcp")
+        began = time.perf_counter()
+        dcp.save(self._as_dtensors(self.values), checkpoint_id=str(path))
+        took = time.perf_counter() - began
+        return {"held": took, "saved": took}
+
+    def dcp_async(self) -> dict[str, float]:
+        import torch.distributed.checkpoint as dcp
+
+        path = self._fresh("dcp")
+        began = time.perf_counter()
+        tensors = self._as_dtensors(self.values)
+        future: Any = dcp.async_save(tensors, checkpoint_id=str(path), process_group=self.dcp_group)
+        held, steps, over = time.perf_counter() - began, 0, False
+        while not over:
+            over, steps = self.step(float(future.done())) == self.size, steps + 1
+        future.result()
+        saved = time.perf_counter() - began
+        return {"held": held, "saved": saved, "steps": steps, "step": (saved - held) / steps}
+
+    def megalite_load(self, verify: bool) -> dict[str, float]:
+        from megalite.checkpoint.folder import read_manifest
+        from megalite.checkpoint.load import load
+
+        began = time.perf_counter()
+        checkpoint = self.folder / "megalite" / "checkpoints" / "step-00000001"
+        load(checkpoint, read_manifest(checkpoint), self.shards, self.target, self.spans, verify)
+        self.mesh.world.barrier()
+        return {"loaded": time.perf_counter() - began}
+
+    def dcp_load(self) -> dict[str, float]:
+        import torch.distributed.checkpoint as dcp
+
+        began = time.perf_counter()
+        dcp.load(self._as_dtensors(self.target), checkpoint_id=str(self.folder / "dcp"))
+        self.mesh.world.barrier()
+        return {"loaded": time.perf_counter() - began}
+
+    def checked(self, load: Contender) -> dict[str, float]:
+        """Run `load` and check that every element is the one that was saved."""
+        for named in self.target.values():
+            for x in named.values():
+                x.zero_()
+        found = load()
+        assert all(self.target[k][n].equal(self.values[k][n]) for k in KINDS for n in SHAPES)
+        return found
+
+    def contenders(self) -> dict[str, Contender]:
+        return {
+            "megalite, no checksums": self.megalite_without_checksums,
+            "megalite": self.megalite_sync,
+            "DCP": self.dcp_sync,
+            "load megalite": lambda: self.checked(lambda: self.megalite_load(True)),
+            "load megalite, not verified": lambda: self.checked(lambda: self.megalite_load(False)),
+            "load DCP": lambda: self.checked(self.dcp_load),
+            "megalite async": self.megalite_async,
+            "DCP async": self.dcp_async,
+        }
+
 
 def measure(folder: str, rounds: int) -> int:
-    """One rank: every contender in turn, `rounds` times after a first one that is not counted."""
-    import torch
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate
-    from torch.distributed.tensor import Shard as Rows
-
-    from megalite.checkpoint import blocks
-    from megalite.checkpoint.folder import read_manifest
-    from megalite.checkpoint.load import load
-    from megalite.checkpoint.save import Saver, save
-    from megalite.config import CheckpointConfig, Config, TrainConfig
-    from megalite.parallel.cuts import even, uncut
-    from megalite.parallel.mesh import Mesh
+    """One rank's process: run every contender in turn, `rounds` times after a first round that is not counted."""
     from megalite.run.world import start_world
 
-    def config(asynchronous: bool) -> Config:
-        return Config(
-            MODEL, train=TrainConfig(device="cpu"), checkpoint=CheckpointConfig(async_save=asynchronous, keep=0)
-        )
-
     with start_world(config(False)) as world:
-        rank, size = world.rank, world.size
-        mesh = Mesh(world, tp=size)
-        shards = {n: even(s, 0, size, rank) if len(s) == 2 else uncut(s, rank) for n, s in SHAPES.items()}
-        spans = {n: range(shard.numel) for n, shard in shards.items()}
-
-        def tensors(filled: bool) -> dict[str, dict[str, torch.Tensor]]:
-            # a norm is the same on every rank
-            kinds: dict[str, dict[str, torch.Tensor]] = {}
-            for k, kind in enumerate(KINDS):
-                for i, (n, shard) in enumerate(shards.items()):
-                    seed = 1000 * k + i + (10_000 * (rank + 1) if len(shard.local_shape) == 2 else 0)
-                    generator = torch.Generator().manual_seed(seed)
-                    new = torch.randn(shard.local_shape, generator=generator) if filled else None
-                    kinds.setdefault(kind, {})[n] = torch.zeros(shard.local_shape) if new is None else new
-            return kinds
-
-        values, target = tensors(filled=True), tensors(filled=False)
-        devices = init_device_mesh("cpu", (size,))
-
-        def as_dtensors(kinds: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
-            where = {n: Rows(0) if len(s) == 2 else Replicate() for n, s in SHAPES.items()}
-            return {
-                f"{kind}.{n}": DTensor.from_local(
-                    x, devices, [where[n]], run_check=False, shape=torch.Size(SHAPES[n]), stride=_strides(SHAPES[n])
-                )
-                for kind, named in kinds.items()
-                for n, x in named.items()
-            }
-
-        beside = dist.new_group(backend="gloo")  # DCP's thread and the step must not share one
-        work = torch.randn(384, 384)
-
-        def step(flag: float) -> float:
-            """What a training step does here: arithmetic of one core, and one small sum over the ranks."""
-            for _ in range(12):
-                torch.mm(work, work)
-            return float(mesh.world.all_reduce(torch.tensor([flag], dtype=torch.float64)))
-
-        def fresh(name: str) -> Path:
-            path = Path(folder, name)
-            if rank == 0:
-                shutil.rmtree(path, ignore_errors=True)
-            mesh.world.barrier()
-            return path
-
-        def megalite_sync() -> dict[str, float]:
-            run = fresh("megalite")
-            began = time.perf_counter()
-            save(run, config(False), mesh, shards, spans, values, COUNTERS)
-            took = time.perf_counter() - began
-            return {"held": took, "saved": took}
-
-        def megalite_without_checksums() -> dict[str, float]:
-            none = SimpleNamespace(sha256=lambda _: SimpleNamespace(hexdigest=lambda: ""))
-            with mock.patch.object(blocks, "hashlib", none):
-                return megalite_sync()
-
-        def megalite_async() -> dict[str, float]:
-            saver = Saver(fresh("megalite"), config(True), mesh)
-            began = time.perf_counter()
-            saver.start(shards, spans, values, COUNTERS)
-            held, steps, final = time.perf_counter() - began, 0, None
-            while final is None:
-                over, failed = saver.progress()
-                step(0.0)
-                sums = mesh.world.all_reduce(torch.tensor([over, failed], dtype=torch.float64)).tolist()
-                final, steps = saver.settle(*sums), steps + 1
-            saved = time.perf_counter() - began
-            return {"held": held, "saved": saved, "steps": steps, "step": (saved - held) / steps}
-
-        def dcp_sync() -> dict[str, float]:
-            path = fresh("dcp")
-            began = time.perf_counter()
-            dcp.save(as_dtensors(values), checkpoint_id=str(path))
-            took = time.perf_counter() - began
-            return {"held": took, "saved": took}
-
-        def dcp_async() -> dict[str, float]:
-            path = fresh("dcp")
-            began = time.perf_counter()
-            future: Any = dcp.async_save(as_dtensors(values), checkpoint_id=str(path), process_group=beside)
-            held, steps, over = time.perf_counter() - began, 0, False
-            while not over:
-                over, steps = step(float(future.done())) == size, steps + 1
-            future.result()
-            saved = time.perf_counter() - began
-            return {"held": held, "saved": saved, "steps": steps, "step": (saved - held) / steps}
-
-        def megalite_load(verify: bool) -> dict[str, float]:
-            began = time.perf_counter()
-            checkpoint = Path(folder, "megalite", "checkpoints", "step-00000001")
-            load(checkpoint, read_manifest(checkpoint), shards, target, spans, verify)
-            mesh.world.barrier()
-            return {"loaded": time.perf_counter() - began}
-
-        def dcp_load() -> dict[str, float]:
-            began = time.perf_counter()
-            dcp.load(as_dtensors(target), checkpoint_id=str(Path(folder, "dcp")))
-            mesh.world.barrier()
-            return {"loaded": time.perf_counter() - began}
-
-        def checked(run: Callable[[], dict[str, float]]) -> dict[str, float]:
-            """A load, after which every element has to be what was saved."""
-            for named in target.values():
-                for x in named.values():
-                    x.zero_()
-            found = run()
-            assert all(target[k][n].equal(values[k][n]) for k in KINDS for n in SHAPES)
-            return found
-
-        contenders: dict[str, Callable[[], dict[str, float]]] = {
-            "megalite, no checksums": megalite_without_checksums,
-            "megalite": megalite_sync,
-            "DCP": dcp_sync,
-            "load megalite": lambda: checked(lambda: megalite_load(True)),
-            "load megalite, not verified": lambda: checked(lambda: megalite_load(False)),
-            "load DCP": lambda: checked(dcp_load),
-            "megalite async": megalite_async,
-            "DCP async": dcp_async,
-        }
+        rank = Rank(world, folder)
+        contenders = rank.contenders()
         rows: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
         alone: list[float] = []
         for number in range(rounds + 1):
             for name, contender in contenders.items():
                 os.sync()
-                mesh.world.barrier()
+                rank.mesh.world.barrier()
                 found = contender()
                 if number:
                     rows[name].append(found)
             began = time.perf_counter()
             for _ in range(10):
-                step(0.0)
+                rank.step()
             alone.append((time.perf_counter() - began) / 10)
-        if rank == 0:
+        if rank.rank == 0:
             Path(folder, "rows.json").write_text(json.dumps({"rows": rows, "alone": alone[1:]}))
     return 0
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[1], 1) if len(shape) == 2 else (1,)
 
 
 def cell(values: list[float], unit: float = 1.0, digits: int = 2) -> str:
@@ -233,11 +253,9 @@ def tables(size: int, found: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="where to write; default: the system's folder for temporary files")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: 5; fewer print, but write nothing)")
+    parser.add_argument("--folder", help="folder for the checkpoints (default: the system's temporary folder)")
     options = parser.parse_args()
-    import torch
-
     count = sum(s[0] * (s[1] if len(s) == 2 else 1) for s in SHAPES.values())
     gigabytes = count * 4 * len(KINDS) / 1e9
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())

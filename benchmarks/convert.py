@@ -2,8 +2,8 @@
 
     python benchmarks/convert.py      writes results/convert.md
 
-Each way is a process of its own, `tools/checkpoint.py convert`, whose largest resident set the kernel tells at its end.
-Needs three times the model's 13.5 GB on --disk; all of it is deleted again.
+Each direction runs tools/checkpoint.py convert in its own process, whose peak resident memory the kernel reports. Needs
+three times the model's 13.5 GB on --disk, and deletes it afterwards.
 """
 
 import argparse
@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def make(folder: Path, preset: str) -> int:
-    """Write a Hugging Face folder of random weights of the preset's shapes; gives its parameters."""
+    """Write a Hugging Face folder with random weights in the preset's shapes; returns its number of parameters."""
     model = resolve(parse_command_line(["--preset", preset], default_preset=None, prog="").config, 1).model
     whole = shapes(model)
-    # noise is drawn once: its bytes do not matter, only that they are not zero
+    # drawn once and repeated: the values only must not be zero
     noise = torch.randn(2**24).bfloat16()
 
     def value(name: str) -> torch.Tensor:
@@ -75,7 +75,7 @@ def main() -> None:
         files = sorted(file.name for file in (folder / "hf").iterdir())
         _, different, errors = filecmp.cmpfiles(folder / "hf", folder / "back", files, shallow=False)
         if different or errors:
-            raise SystemExit(f"error: {different + errors} did not come back as they were")
+            raise SystemExit(f"error: {different + errors} changed on the way there and back")
     lines = [
         f"# Converting {options.preset}",
         "",

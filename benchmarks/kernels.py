@@ -1,13 +1,12 @@
-"""Our compiled kernels against torch eager and torch.compile, forward and backward, on this machine's CPU.
+"""The compiled kernels compared with torch eager and torch.compile, forward and backward, on this machine's CPU.
 
     python benchmarks/kernels.py            # prints a table and writes benchmarks/results/kernels-cpu.md
 
-All contenders run in turn within each of five rounds, so that other load on the machine hits them alike; the table
-gives the median and, in brackets, the fastest and slowest round.
+All contenders run in turn within each of five rounds, so that other load on the machine affects them equally. The table
+shows the median and, in brackets, the fastest and slowest round.
 """
 
 import argparse
-import ctypes
 import platform
 import statistics
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megalite.ops import apply_rope, causal_softmax, rope_cos_sin
+from megalite.run.world import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "kernels-cpu.md"
 ROUNDS = 5
@@ -25,15 +25,8 @@ SCALE = 0.125
 Op = Callable[[torch.Tensor], torch.Tensor]
 
 
-def keep_memory() -> None:
-    """Stop glibc from handing large blocks back to the kernel, so that fresh tensors are not page-faulted in."""
-    libc = ctypes.CDLL("libc.so.6")
-    for option, value in ((-4, 0), (-1, -1), (-2, 256 << 20)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        libc.mallopt(option, value)
-
-
 def softmax_contenders(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Op]:
-    """Eager is what models write: one op each for scale, mask, float32 softmax, cast; the mask is made once."""
+    """Eager is what models write: separate ops for scale, mask, float32 softmax and cast, with a mask made once."""
     hidden = torch.ones(shape[-2:], dtype=torch.bool).triu(1)
 
     def eager(x: torch.Tensor) -> torch.Tensor:
@@ -64,7 +57,7 @@ CASES = [
 
 
 def step_ms(op: Op, x: torch.Tensor, grad: torch.Tensor, repeats: int) -> float:
-    """One forward and backward in milliseconds, the mean of `repeats`."""
+    """Milliseconds of one forward and backward, averaged over `repeats`."""
     start = time.perf_counter()
     for _ in range(repeats):
         x.grad = None
@@ -73,7 +66,7 @@ def step_ms(op: Op, x: torch.Tensor, grad: torch.Tensor, repeats: int) -> float:
 
 
 def measure(contenders: dict[str, Op], shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[float]]:
-    """Milliseconds of each round by contender, after a warm-up that compiles."""
+    """Milliseconds of each round by contender, after a warm-up that includes compilation."""
     x = torch.randn(shape).to(dtype).requires_grad_()
     grad = torch.randn(shape).to(dtype)
     for op in contenders.values():
@@ -121,7 +114,7 @@ def main() -> None:
         f"{args.threads} thread(s), torch {torch.__version__}. Made by `benchmarks/kernels.py`.",
     ]
     lines += ["", "## With glibc's own memory settings", "", *table()]
-    keep_memory()
+    keep_freed_memory()
     lines += ["", "## With freed memory kept (`mallopt`)", "", *table(), ""]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("\n".join(lines), encoding="utf-8")

@@ -1,9 +1,9 @@
-"""Peak memory of each rank on the 125m preset, by the allocator's events, beside the plan's arithmetic.
+"""Peak memory of each rank on the 125m preset, by the allocator's events, compared with the plan's arithmetic.
 
     python benchmarks/memory.py      writes results/memory-125m.md
 
-Recomputation none, selective and full; ZeRO-1 off and on at dp 1, 2 and 4. Counted is all that one rank allocates from
-before its engine is built to the end of its second step, what is freed taken off.
+Recomputation none, selective and full; ZeRO-1 off and on at dp 1, 2 and 4. Counts what a rank has allocated and not
+freed, from before its engine is built to the end of its second step.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "dist"
 
 from ranks import Ranks
 
-from megalite.config import Config, parse_command_line, resolve
+from megalite.config import Resolved, parse_command_line, resolve
 from megalite.plan.costs import Memory, memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ CASES = [("recompute", value, 1, 0) for value in ("none", "selective", "full")]
 CASES += [("zero", "none", dp, zero) for dp in (1, 2, 4) for zero in (0, 1)]
 
 
-def configuration(recompute: str, dp: int, zero: int) -> Config:
+def configuration(recompute: str, dp: int, zero: int) -> Resolved:
     words = [f"parallel.recompute={recompute}", f"parallel.dp={dp}", f"parallel.zero={zero}", "train.device=cpu"]
     words += ["parallel.tp=1", "parallel.pp=1", f"train.seq_len={SEQ}", f"train.micro_batch_size={BATCH}"]
     words += [f"train.global_batch_size={BATCH * dp}", "train.threads=1"]
@@ -60,7 +60,7 @@ def measure(folder: str, recompute: str, dp: int, zero: int) -> int:
     return 0
 
 
-def planned(config: Config) -> Memory:
+def planned(config: Resolved) -> Memory:
     return dataclasses.replace(memory(config, "cpu"), overhead=0)
 
 
@@ -84,7 +84,7 @@ def main() -> int:
                 row = f"| {recompute} | {dp} | {zero} | {rank} | {sizes} |"
                 print(row, flush=True)
                 lines.append(row)
-    lines.append(f"\nFarthest from the arithmetic: {worst:.1%}.")
+    lines.append(f"\nLargest difference from the plan: {worst:.1%}.")
     (ROOT / "benchmarks" / "results" / "memory-125m.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return 0
 

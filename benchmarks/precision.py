@@ -29,6 +29,7 @@ PAIRS = [
 
 
 def train(run_dir: Path, ranks: int, steps: int, more: list[str]) -> dict[str, list[float]]:
+    """Run the tiny preset; returns the training losses and the held-out losses by name."""
     launcher = (
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
         if ranks > 1
@@ -56,9 +57,9 @@ def main() -> None:
     ]
     lines += ["| run | against | training loss, any step | held-out loss, at the end |", "|---|---|---|---|"]
     for a, b in PAIRS:
-        apart = max(abs(x - y) / y for x, y in zip(curves[a]["training"], curves[b]["training"]))
+        largest = max(abs(x - y) / y for x, y in zip(curves[a]["training"], curves[b]["training"]))
         end = max(abs(v[-1] - curves[b][k][-1]) / curves[b][k][-1] for k, v in curves[a].items() if k != "training")
-        lines.append(f"| {a} | {b} | {apart:.1e} | {end:.1e} |")
+        lines.append(f"| {a} | {b} | {largest:.1e} | {end:.1e} |")
     lines += ["\n| run | training loss, last step | held out en | held out zh |", "|---|---|---|---|"]
     for name, curve in curves.items():
         ends = [f"{curve[key][-1]:.4f}" for key in ("training", "held out en", "held out zh")]
@@ -81,8 +82,9 @@ def draw(curves: dict[str, dict[str, list[float]]]) -> None:
     top.set(ylabel="training loss (nats per token)", title="The same run in two precisions and two layouts")
     top.legend(frameon=False)
     for a, b in PAIRS:
-        apart = [abs(x - y) / y for x, y in zip(curves[a]["training"], curves[b]["training"])]
-        bottom.semilogy(range(1, len(apart) + 1), [max(x, 1e-9) for x in apart], linewidth=1, label=f"{a} / {b}")
+        difference = [abs(x - y) / y for x, y in zip(curves[a]["training"], curves[b]["training"])]
+        values = [max(x, 1e-9) for x in difference]
+        bottom.semilogy(range(1, len(values) + 1), values, linewidth=1, label=f"{a} / {b}")
     bottom.set(xlabel="step", ylabel="relative difference")
     bottom.legend(frameon=False, fontsize=7)
     for axes in (top, bottom):

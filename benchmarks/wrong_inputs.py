@@ -1,6 +1,6 @@
-"""Things a user gets wrong: what is printed, and how soon. Writes results/wrong-inputs.md.
+"""Users' mistakes: what is printed for each, and how soon.
 
-python benchmarks/wrong_inputs.py
+python benchmarks/wrong_inputs.py      writes results/wrong-inputs.md
 """
 
 import json
@@ -144,7 +144,7 @@ CASES: list[tuple[str, str, list[str], dict[str, str]]] = [
 
 
 def prepare(work: Path) -> None:
-    """Files and runs that the cases need."""
+    """Create the files and runs that the cases need."""
     (work / "twice.yaml").write_text("train:\n  steps: 3\n  steps: 4\n")
     (work / "broken.yaml").write_text("train: {steps: 3\n")
     (work / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
@@ -178,8 +178,8 @@ def prepare(work: Path) -> None:
         shard.write_bytes(shard.read_bytes()[:1000])
 
 
-def ask(work: Path, arguments: list[str], environment: dict[str, str]) -> tuple[str, float, bool]:
-    """(what was printed to standard error, seconds, whether it is well-behaved)."""
+def run(work: Path, arguments: list[str], environment: dict[str, str]) -> tuple[str, float, bool]:
+    """(standard error, seconds, whether it failed with exactly one error line and no traceback)."""
     words = [word.replace("{work}", str(work)) for word in arguments]
     if words[0].startswith("examples/") and not any("run_dir" in word for word in words):
         words.append(f"train.run_dir={work / 'fresh'}")
@@ -188,9 +188,9 @@ def ask(work: Path, arguments: list[str], environment: dict[str, str]) -> tuple[
         [sys.executable, *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=120
     )
     seconds = time.monotonic() - began
-    said = done.stderr.strip().replace(str(work), "WORK")
-    well = done.returncode != 0 and "Traceback" not in done.stderr + done.stdout and said.count("error:") == 1
-    return said, seconds, well
+    printed = done.stderr.strip().replace(str(work), "WORK")
+    good = done.returncode != 0 and "Traceback" not in done.stderr + done.stdout and printed.count("error:") == 1
+    return printed, seconds, good
 
 
 def main() -> int:
@@ -199,19 +199,19 @@ def main() -> int:
         work = Path(folder)
         prepare(work)
         for kind, what, arguments, environment in CASES:
-            said, seconds, well = ask(work, arguments, environment)
-            rows.append((kind, what, said, seconds, well))
-            print(f"{'ok ' if well else 'BAD'} {seconds:5.2f} s  {kind}: {what}\n      {said}", flush=True)
+            printed, seconds, good = run(work, arguments, environment)
+            rows.append((kind, what, printed, seconds, good))
+            print(f"{'ok ' if good else 'BAD'} {seconds:5.2f} s  {kind}: {what}\n      {printed}", flush=True)
     lines = [
         f"# {len(rows)} wrong inputs\n",
-        "`python benchmarks/wrong_inputs.py`. Seconds are of the whole process.\n",
+        "`python benchmarks/wrong_inputs.py`. Seconds are for the whole process.\n",
     ]
     lines += ["| | what is wrong | what is printed | s |", "|---|---|---|---|"]
-    for kind, what, said, seconds, _ in rows:
-        text = said.replace("|", "\\|").replace("\n", "<br>")
+    for kind, what, printed, seconds, _ in rows:
+        text = printed.replace("|", "\\|").replace("\n", "<br>")
         lines.append(f"| {kind} | {what} | {text} | {seconds:.2f} |")
     (ROOT / "benchmarks" / "results" / "wrong-inputs.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    bad = sum(not well for *_, well in rows)
+    bad = sum(not good for *_, good in rows)
     slow = sorted(seconds for *_, seconds, _ in rows)
     print(
         json.dumps(

@@ -12,7 +12,7 @@
 
 namespace megalite {
 
-// The plain name of a tensor's dtype; float16 is for GPUs, a CPU has no fast path for it.
+// The enum value of a tensor's dtype; float16 is supported on GPUs only, because CPUs have no fast path for it.
 inline MegaliteDType dtype_of(const at::Tensor& t, const char* op) {
   switch (t.scalar_type()) {
     case at::kFloat:
@@ -29,7 +29,7 @@ inline MegaliteDType dtype_of(const at::Tensor& t, const char* op) {
   }
 }
 
-// Kernels walk any strides but want the last dim dense.
+// Kernels accept any strides but need a dense last dim.
 inline at::Tensor with_dense_rows(const at::Tensor& t) { return t.stride(-1) == 1 ? t : t.contiguous(); }
 
 }  // namespace megalite

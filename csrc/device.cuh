@@ -6,7 +6,7 @@
 
 #include "dtype.h"
 
-// What the CUDA kernels share: element types, block-wide reductions, and the choice of template by dtype.
+// Shared by the CUDA kernels: element types, block-wide reductions, and the choice of a template by dtype.
 namespace megalite {
 
 template <class T>
@@ -49,14 +49,14 @@ struct Plus {
   }
 };
 
-// The same result in every thread of the block; blockDim.x is a multiple of the warp size. The order of additions
-// depends on blockDim alone, so results repeat bitwise.
+// Returns the same result in every thread of the block; blockDim.x is a multiple of the warp size. The order of
+// additions depends on blockDim alone, so results are bitwise reproducible.
 template <class A, class Op>
 __device__ A block_reduce(A value, A identity, Op op) {
   __shared__ A per_warp[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int step = 16; step > 0; step /= 2) value = op(value, __shfl_xor_sync(0xffffffffu, value, step));
-  __syncthreads();  // the array may still be read from the reduction before this one
+  __syncthreads();  // the previous reduction may still be reading the array
   if (lane == 0) per_warp[warp] = value;
   __syncthreads();
   value = lane < warps ? per_warp[lane] : identity;
@@ -64,7 +64,7 @@ __device__ A block_reduce(A value, A identity, Op op) {
   return value;
 }
 
-// Calls launch with a null pointer of the element type; cudaErrorInvalidValue for a dtype we do not know.
+// Calls launch with a null pointer of the element type; returns cudaErrorInvalidValue for an unknown dtype.
 template <class Launch>
 cudaError_t dispatch(MegaliteDType dtype, Launch launch) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// The schemas of all compiled ops in one place, and the module that carries them into a Python process.
+// The schemas of all compiled ops, and the Python module that registers them.
 #include <Python.h>
 #include <torch/library.h>
 

@@ -5,8 +5,8 @@
 #include <cstring>
 
 // Portable vector arithmetic. Row functions are plain loops that the compiler vectorises; MEGALITE_CLONES builds each
-// once per instruction set and picks at load time, so a wheel built anywhere runs anywhere and still uses AVX-512
-// where it is found. Everything they call must inline into the clone: hence MEGALITE_INLINE.
+// once per instruction set and chooses at load time, so one wheel runs on any x86-64 machine and uses AVX-512 if
+// available. Everything they call must be inlined into the clone, hence MEGALITE_INLINE.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define MEGALITE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -16,10 +16,10 @@
 
 namespace megalite {
 
-// bfloat16 travels as its bits: the upper half of a float.
+// bfloat16 is handled as its bits, the upper half of a float.
 using bf16 = uint16_t;
 
-// The type sums are kept in: promote(T, float).
+// The type of sums: promote(T, float).
 template <class T>
 struct Accumulate {
   using type = float;
@@ -45,7 +45,7 @@ template <class T, class A>
 MEGALITE_INLINE T narrow(A x) {
   return x;
 }
-// Round to nearest even; a NaN must stay one, which adding the rounding bias to its bits would not ensure.
+// Round to nearest even; NaN is handled separately, because adding the rounding bias to its bits could change it.
 template <>
 MEGALITE_INLINE bf16 narrow<bf16, float>(float x) {
   const uint32_t bits = bits_of<uint32_t>(x);

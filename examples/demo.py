@@ -21,7 +21,7 @@ from megalite.data.indexed import IndexedDataset
 from megalite.data.ngram import Baseline, KneserNeyBigram, Unigram, total_nats
 from megalite.data.questions import PHRASINGS, Questions, make_rows, prepare_questions
 from megalite.inference.eval_rows import exact_match
-from megalite.text.rows import filled_lines, parse_json
+from megalite.text.rows import nonblank_lines, parse_json
 from megalite.watch.metrics import read_metrics
 from megalite.watch.plot import plot_losses
 
@@ -31,7 +31,7 @@ CACHE = ".cache/megalite"
 VOCAB_SIZE = 600
 PROMPTS = {"en": "And the LORD said unto ", "zh": "春"}
 LANGUAGES = {"en": "English (King James Bible)", "zh": "Chinese (Tang and Song poems)"}
-# many small steps: what a question asks for is learned by being corrected often
+# many small steps work better here than few large ones
 SFT = [
     *("parallel.tp=1", "parallel.pp=1", "train.steps=1200", "train.global_batch_size=8", "train.micro_batch_size=4"),
     *("optim.lr=3e-3", "optim.min_lr=1e-4", "optim.warmup_samples=400", "train.eval_interval=0", "log.interval=100"),
@@ -46,7 +46,7 @@ def heading(text: str) -> None:
 
 
 def shell(command: list[str]) -> None:
-    """Run a command of the project the way a user would, after showing it."""
+    """Print a command as a user would type it, and run it; exits with its status if it fails."""
     shown = ["python" if word == sys.executable else Path(word).name if "/bin/" in word else word for word in command]
     print("$ " + " ".join(f'"{word}"' if " " in word else word for word in shown), flush=True)
     status = subprocess.run(command, check=False).returncode
@@ -55,7 +55,7 @@ def shell(command: list[str]) -> None:
 
 
 def baselines(corpus: Corpus) -> dict[str, dict[str, float]]:
-    """Nats per token of n-gram models fitted on the whole training split, on each held-out set."""
+    """Nats per token on each held-out set, by n-gram models fitted on the whole training split."""
     train = IndexedDataset(corpus.train)
     models: dict[str, Baseline] = {
         "unigram": Unigram(train, VOCAB_SIZE),
@@ -74,7 +74,7 @@ def bits_per_byte(corpus: Corpus, language: str, nats_per_token: float) -> float
 
 
 def pretrained(corpus: Corpus, reference: dict[str, dict[str, float]]) -> bool:
-    """Print how the pretrained model compares; whether it beats every baseline in every language."""
+    """Print the pretrained model's held-out losses; returns whether it beats every baseline in every language."""
     metrics = read_metrics(RUN)
     evals: dict[str, list[float]] = {language: [] for language in LANGUAGES}
     for row in metrics["eval"]:
@@ -88,7 +88,8 @@ def pretrained(corpus: Corpus, reference: dict[str, dict[str, float]]) -> bool:
         end = evals[language][-1]
         beaten &= all(end < other for other in others)
         print(f"{title:32}{evals[language][0]:>10.3f}" + "".join(f"{o:>20.3f}" for o in others) + f"{end:>15.3f}")
-    print("The model beats both n-grams in both languages." if beaten else "The model does NOT beat every n-gram.")
+    result = "beats both n-gram models in both languages" if beaten else "does NOT beat every n-gram model"
+    print(f"The model {result}.")
     speeds = sorted(row["tokens_per_s"] for row in metrics["train"])
     print(
         f"\n{len(speeds)} steps at {speeds[len(speeds) // 2]:,.0f} tokens/s (median) on 4 ranks: "
@@ -98,7 +99,7 @@ def pretrained(corpus: Corpus, reference: dict[str, dict[str, float]]) -> bool:
 
 
 def ask(model: Path, questions: Questions, target: Path) -> list[dict[str, Any]]:
-    """What a model answers to the held-out questions, by tools/evaluate.py."""
+    """The model's answers to the held-out questions, by tools/evaluate.py."""
     how = ["--chat", "--template", "plain", "--max-new-tokens", "48", "--batch-size", "48", "--json", str(target)]
     shell([sys.executable, "tools/evaluate.py", "answers", str(model), str(questions.heldout), *how])
     rows: list[dict[str, Any]] = json.loads(target.read_text(encoding="utf-8"))["rows"]
@@ -106,7 +107,7 @@ def ask(model: Path, questions: Questions, target: Path) -> list[dict[str, Any]]
 
 
 def baseline(questions: Questions) -> dict[str, str]:
-    """The most frequent answer to the training questions of each task."""
+    """The most frequent answer in the training questions, by task."""
     counts: dict[str, Counter[str]] = {task: Counter() for task in PHRASINGS}
     for row in make_rows(HERE / "corpus")[0]:
         counts[row.task][row.answer] += 1
@@ -114,24 +115,24 @@ def baseline(questions: Questions) -> dict[str, str]:
 
 
 def tuned(before: list[dict[str, Any]], after: list[dict[str, Any]], questions: Questions) -> bool:
-    """Print three held-out questions before and after, and how many are right; whether the answers got better."""
-    rows = [parse_json(line.raw) for line in filled_lines(questions.heldout)]
+    """Print an answer per task and the scores before and after tuning; returns whether the answers improved."""
+    rows = [parse_json(line.raw) for line in nonblank_lines(questions.heldout)]
     majority = baseline(questions)
-    heading("Held-out questions: other phrasings, chapters, poems and numbers than those trained on")
+    heading("Held-out questions: phrasings, chapters, poems and numbers that were not trained on")
     for task in PHRASINGS:
         number = next(number for number, row in enumerate(rows) if row["task"] == task)
-        print(f"  asked   {rows[number]['prompt']}")
-        for when, said in (("before", before), ("after", after)):
-            print(f"  {when:7} {shorten(said[number]['said'])}")
-        print(f"  right   {rows[number]['answer']}\n")
+        print(f"  question  {rows[number]['prompt']}")
+        for when, answers in (("before", before), ("after", after)):
+            print(f"  {when:9} {shorten(answers[number]['said'])}")
+        print(f"  correct   {rows[number]['answer']}\n")
     print(f"{'exact match':32}{'rows':>6}{'majority answer':>18}{'before':>9}{'after':>8}")
     figures = []
     for task, title in {**TASKS, "": "all"}.items():
         chosen = [number for number, row in enumerate(rows) if task in ("", row["task"])]
         guesses = [exact_match(majority[rows[n]["task"]], [rows[n]["answer"]]) for n in chosen]
-        figures = [mean(guesses), *(mean([said[n]["exact_match"] for n in chosen]) for said in (before, after))]
+        figures = [mean(guesses), *(mean([answers[n]["exact_match"] for n in chosen]) for answers in (before, after))]
         print(f"{title:32}{len(chosen):>6}{figures[0]:>18.1%}{figures[1]:>9.1%}{figures[2]:>8.1%}")
-    stopped = [mean([each["ended"] == "stop token" for each in said]) for said in (before, after)]
+    stopped = [mean([each["ended"] == "stop token" for each in answers]) for answers in (before, after)]
     print(f"{'answers that stop by themselves':32}{len(rows):>6}{'':>18}{stopped[0]:>9.1%}{stopped[1]:>8.1%}")
     return figures[2] > max(figures[:2]) and stopped[1] >= 0.95
 
@@ -174,7 +175,7 @@ def main() -> int:
     print(f"pretraining and samples took {time.monotonic() - began:.0f} s")
 
     tuning = time.monotonic()
-    heading("4. Instruction tuning from that checkpoint, over another topology: 2 replicas of the whole model")
+    heading("4. Instruction tuning from that checkpoint, at another topology: 2 replicas of the whole model")
     questions = prepare_questions(HERE / "corpus", CACHE)
     shell([sys.executable, "tools/data.py", "inspect-sft", str(questions.train), *SHOWN, str(corpus.tokenizer)])
     sft = ["examples/sft_7b.py", "--preset", "tiny", f"checkpoint.load={RUN}", "checkpoint.load_optim=false"]
@@ -192,8 +193,8 @@ def main() -> int:
         "samples": RUN / "samples.txt",
     }.items():
         print(f"{name:12}{path}")
-    print(f"took        {tuning - began:.0f} s and {time.monotonic() - tuning:.0f} s for tuning")
-    print(f"talk to it  python tools/generate.py {TUNED} --chat")
+    print(f"time        {tuning - began:.0f} s, and {time.monotonic() - tuning:.0f} s for tuning")
+    print(f"try it      python tools/generate.py {TUNED} --chat")
     return 0 if better else 1
 
 

@@ -1,4 +1,4 @@
-"""Pretrain: `torchrun --nproc_per_node 8 examples/pretrain_7b.py [--preset NAME] [--config FILE] [key=value ...]`."""
+"""Pretraining: `torchrun --nproc_per_node 8 examples/pretrain_7b.py [--preset NAME] [--config FILE] [key=value]`."""
 
 import sys
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""What can be done with a checkpoint.
+"""Inspect, verify, compare, convert and prune checkpoints.
 
-PATH is a run folder, meaning its newest checkpoint, or one of its checkpoints/step-NNNNNNNN. A checkpoint of any
-topology will do: each holds whole tensors, in blocks. Exit status: 0; 1 where something is damaged or different; 2
-where a command cannot be carried out.
+PATH is a run folder, which means its newest checkpoint, or one of its checkpoints/step-NNNNNNNN. Checkpoints of every
+topology work: each holds whole tensors, in blocks. Exit status: 0 for success; 1 if something is damaged or different;
+2 if a command cannot be carried out.
 """
 
 import argparse
@@ -35,7 +35,7 @@ EXAMPLES = """examples:
 """
 
 
-# argparse makes the class generic for type checkers alone
+# argparse's class is generic in its type stubs only
 Verbs = Any
 
 
@@ -54,16 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def add_info(verbs: Verbs) -> None:
-    parser = verbs.add_parser("info", help="what a checkpoint holds; of a run folder, which checkpoints there are")
+    parser = verbs.add_parser("info", help="show what a checkpoint holds; of a run folder, also list its checkpoints")
     parser.add_argument("path", type=Path, metavar="PATH")
-    names = "list tensors with shape, dtype and blocks; PATTERN, as 'layers.0.*', is sought in their full names"
+    names = "list tensors with shape, dtype and blocks; PATTERN, as 'layers.0.*', selects by full name"
     parser.add_argument("--tensors", nargs="?", const="*", metavar="PATTERN", help=names)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=info)
 
 
 def info(options: argparse.Namespace) -> int:
-    """Print what the manifest says; no tensor is read."""
+    """Print the manifest's summary; no tensor is read."""
     folder = find(options.path)
     manifest = read_manifest(folder)
     what = describe(folder, manifest)
@@ -72,7 +72,7 @@ def info(options: argparse.Namespace) -> int:
     if options.tensors is not None:
         listed = {n: t for n, t in manifest["tensors"].items() if fnmatch.fnmatchcase(n, f"*{options.tensors}*")}
         if not listed:
-            raise ValueError(f"{folder} has no tensor like {options.tensors}; --tensors alone lists all")
+            raise ValueError(f"{folder} has no tensor that matches {options.tensors}; --tensors alone lists all")
         what["tensors"] = {n: {**t, "blocks": len(t["blocks"])} for n, t in listed.items()}
     if options.json:
         print(json.dumps(what, indent=1, ensure_ascii=False))
@@ -87,13 +87,13 @@ def info(options: argparse.Namespace) -> int:
 
 
 def add_verify(verbs: Verbs) -> None:
-    parser = verbs.add_parser("verify", help="read all of it and hold every block against its checksum")
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="of a run folder every checkpoint is read")
+    parser = verbs.add_parser("verify", help="read every block and compare it with its checksum")
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="of a run folder, every checkpoint")
     parser.set_defaults(run=verify)
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Print a line for each damaged block; exit status 1 if there is one."""
+    """Print a line for each damaged block; exit status 1 if there is any."""
     from megalite.checkpoint.verify import verify as verify_blocks
 
     folders = [f for path in options.paths for f in (complete(path) if find(path) != path else [path])]
@@ -126,22 +126,24 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def add_diff(verbs: Verbs) -> None:
-    parser = verbs.add_parser("diff", help="which tensors of two checkpoints differ, and by how much")
+    parser = verbs.add_parser("diff", help="show which tensors of two checkpoints differ, and by how much")
     parser.add_argument("a", type=Path, metavar="A")
     parser.add_argument("b", type=Path, metavar="B")
-    parser.add_argument("--kinds", nargs="+", default=[], metavar="KIND", help="only these: weight, exp_avg, ...")
+    parser.add_argument(
+        "--kinds", nargs="+", default=[], metavar="KIND", help="compare only these: weight, exp_avg, ..."
+    )
     parser.set_defaults(run=diff)
 
 
 def diff(options: argparse.Namespace) -> int:
-    """Print differences of state, configuration and tensors; exit status 1 where tensors differ."""
+    """Print differences of state, configuration and tensors; exit status 1 if tensors differ."""
     a, b = ((folder, read_manifest(folder)) for folder in (find(options.a), find(options.b)))
     from megalite.checkpoint.compare import compare, differing_values
     from megalite.checkpoint.describe import state_of
 
-    there = {name.partition(".")[0] for _, manifest in (a, b) for name in manifest["tensors"]}
-    if unknown := sorted(set(options.kinds) - there):
-        raise ValueError(f"--kinds {' '.join(unknown)}: neither has such tensors; there are {', '.join(sorted(there))}")
+    kinds = {name.partition(".")[0] for _, manifest in (a, b) for name in manifest["tensors"]}
+    if unknown := sorted(set(options.kinds) - kinds):
+        raise ValueError(f"--kinds {' '.join(unknown)}: neither has such tensors; use {', '.join(sorted(kinds))}")
     print(f"a  {a[0]}\nb  {b[0]}")
     for what, x, y in (
         ("state", state_of(a[1]), state_of(b[1])),
@@ -160,10 +162,10 @@ def diff(options: argparse.Namespace) -> int:
 
 
 def add_consolidate(verbs: Verbs) -> None:
-    parser = verbs.add_parser("consolidate", help="write it again, each tensor whole, as a new run folder")
+    parser = verbs.add_parser("consolidate", help="rewrite a checkpoint, each tensor whole, as a new run folder")
     parser.add_argument("source", type=Path, metavar="SRC")
-    parser.add_argument("target", type=Path, metavar="DST", help="a new folder, to generate or go on from")
-    parser.add_argument("--weights-only", action="store_true", help="leave the optimizer's tensors out")
+    parser.add_argument("target", type=Path, metavar="DST", help="a new folder, to generate or resume from")
+    parser.add_argument("--weights-only", action="store_true", help="leave out the optimizer's tensors")
     parser.set_defaults(run=consolidate)
 
 
@@ -184,57 +186,59 @@ def consolidate(options: argparse.Namespace) -> int:
 def add_prune(verbs: Verbs) -> None:
     parser = verbs.add_parser("prune", help="remove old checkpoints of a run")
     parser.add_argument("run_dir", type=Path, metavar="RUN")
-    parser.add_argument("--keep", type=int, required=True, metavar="N", help="newest checkpoints that stay, at least 1")
-    parser.add_argument("--keep-every", type=int, default=0, metavar="M", help="multiples of M steps stay too")
-    parser.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")
+    parser.add_argument("--keep", type=int, required=True, metavar="N", help="newest checkpoints to keep, at least 1")
+    parser.add_argument(
+        "--keep-every", type=int, default=0, metavar="M", help="also keep those whose step is a multiple of M"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be removed, and remove nothing")
     parser.set_defaults(run=prune)
 
 
 def prune(options: argparse.Namespace) -> int:
-    """Remove old checkpoints once every block of the newest is verified; where that is damaged none goes."""
+    """Remove old checkpoints after verifying the newest; if that is damaged, none is removed."""
     from megalite.checkpoint import lock
     from megalite.checkpoint.retain import surplus
 
     if options.keep < 1 or options.keep_every < 0:
-        raise ValueError(f"--keep {options.keep}: at least 1 stays; --keep-every {options.keep_every} is not negative")
+        raise ValueError(f"--keep {options.keep} must be at least 1, and --keep-every {options.keep_every} at least 0")
     folders = complete(options.run_dir)
     if not folders:
         raise ValueError(f"{options.run_dir} is not a run folder with checkpoints; name one, e.g. runs/tiny")
-    going = surplus(folders, options.keep, options.keep_every)
+    removed = surplus(folders, options.keep, options.keep_every)
     if options.dry_run:
-        return remove_all(going, folders, dry_run=True)
+        return remove_all(removed, folders, dry_run=True)
     lock.hold(options.run_dir)
     try:
-        return remove_all(going, folders, dry_run=False)
+        return remove_all(removed, folders, dry_run=False)
     finally:
         lock.release(options.run_dir)
 
 
-def remove_all(going: Sequence[Path], folders: Sequence[Path], dry_run: bool) -> int:
-    """Remove the checkpoints `going` of `folders`, a run's, and say so; with `dry_run` only say."""
+def remove_all(removed: Sequence[Path], folders: Sequence[Path], dry_run: bool) -> int:
+    """Remove the checkpoints `removed`, of `folders`, all of a run's, and print each; with `dry_run` only print."""
     from megalite.checkpoint.retain import remove
     from megalite.checkpoint.verify import require_good
 
-    if going:
+    if removed:
         require_good(folders[-1], read_manifest(folders[-1]))
         print(f"verified {folders[-1]}")
     total = 0
-    for folder in going:
+    for folder in removed:
         taken = sum(path.lstat().st_size for path in folder.rglob("*"))
         total += taken
         if not dry_run:
             remove(folder)
         print(f"{'would remove' if dry_run else 'removed'} {folder}: {size(taken)}", flush=True)
-    verb = "would go" if dry_run else "went"
-    print(f"{len(going)} of {len(folders)} checkpoints {verb}, {size(total)}; {len(folders) - len(going)} stay")
+    verb = "would be removed" if dry_run else "removed"
+    print(f"{len(removed)} of {len(folders)} checkpoints {verb}, {size(total)}; {len(folders) - len(removed)} kept")
     return 0
 
 
 def add_merge(verbs: Verbs) -> None:
-    parser = verbs.add_parser("merge", help="write LoRA's factors and their base as a run folder of whole weights")
+    parser = verbs.add_parser("merge", help="merge LoRA factors into their base, as a run folder of whole weights")
     parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="a LoRA run or one of its checkpoints")
     parser.add_argument("target", type=Path, metavar="DST", help="a new folder, at step 0, in the base's dtypes")
-    base = "where its base lies now: a run, a checkpoint or a Hugging Face folder (default: where it lay)"
+    base = "the base now: a run, a checkpoint or a Hugging Face folder (default: the path at training)"
     parser.add_argument("--base", type=Path, metavar="DIR", help=base)
     parser.set_defaults(run=merge)
 
@@ -248,26 +252,30 @@ def merge(options: argparse.Namespace) -> int:
 
 
 def add_convert(verbs: Verbs) -> None:
-    parser = verbs.add_parser("convert", help="from or to a Hugging Face folder or peft's; from Megatron-LM's layout")
+    parser = verbs.add_parser("convert", help="convert from or to a Hugging Face or peft folder, or from Megatron-LM")
     parser.add_argument("--from", dest="source", nargs=2, required=True, metavar=("KIND", "DIR"),
                         help="hf, peft or megatron DIR; megalite RUN or RUN/checkpoints/step-NNNNNNNN")  # fmt: skip
     parser.add_argument("--to", dest="target", nargs=2, required=True, metavar=("KIND", "DIR"),
                         help="megalite DIR, hf DIR or (of a LoRA run) peft DIR: a new folder")  # fmt: skip
-    base = "peft: the run or Hugging Face folder that the adapter is for; to peft: what peft is told of it"
+    base = "from peft: the run or Hugging Face folder the adapter is for; to peft: the base's name for peft"
     parser.add_argument("--base", metavar="DIR", help=base)
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="of all weights; else as stored")
-    parser.add_argument("--shard-gb", type=float, default=2.0, metavar="N", help="to hf: largest file, at most 5")
-    parser.add_argument("--verify", action="store_true", help="then run both sides in fp32 and compare their logits")
-    parser.add_argument("--allow-pickle", action="store_true", help="megatron: open its .pt files, as tensors only")
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="dtype of all weights (default: as stored)"
+    )
+    parser.add_argument(
+        "--shard-gb", type=float, default=2.0, metavar="N", help="to hf: size of the largest file, at most 5"
+    )
+    parser.add_argument("--verify", action="store_true", help="also run both models in fp32 and compare their logits")
+    parser.add_argument("--allow-pickle", action="store_true", help="from megatron: open .pt files, for tensors only")
     parser.set_defaults(run=convert)
 
 
 def convert(options: argparse.Namespace) -> int:
-    """Write the new folder; exit status 1 where --verify finds that the two sides compute differently."""
+    """Write the new folder; exit status 1 if --verify finds that the two models compute differently."""
     (there, _), (here, _) = options.source, options.target
     ways = ("hf to megalite", "megalite to hf", "megalite to peft", "peft to megalite", "megatron to megalite")
     if f"{there} to {here}" not in ways:
-        raise ValueError(f"convert from {there} to {here}: there is {', '.join(ways)}")
+        raise ValueError(f"convert from {there} to {here} is not supported; use one of {', '.join(ways)}")
     if not 0 < options.shard_gb <= 5:
         raise ValueError(f"--shard-gb {options.shard_gb} must be greater than 0 and at most 5")
     if "peft" in (there, here) and (options.dtype or options.verify):
@@ -282,13 +290,13 @@ def convert(options: argparse.Namespace) -> int:
         require_transformers()
     from megalite.exchange.hf_folder import find_tokenizer, open_folder, require_new
 
-    # these load no torch, and are where most goes wrong
+    # these need no torch, and find most mistakes
     require_new(Path(options.target[1]), "target")
     if there == "hf":
         open_folder(options.source[1])
-    print(f"wrote {written(options)}")
+    print(f"wrote {write_converted(options)}")
     if here == "hf" and find_tokenizer(Path(options.target[1])) is None:
-        print("note: it has no tokenizer, as none lies with the run or its data; copy tokenizer.json into it")
+        print("note: the folder has no tokenizer, since the run and its data have none; copy tokenizer.json into it")
     if options.verify:
         from megalite.exchange.hf_verify import verify
 
@@ -299,8 +307,8 @@ def convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def written(options: argparse.Namespace) -> Path:
-    """The new folder, by one of the ways that there are."""
+def write_converted(options: argparse.Namespace) -> Path:
+    """Write the new folder by the conversion that --from and --to name. Returns its path."""
     (there, source), (here, target) = ((kind, Path(path)) for kind, path in (options.source, options.target))
     if there == "hf":
         from megalite.exchange.convert import from_hf_folder
@@ -319,11 +327,11 @@ def written(options: argparse.Namespace) -> Path:
     if here == "peft":
         return export_peft(source, target, options.base)
     if options.base is None:
-        raise ValueError("convert from peft: name the run or Hugging Face folder that it is for with --base DIR")
+        raise ValueError("convert from peft: name the run or Hugging Face folder the adapter is for with --base DIR")
     return import_peft(source, Path(options.base), target)
 
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends us without a traceback
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback in `... | head`
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Instruction data made ready or looked at, and tokenizers trained.
+"""Convert or inspect instruction data, or train a tokenizer.
 
 python tools/data.py tokenizer corpus.jsonl --vocab-size 32000 --chat --output my-tokenizer
 python tools/data.py inspect-sft chats.jsonl --tokenizer tokenizer.json
@@ -19,7 +19,7 @@ from megalite.data.instructions import Options, examples, write_indexed
 from megalite.data.new_tokenizer import new_tokenizer
 from megalite.data.packing import Conversations, SftDataset
 from megalite.data.report import Report
-from megalite.data.survey import histogram, marked, survey
+from megalite.data.survey import histogram, mark_trained, survey
 from megalite.launch.arguments import Parser
 from megalite.text.chat import ChatTemplate, find_template, template_names
 from megalite.text.tokenizer import load_tokenizer
@@ -30,24 +30,29 @@ TRAINED, PLAIN = "\033[32m", "\033[0m"
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    make = commands.add_parser("sft", help="render, tokenise and mask a file once, for data.sft=PREFIX")
-    look = commands.add_parser("inspect-sft", help="show what is trained, lengths, packing, and what looks wrong")
+    make = commands.add_parser("sft", help="render, tokenize and mask a file once, for data.sft=PREFIX")
+    look = commands.add_parser("inspect-sft", help="show trained text, lengths, packing and likely mistakes")
     train = commands.add_parser("tokenizer", help="train a tokenizer on text files, for data.tokenizer=FOLDER")
-    train.add_argument("files", nargs="+", metavar="FILE", help="*.jsonl with the key text, or *.txt; or either in .gz")
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens in all, control tokens too")
+    train.add_argument("files", nargs="+", metavar="FILE", help=".jsonl (see --json-keys) or .txt, optionally with .gz")
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, including control tokens")
     train.add_argument(
         "--type",
         choices=["sentencepiece", "bpe"],
         default="sentencepiece",
         help="sentencepiece: byte-pair .model; bpe: byte-level tokenizer.json (default: %(default)s)",
     )
-    train.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="default: text")
-    train.add_argument("--chat", action="store_true", help="with the tokens of the chatml template, and the template")
+    train.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of texts (default: text)")
+    train.add_argument("--chat", action="store_true", help="add the tokens of the chatml template, and the template")
     train.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the tokenizer")
     for command in (make, look):
         add = command.add_argument
         add("file", help=".jsonl, .json or .parquet with messages, ShareGPT, Alpaca or prompt/completion rows")
-        add("--tokenizer", required=True, metavar="PATH", help="sentencepiece .model, tokenizer.json, or their folder")
+        add(
+            "--tokenizer",
+            required=True,
+            metavar="PATH",
+            help="sentencepiece .model, tokenizer.json, or a folder with one",
+        )
         add("--template", metavar="NAME", help=f"{', '.join(template_names())} or a .jinja file; default: tokenizer's")
         add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help="as model.add_tokens")
         add("--train-on", choices=["assistant", "last", "all"], default="assistant", help="as data.train_on")
@@ -86,15 +91,15 @@ def make(args: argparse.Namespace) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     if args.seq_len < 1 or args.rows < 0:
-        raise ValueError(f"--seq-len {args.seq_len} must be at least 1, and --rows {args.rows} not negative")
+        raise ValueError(f"--seq-len {args.seq_len} must be at least 1, and --rows {args.rows} at least 0")
     tokenizer = load_tokenizer(args.tokenizer, args.add_tokens)
     template = ChatTemplate(*find_template(args.template, tokenizer), tokenizer)
     options = Options(args.train_on, args.control_tokens, bad_rows="skip")
     colours = (TRAINED, PLAIN) if sys.stdout.isatty() else ("⟦", "⟧")
     for example in islice(examples(args.file, tokenizer, template, options, Report()), args.rows):
-        so = "so".join(colours)
-        print(f"--- {example.where}, {len(example.encoding.ids)} tokens, what is trained: {so}")
-        print(marked(example, *colours).rstrip("\n"))
+        sample = "like this".join(colours)
+        print(f"--- {example.where}, {len(example.encoding.ids)} tokens, trained text {sample}")
+        print(mark_trained(example, *colours).rstrip("\n"))
     with TemporaryDirectory(prefix="megalite-") as folder:
         prefix = Path(folder) / "chats"
         write_indexed(args.file, prefix, tokenizer, template, options)

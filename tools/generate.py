@@ -26,7 +26,7 @@ from megalite.inference.source import Source, open_source
 from megalite.launch.arguments import Parser
 from megalite.run import together
 from megalite.run.agree import paths_report
-from megalite.text.rows import decode, filled_lines, kind, parse_json, text_fault
+from megalite.text.rows import decode, file_suffix, nonblank_lines, parse_json, text_fault
 
 if TYPE_CHECKING:
     from megalite.engine.stage import Stage
@@ -131,9 +131,9 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"--prompts {path}: no such file; create it with one prompt per line, or use --prompt TEXT")
     found = []
-    for where, raw in filled_lines(path):
+    for where, raw in nonblank_lines(path):
         try:
-            found.append(_prompt(raw, is_json=kind(path) in (".jsonl", ".json")))
+            found.append(_prompt(raw, is_json=file_suffix(path) in (".jsonl", ".json")))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
     if not found:
@@ -177,10 +177,11 @@ def show(stage: "Stage", prompts: Sequence[str], replies: Sequence[Reply], setti
 
 def interact(stage: "Stage", source: Source, chat: Chat | None, settings: Settings) -> None:
     """Continue or answer each line of standard input, until its end."""
-    from megalite.inference.decode import share_text, stream
+    from megalite.inference.decode import stream
+    from megalite.parallel.groups import share_text
 
     for line in lines():
-        line = share_text(line, stage.mesh.world, stage.mesh.device)
+        line = share_text(stage.mesh.world, line, stage.mesh.device)
         if line is None:
             return
         try:

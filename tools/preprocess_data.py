@@ -1,4 +1,4 @@
-"""Tokenizes text into Megatron's indexed files.
+"""Tokenize text into Megatron-LM's indexed files.
 
     python tools/preprocess_data.py --input my.jsonl --output-prefix my --tokenizer-model tokenizer.model \\
         --append-eod --workers 4
@@ -16,7 +16,7 @@ from megalite.data.preprocess import preprocess
 from megalite.launch.arguments import Parser
 from megalite.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
-# Megatron's names for the two kinds; the file itself says which one it is.
+# Megatron-LM's names for the two kinds; the kind is determined by the file.
 TOKENIZER_TYPES = {
     "SentencePieceTokenizer": SentencePieceTokenizer,
     "GPTSentencePieceTokenizer": SentencePieceTokenizer,
@@ -28,13 +28,13 @@ TOKENIZER_TYPES = {
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="*.jsonl or *.txt, either may end in .gz")
-    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one output for each (default: text)")
+    add("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .txt, optionally with .gz")
+    add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="one output per key (default: text)")
     add(
         "--document-per",
         choices=["file", "line", "paragraph"],
         default="paragraph",
-        help="what a document is in *.txt; a paragraph ends at a blank line (default: paragraph)",
+        help="what a document is in .txt files; a paragraph ends at a blank line (default: paragraph)",
     )
     add("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX_KEY_document.{bin,idx,json}")
     add(
@@ -46,14 +46,14 @@ def parse() -> argparse.Namespace:
     add(
         "--tokenizer-type",
         choices=list(TOKENIZER_TYPES),
-        help="optional: refuse a tokenizer of another kind; Llama2Tokenizer means --prepend-bos too",
+        help="reject a tokenizer of another kind; Llama2Tokenizer implies --prepend-bos",
     )
-    add("--prepend-bos", action="store_true", help="begin each document with the beginning-of-sequence token, as <s>")
+    add("--prepend-bos", action="store_true", help="begin each document with the beginning-of-sequence token, e.g. <s>")
     add("--append-eod", action="store_true", help="end each document with the end-of-sequence token")
-    add("--workers", type=int, default=1, metavar="N", help="processes; the output is the same for every N")
-    add("--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines, 0: none")
+    add("--workers", type=int, default=1, metavar="N", help="processes; the output does not depend on N (default: 1)")
+    add("--log-interval", type=int, default=1000, metavar="N", help="documents between progress lines, 0 for none")
     add("--overwrite", action="store_true", help="replace existing output")
-    add("--skip-bad-rows", action="store_true", help="count bad rows and go on instead of stopping at the first")
+    add("--skip-bad-rows", action="store_true", help="skip and count bad rows instead of stopping at the first")
     return parser.parse_args()
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_model)
     if args.tokenizer_type and not isinstance(tokenizer, TOKENIZER_TYPES[args.tokenizer_type]):
         raise ValueError(
-            f"{tokenizer.path} is a {type(tokenizer).__name__}, not a {args.tokenizer_type}; leave out --tokenizer-type"
+            f"{tokenizer.path} is a {type(tokenizer).__name__}, not a {args.tokenizer_type}; omit --tokenizer-type"
         )
     report = preprocess(
         args.input,
@@ -78,9 +78,9 @@ def main() -> None:
         log_interval=args.log_interval,
     )
     if report.bad_rows:
-        print(f"skipped {len(report.bad_rows)} bad rows, the first: {report.bad_rows[0]}", file=sys.stderr)
+        print(f"skipped {len(report.bad_rows)} bad rows; the first: {report.bad_rows[0]}", file=sys.stderr)
     if report.empty:
-        print(f"left out {report.empty} empty texts", file=sys.stderr)
+        print(f"skipped {report.empty} empty texts", file=sys.stderr)
     for written in report.written:
         print(
             f"{written.prefix}: {written.documents} documents, {written.tokens} tokens, "

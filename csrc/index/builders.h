@@ -14,22 +14,22 @@ struct Place {
   int64_t position, offset;  // in the document order; in that document's tokens
 };
 
-// Where samples of `seq_len` tokens begin in the stream of documents lengths(0), lengths(1), … (already in order).
-// Row k bounds sample k - 1 from above and sample k from below. With `extra`, each sample also covers the first token
-// of the next, its last label, and row k names the token k · seq_len itself; without, the place just behind the token
-// before it. `keep_last` adds the end of a last, shorter sample.
+// The boundaries of samples of `seq_len` tokens in the stream of documents lengths(0), lengths(1), … (already in
+// order). Row k is the end of sample k - 1 and the start of sample k. With `extra`, each sample also covers the first
+// token of the next, its last label, and row k is the place of token k · seq_len; without, it is the place after the
+// token before. `keep_last` adds the end of a last, shorter sample.
 template <class Lengths>
 std::vector<Place> sample_index(int64_t documents, Lengths lengths, int64_t seq_len, bool extra, bool keep_last) {
   if (seq_len < 1) throw std::invalid_argument("seq_len=" + std::to_string(seq_len) + " must be at least 1");
-  const int64_t behind = extra ? 0 : 1;
+  const int64_t after = extra ? 0 : 1;
   std::vector<Place> rows{{0, 0}};
-  Place last{0, 0};                 // of the last token so far, or behind it
-  int64_t total = 0;                // tokens before this document
-  int64_t next = seq_len - behind;  // the token that the next row names
+  Place last{0, 0};                // the place of the last token so far, or after it
+  int64_t total = 0;               // tokens before this document
+  int64_t next = seq_len - after;  // the token of the next row
   for (int64_t d = 0; d < documents; ++d) {
     const int64_t end = total + lengths(d);
-    for (; next < end; next += seq_len) rows.push_back({d, next - total + behind});
-    if (end > total) last = {d, end - total - 1 + behind};
+    for (; next < end; next += seq_len) rows.push_back({d, next - total + after});
+    if (end > total) last = {d, end - total - 1 + after};
     total = end;
   }
   const int64_t usable = total - (extra ? 1 : 0);
@@ -37,8 +37,8 @@ std::vector<Place> sample_index(int64_t documents, Lengths lengths, int64_t seq_
   return rows;
 }
 
-// Step i draws from the dataset that lags its share of max(i, 1) samples the most, ties to the lowest number.
-// `capacity` ends a dataset when it is used up; the shares of the others stay as they were. Calls
+// Step i draws from the dataset that is furthest behind its share of max(i, 1) samples; ties go to the lowest number.
+// A dataset with `capacity` samples drawn is finished; the shares of the others do not change. Calls
 // emit(step, dataset, sample of that dataset).
 template <class Emit>
 void blend(const std::vector<double>& weights, const std::vector<double>& capacity, int64_t steps, Emit emit) {

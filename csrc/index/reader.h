@@ -16,7 +16,7 @@
 #include <vector>
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the files are little-endian and read as they lie"
+#error "the files are little-endian and are read without conversion"
 #endif
 
 namespace megalite {
@@ -34,7 +34,7 @@ class File {
   explicit File(const std::string& path) : path_(path), fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
     if (fd_ < 0 && (errno == ENOENT || errno == ENOTDIR)) {
       throw std::invalid_argument(path +
-                                  ": no such file; give the prefix of a .bin/.idx pair, without the suffix, or make "
+                                  ": no such file; name the prefix of a .bin/.idx pair, without the suffix, or make "
                                   "one with tools/preprocess_data.py");
     }
     if (fd_ < 0) fail();
@@ -51,26 +51,26 @@ class File {
     return info.st_size;
   }
 
-  // Copies `count` bytes at `offset`. Unlike a mapping, a file cut short meanwhile is an error here, not a SIGBUS.
+  // Copies `count` bytes at `offset`. Unlike with a mapping, truncation in the meantime is an error, not a SIGBUS.
   void read(void* to, int64_t offset, int64_t count) const {
     char* at = static_cast<char*>(to);
     while (count > 0) {
       const ssize_t got = pread(fd_, at, count, offset);
       if (got < 0 && errno == EINTR) continue;
       if (got < 0) fail();
-      if (got == 0) throw damaged("ends at byte " + std::to_string(offset) + ", it was cut short while in use");
+      if (got == 0) throw damaged("ends at byte " + std::to_string(offset) + ", it was truncated while in use");
       at += got, offset += got, count -= got;
     }
   }
 
   int fd() const { return fd_; }
 
-  std::invalid_argument refused(const std::string& found) const { return std::invalid_argument(path_ + ": " + found); }
+  std::invalid_argument error(const std::string& found) const { return std::invalid_argument(path_ + ": " + found); }
 
   std::invalid_argument damaged(const std::string& found) const {
-    return refused(found +
-                   "; the file is damaged or of another kind, write the .bin/.idx pair again with "
-                   "tools/preprocess_data.py");
+    return error(found +
+                 "; the file is damaged or of another kind, write the .bin/.idx pair again with "
+                 "tools/preprocess_data.py");
   }
 
  private:
@@ -102,7 +102,7 @@ struct TokenType {
   int64_t size;
 };
 
-// A pair prefix.{bin,idx}, checked whole when it is opened. The index is mapped, the tokens are read with pread.
+// A pair prefix.{bin,idx}, fully checked when it is opened. The index is mapped, tokens are read with pread.
 class Reader {
  public:
   explicit Reader(const std::string& prefix)
@@ -124,7 +124,7 @@ class Reader {
 
   void read(void* to, int64_t byte, int64_t count) const { bin_.read(to, byte, count); }
 
-  // Whether sequences lie back to back in order: only then do positions in the flat stream mean something.
+  // Whether sequences are back to back in order; otherwise there is no flat stream.
   bool contiguous() const { return contiguous_; }
 
   void require_contiguous() const {
@@ -168,10 +168,9 @@ class Reader {
                                            {"int64", 8}, {nullptr, 0}, {nullptr, 0}, {"uint16", 2}};
     const int code = load<uint8_t>(head + 17);
     if (code == 6 || code == 7) {
-      throw idx_.refused(std::string("holds ") + (code == 6 ? "float64" : "float32") + " numbers (dtype code " +
-                         text(code) +
-                         "), and token ids are integers; name a prefix of tokens, as tools/preprocess_data.py writes "
-                         "it");
+      throw idx_.error(std::string("contains ") + (code == 6 ? "float64" : "float32") + " numbers (dtype code " +
+                       text(code) +
+                       "), but token ids are integers; name a prefix of tokens written by tools/preprocess_data.py");
     }
     if (code >= 9 || kTypes[code].name == nullptr) {
       throw idx_.damaged("has dtype code " + text(code) + ", expected an integer type: 1, 2, 3, 4, 5 or 8");
@@ -184,11 +183,11 @@ class Reader {
       throw idx_.damaged("is " + text(idx_size_) + " bytes, too short for " + counts);
     }
     const uint64_t end = kHeader + 12 * sequences + 8 * boundaries;
-    // announced by the size of the file alone
+    // nothing but the file size shows that there are modes
     if (sequences > 0 && size == end + sequences) {
-      throw idx_.refused("is a multimodal index, with a mode for each of its " + std::to_string(sequences) +
-                         " sequences, which megalite does not train; write the text alone with "
-                         "tools/preprocess_data.py");
+      throw idx_.error("is a multimodal index, with a mode for each of its " + std::to_string(sequences) +
+                       " sequences, which megalite cannot train on; write the text alone with "
+                       "tools/preprocess_data.py");
     }
     if (size != end) {
       throw idx_.damaged("is " + text(idx_size_) + " bytes, expected " + std::to_string(end) + " for " + counts);

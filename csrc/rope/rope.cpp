@@ -1,4 +1,4 @@
-// ATen's side of rotary embeddings: checks, output buffer, and registration for each device.
+// Rotary embeddings as a torch op: checks, output buffer, and registration for each device.
 #include "rope.h"
 
 #include <ATen/ops/empty_like.h>
@@ -38,7 +38,7 @@ RopeShape shape_of(const at::Tensor& x, const at::Tensor& cos, const at::Tensor&
           cos.dim() == 3 ? cos.size(1) * half : 0};
 }
 
-// `launch` is the plain kernel of one device.
+// `launch`: the kernel for one device.
 template <class Launch>
 at::Tensor rope(const at::Tensor& input, const at::Tensor& cos, const at::Tensor& sin, bool inverse, Launch launch) {
   const at::Tensor x = with_dense_rows(input), c = cos.contiguous(), s = sin.contiguous();

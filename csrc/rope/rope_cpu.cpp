@@ -38,7 +38,7 @@ MEGALITE_INLINE void rotate_tokens(const T* x, const A* cos, const A* sin, T* y,
   }
 }
 
-// One function per type, no templates: target_clones does not apply to them.
+// One function per type instead of a template, because target_clones does not apply to templates.
 #define MEGALITE_ROTATE(T, A)                                                                                \
   MEGALITE_CLONES void rotate(const T* x, const A* cos, const A* sin, T* y, const RopeShape& s, A direction, \
                               int64_t begin, int64_t end) {                                                  \

@@ -4,8 +4,8 @@
 namespace megalite {
 namespace {
 
-// One block a token, so that its row of the tables is read from memory once; threads walk (head, slot) with a slot for
-// each rotated pair and each feature that is only copied.
+// One block per token, so that its row of the tables is read from memory once. Threads iterate over (head, slot), with
+// one slot for each rotated pair and each copied feature.
 template <class T, class A>
 __global__ void rope_kernel(const T* x, const A* cos, const A* sin, T* y, RopeShape s, A direction) {
   const int64_t token = blockIdx.x, b = token / s.seq, t = token % s.seq;

@@ -1,4 +1,4 @@
-// ATen's side of the fused causal softmax: checks, output buffers, and registration for each device.
+// The fused causal softmax as a torch op: checks, output buffers, and registration for each device.
 #include "softmax.h"
 
 #include <ATen/ops/empty_like.h>
@@ -16,7 +16,7 @@ ScoreShape shape_of(const at::Tensor& t) {
   return {t.size(0), t.size(1), t.size(2), t.size(3), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// `launch` is the plain kernel of one device.
+// `launch`: the kernel for one device.
 template <class Launch>
 at::Tensor forward(const at::Tensor& scores, double scale, Launch launch) {
   const at::Tensor x = with_dense_rows(scores);

@@ -8,8 +8,8 @@
 #endif
 
 // Scale, causal mask and softmax in one pass over attention scores [batch, heads, queries, keys]. The last query sees
-// all keys: query q sees keys 0 … q + keys - queries. Hidden keys get probability 0, and so does a row whose visible
-// scores are all -inf. Strides count elements; the last dim is dense.
+// all keys; query q sees keys 0 … q + keys - queries. Masked keys get probability 0, and so does every key of a row
+// whose visible scores are all -inf. Strides count elements; the last dim is dense.
 typedef struct {
   int64_t batch, heads, queries, keys;
   int64_t stride_batch, stride_head, stride_query;

@@ -18,14 +18,14 @@ int64_t row_offset(const ScoreShape& s, int64_t row) {
 
 int64_t visible_keys(const ScoreShape& s, int64_t row) { return row % s.queries + 1 + s.keys - s.queries; }
 
-// Rows are walked a little past the diagonal, to a multiple of the widest vector, with hidden keys masked: short rows
-// would otherwise spend most of their time in the loops' scalar tails.
+// Rows are processed slightly past the diagonal, to a multiple of the widest vector, with those keys masked: short
+// rows would otherwise spend most of their time in the loops' scalar tails.
 int32_t walked(int64_t visible, int64_t keys) {
   return static_cast<int32_t>(std::min<int64_t>(keys, (visible + 15) / 16 * 16));
 }
 
-// `exps` holds the row's exponentials: scratch for bf16, the output row itself otherwise. The row stays in cache
-// between the three loops, so memory is read and written once.
+// `exps` receives the row's exponentials: a scratch buffer for bf16, else the output row itself. The row stays in
+// cache between the three loops, so memory is read and written once.
 template <class T, class A>
 MEGALITE_INLINE void forward_row(const T* x, T* y, A* exps, int32_t visible, int32_t walk, A scale) {
   constexpr A lowest = -std::numeric_limits<A>::infinity();
@@ -35,7 +35,7 @@ MEGALITE_INLINE void forward_row(const T* x, T* y, A* exps, int32_t visible, int
     const A v = j < visible ? widen(x[j]) * scale : lowest;
     peak = v > peak ? v : peak;
   }
-  // All -inf (or NaN): subtracting 0 instead gives zeros (or NaN) where -inf - -inf would give NaN.
+  // all -inf (or NaN): subtracting 0 yields zeros (or NaN), while -inf - -inf would yield NaN
   if (peak == lowest) peak = 0;
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -62,7 +62,7 @@ MEGALITE_INLINE void backward_row(const T* grad, const T* probs, T* out, int32_t
   }
 }
 
-// One function per type and direction, no templates: target_clones does not apply to them.
+// One function per type and direction instead of a template, because target_clones does not apply to templates.
 #define MEGALITE_ROWS(T, A)                                                                                      \
   MEGALITE_CLONES void forward(const T* x, T* y, A* exps, int32_t visible, int32_t walk, A scale) {              \
     forward_row<T, A>(x, y, exps, visible, walk, scale);                                                         \
@@ -74,7 +74,7 @@ MEGALITE_ROWS(float, float)
 MEGALITE_ROWS(double, double)
 MEGALITE_ROWS(bf16, float)
 
-// Rows that one thread should at least be given.
+// The least number of rows per thread.
 int64_t grain(const ScoreShape& s) { return std::max<int64_t>(1, 32768 / s.keys); }
 
 template <class T>

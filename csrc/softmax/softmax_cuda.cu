@@ -13,7 +13,7 @@ __device__ int64_t row_offset(const ScoreShape& s, int64_t row) {
 
 __device__ int64_t visible_keys(const ScoreShape& s, int64_t row) { return row % s.queries + 1 + s.keys - s.queries; }
 
-// One block a row. A row is a few KiB: the second and third walk over it are served by the caches.
+// One block per row. A row is a few KiB, so its second and third reads hit the caches.
 template <class T, class A>
 __global__ void forward_kernel(const T* scores, T* probs, ScoreShape s, A scale) {
   const int64_t row = blockIdx.x, visible = visible_keys(s, row);
@@ -23,7 +23,7 @@ __global__ void forward_kernel(const T* scores, T* probs, ScoreShape s, A scale)
   A peak = lowest;
   for (int64_t j = threadIdx.x; j < visible; j += blockDim.x) peak = Larger()(peak, widen(x[j]) * scale);
   peak = block_reduce(peak, lowest, Larger());
-  // All -inf (or NaN): subtracting 0 instead gives zeros (or NaN) where -inf - -inf would give NaN.
+  // all -inf (or NaN): subtracting 0 yields zeros (or NaN), while -inf - -inf would yield NaN
   if (peak == lowest) peak = 0;
   A sum = 0;
   for (int64_t j = threadIdx.x; j < visible; j += blockDim.x) sum += exp(widen(x[j]) * scale - peak);

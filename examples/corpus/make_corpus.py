@@ -1,4 +1,4 @@
-"""Regenerates kjv.jsonl and poems.jsonl from the Debian packages bible-kjv, bible-kjv-text and fortunes-zh.
+"""Regenerate kjv.jsonl and poems.jsonl from the Debian packages bible-kjv, bible-kjv-text and fortunes-zh.
 
 apt-get install bible-kjv bible-kjv-text fortunes-zh
 python examples/corpus/make_corpus.py
@@ -17,7 +17,7 @@ POEMS = {"tang300": 313, "song100": 96}
 
 
 def bible_chapters() -> Iterator[dict[str, str]]:
-    """One row per chapter; the text is one verse per line, without verse numbers."""
+    """Yield one row per chapter, with one verse per line and without verse numbers."""
     printed = subprocess.run(
         ["bible", "-l100000", "gen1:1-rev22:21"], check=True, capture_output=True, text=True
     ).stdout
@@ -34,7 +34,7 @@ def bible_chapters() -> Iterator[dict[str, str]]:
 
 
 def poems(name: str) -> Iterator[dict[str, str]]:
-    """One row per poem: prose prefaces, notes on the author and part numbers are left out."""
+    """Yield one row per poem, without prose prefaces, notes on the author and part numbers."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", (FORTUNES / name).read_text(encoding="utf-8"))
     entries = [entry.strip() for entry in re.split(r"^%.*\n?", plain, flags=re.MULTILINE)]
     for number, entry in enumerate(filter(None, entries), start=1):

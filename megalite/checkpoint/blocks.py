@@ -1,16 +1,14 @@
-"""Blocks of tensors into safetensors files and back, one at a time, each with its checksum.
+"""Blocks of tensors, written to safetensors files and read back one at a time, each with its SHA-256.
 
-The safetensors library writes a file from tensors that are all in memory, twice. Here the header is made from sizes
-alone and each block is asked for when its turn comes.
+The safetensors library needs all tensors of a file in memory, twice. Here the header is made from sizes alone, and each
+block is fetched when it is written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -20,8 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.dtypes import from_torch, to_torch
 from megalite.checkpoint.faults import Faults
-from megalite.checkpoint.manifest import DTYPES, METADATA, block_key, damaged, find_block, open_file
+from megalite.checkpoint.manifest import block_key, damaged, find_block, open_file
+from megalite.checkpoint.safetensors_file import Entry, make_header
+from megalite.config.dtypes import BY_TORCH, DType
 from megalite.parallel.cuts import Block, split
 
 BLOCK_BYTES = 64 * 2**20
@@ -30,11 +31,11 @@ FILE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Part:
-    """One block to be written: of tensor `full`, whose whole shape is `whole`."""
+    """A block to write. `full`: the tensor's full name, as weight.embed.weight; `whole`: its whole shape."""
 
     full: str
     whole: tuple[int, ...]
-    dtype: str
+    dtype: DType
     block: Block
 
     @property
@@ -43,27 +44,32 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        return DTYPES[self.dtype][1] * math.prod(self.block.size)
+        return self.dtype.bytes * math.prod(self.block.size)
 
 
 def parts_of(full: str, whole: Sequence[int], dtype: torch.dtype, blocks: Iterable[Block]) -> Iterator[Part]:
-    """The owned of `blocks`, cut into parts of at most BLOCK_BYTES."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"tensor {full} is {name}; checkpoints hold {', '.join(DTYPES)}")
+    """Yield the owned ones of `blocks`, split into parts of at most BLOCK_BYTES.
+
+    Raises ValueError if `dtype` is not in config/dtypes.py.
+    """
+    try:
+        row = from_torch(dtype)
+    except ValueError as error:
+        raise ValueError(f"tensor {full}: {error}") from None
     for block in blocks:
         if block.owned:
-            for small in split(block, BLOCK_BYTES // DTYPES[name][1]):
-                yield Part(full, tuple(whole), name, small)
+            for small in split(block, BLOCK_BYTES // row.bytes):
+                yield Part(full, tuple(whole), row, small)
 
 
 def write_parts(
     folder: Path, stem: str, parts: Sequence[Part], tensors: Iterable[Tensor], faults: Faults
 ) -> dict[str, Any]:
-    """Write `parts`, whose values come in their order from `tensors`, into files STEM-NNN.safetensors of 1 GiB.
+    """Write `parts` to files STEM-NNN.safetensors of at most FILE_BYTES, or one part if that is larger.
 
-    Gives what a manifest says of them: {"files": {name: bytes}, "tensors": {full name: shape, dtype, blocks}}.
-    Every file is on the disk when this returns. Raises OSError where the disk refuses.
+    `tensors`: the values of the parts, in the same order. Returns the files' entries for the manifest: {"files": {name:
+    bytes}, "tensors": {full name: {shape, dtype, blocks}}}. All files are synced to the disk. Raises OSError if the
+    disk refuses a write.
     """
     files: dict[str, int] = {}
     entries: dict[str, Any] = {}
@@ -71,17 +77,18 @@ def write_parts(
     for number, group in enumerate(_by_file(parts)):
         name = f"{stem}-{number:03d}.safetensors"
         with open(folder / name, "wb") as file:
-            file.write(_header(group))
+            header, _ = make_header({part.key: (part.dtype, part.block.size) for part in group})
+            file.write(header)
             for part in group:
                 value = next(values).detach().to("cpu").contiguous()
                 assert value.shape == part.block.size, (part, value.shape)
-                assert str(value.dtype) == f"torch.{part.dtype}", (part, value.dtype)
+                assert from_torch(value.dtype) == part.dtype, (part, value.dtype)
                 raw = _bytes(value)
                 faults.at("save.before_block")
                 file.write(raw[: len(raw) // 2])
                 faults.at("save.in_block", file)
                 file.write(raw[len(raw) // 2 :])
-                new = {"shape": list(part.whole), "dtype": part.dtype, "blocks": []}
+                new = {"shape": list(part.whole), "dtype": part.dtype.torch, "blocks": []}
                 entries.setdefault(part.full, new)["blocks"].append(
                     {
                         "file": name,
@@ -112,35 +119,18 @@ def _by_file(parts: Sequence[Part]) -> Iterator[list[Part]]:
         yield group
 
 
-def _header(parts: Sequence[Part]) -> bytes:
-    """A safetensors header: its length, then JSON padded so that the data begins at a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": METADATA}
-    begin = 0
-    for part in parts:
-        end = begin + part.bytes
-        entries[part.key] = {
-            "dtype": DTYPES[part.dtype][0],
-            "shape": list(part.block.size),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
 def _bytes(values: Tensor) -> memoryview:
-    """The memory of a contiguous tensor of any dtype; numpy has no bfloat16."""
+    """The memory of a contiguous tensor of any dtype. By way of uint8, since numpy has no bfloat16."""
     raw: Any = values.flatten().view(torch.uint8).numpy()
     return memoryview(raw)
 
 
 class BlockReader:
-    """Blocks out of the files of one checkpoint; with `verify` each is held against its checksum."""
+    """Reads blocks from the files of one checkpoint. `verify`: compare each with its SHA-256."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], verify: bool = True) -> None:
         self.folder, self.manifest, self.verify = folder, manifest, verify
-        self._open: dict[str, tuple[BufferedReader, dict[str, Any]]] = {}
+        self._open: dict[str, tuple[BufferedReader, dict[str, Entry]]] = {}
 
     def __enter__(self) -> BlockReader:
         return self
@@ -150,22 +140,22 @@ class BlockReader:
             file.close()
 
     def read(self, full: str, block: dict[str, Any]) -> Tensor:
-        """The values of one block of tensor `full`. Damaged names file and tensor."""
+        """The values of one block of tensor `full`. Raises Damaged, naming file and tensor."""
         file, begin, length = self.find(full, block)
-        values = torch.empty(block["size"], dtype=getattr(torch, self.manifest["tensors"][full]["dtype"]))
+        values = torch.empty(block["size"], dtype=to_torch(BY_TORCH[self.manifest["tensors"][full]["dtype"]]))
         try:
             file.seek(begin)
             count = file.readinto(_bytes(values))
             if count != length:
                 raise ValueError(f"{count} bytes of {length}")
             if self.verify and hashlib.sha256(_bytes(values)).hexdigest() != block["sha256"]:
-                raise ValueError(f"the elements from {block['start']} have another checksum than when they were saved")
+                raise ValueError(f"the elements from {block['start']} do not match their checksum")
         except (OSError, ValueError) as error:
             raise damaged(self.folder / block["file"], full, error) from None
         return values
 
     def find(self, full: str, block: dict[str, Any]) -> tuple[BufferedReader, int, int]:
-        """(file, first byte, bytes) of a block that is there by its file's header. Damaged names file and tensor."""
+        """(open file, first byte, bytes) of a block, checked against its file's header. Raises Damaged as in `read`."""
         name = block["file"]
         try:
             if name not in self._open:

@@ -1,4 +1,4 @@
-"""Two checkpoints tensor by tensor, whatever the topologies at which they were saved."""
+"""Compare two checkpoints tensor by tensor, whatever topologies they were saved at."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from megalite.checkpoint.load import read_tensor
 
-# compared at a time, in float64
+# elements compared at a time, in float64
 CHUNK = 2**20
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How tensor `name` of one checkpoint is not that of another.
+    """How tensor `name` differs between two checkpoints, a and b.
 
-    `why`: said in words where the tensors cannot be compared, or are of two dtypes. `elements` of `count` are unequal;
-    `largest` is max|a - b| and `relative` that divided by max|b|.
+    `why`: why the elements cannot be compared, or that the dtypes differ. `elements` of `count` are unequal; `largest`
+    is max|a - b|, `relative` is max|a - b| / max|b|.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Difference:
 def compare(
     a: tuple[Path, dict[str, Any]], b: tuple[Path, dict[str, Any]], kinds: Collection[str] = ()
 ) -> Iterator[tuple[str, Difference | None]]:
-    """Each tensor of checkpoints `a` and `b` (folder, manifest) of `kinds` (empty: all) with its difference, if any.
+    """Yield (name, difference or None) for each tensor of checkpoints `a` and `b`, each a (folder, manifest).
 
-    Tensors are equal when they have the same bits. What is read is verified: Damaged as in `read_tensor`. Memory: a
-    tensor of each.
+    `kinds`: only these (weight, exp_avg, ...); empty: all. Tensors are equal if all bits are. Raises Damaged as in
+    `read_tensor`. Memory: one tensor of each checkpoint.
     """
     names = dict.fromkeys((*a[1]["tensors"], *b[1]["tensors"]))
     for name in names:
@@ -71,9 +71,9 @@ def _measured(name: str, why: str, x: Tensor, y: Tensor) -> Difference:
     for p, q in zip(x.flatten().split(CHUNK), y.flatten().split(CHUNK)):
         bits = _bits(p).view(len(p), -1).ne(_bits(q).view(len(q), -1)).any(1) if x.dtype == y.dtype else None
         p, q = p.double(), q.double()
-        same = p.eq(q) | (p.isnan() & q.isnan())  # of infinities and NaNs too the difference is 0
+        same = p.eq(q) | (p.isnan() & q.isnan())  # equal infinities, and NaN beside NaN, differ by 0
         elements += int((bits if bits is not None else ~same).sum())
-        # a NaN beside a number makes the maximum NaN
+        # NaN beside a number makes the maximum NaN
         largest = float(torch.tensor(largest).double().maximum((p - q).abs().masked_fill(same, 0.0).max()))
         scale = max(scale, float(q.abs().nan_to_num(0.0).max()))
     return Difference(name, why, elements, x.numel(), largest, largest / scale if scale else float(largest and "inf"))
@@ -84,7 +84,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def differing_values(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value in a, value in b) where two nested mappings are unlike; None where a key is not there."""
+    """Yield (dotted key, value in a, value in b) where two nested mappings differ; None for a missing key."""
     for key in dict.fromkeys((*a, *b)):
         x, y = a.get(key), b.get(key)
         if isinstance(x, dict) and isinstance(y, dict):

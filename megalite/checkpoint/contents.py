@@ -1,7 +1,7 @@
-"""Which tensors a checkpoint must hold, by the configuration that it was written with. No torch here.
+"""Which tensors a checkpoint must hold, by the configuration it was written with. No torch here.
 
-Its own list of tensors cannot tell that one is missing: the configuration can. Reading, verifying and publishing a
-checkpoint hold it to the same rule, `check_contents`.
+A manifest's own list of tensors cannot show that one is missing; its configuration can. Reading, verifying and
+publishing all call `check_contents`.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from typing import Any
 from megalite.checkpoint.manifest import one_line
 from megalite.checkpoint.state import state_from
 from megalite.config import Config, ConfigError, from_mapping
+from megalite.config.dtypes import DTYPES
 from megalite.config.parameters import Shape
 from megalite.config.schema import SECTIONS
 from megalite.config.shapes import shapes, with_family
 from megalite.config.trained import adapter_shapes, trained
 from megalite.text.tokenizer import load_tokenizer
 
-# of weights, and of what is kept in full precision beside them
-_DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
-_WIDE = {"fp32": "float32", "fp64": "float64", "bf16": "float32", "fp16": "float32"}
 _MOMENTS, _MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum",)
 
 
 class OtherVersion(ValueError):
-    """A checkpoint whose configuration has a key that this version does not know."""
+    """The checkpoint's configuration has a key that this version does not know."""
 
 
 def config_of(manifest: Mapping[str, Any]) -> Config:
-    """The configuration that a checkpoint was written with; ValueError where it cannot be read."""
+    """The configuration that a checkpoint was written with.
+
+    Raises ValueError if it cannot be read, OtherVersion if it has an unknown key.
+    """
     sections = manifest["config"]
     if not all(isinstance(keys, dict) for keys in sections.values()):
         raise ValueError("a section of config is not an object")
@@ -47,7 +48,7 @@ def config_of(manifest: Mapping[str, Any]) -> Config:
 
 
 def _text(value: Any) -> Any:
-    """A value of a manifest's config as YAML would have given it: every scalar is text."""
+    """A value of a manifest's config as the YAML reader returns it: every scalar is text."""
     if isinstance(value, list):
         return [_text(item) for item in value]
     if isinstance(value, dict):
@@ -58,9 +59,9 @@ def _text(value: Any) -> Any:
 
 
 def check_contents(manifest: Mapping[str, Any]) -> None:
-    """ValueError unless configuration, counters and tensors belong together and nothing is missing.
+    """Check a manifest's configuration, counters and tensors against each other. Raises ValueError if they disagree.
 
-    A checkpoint may hold weights alone, as a converted one does.
+    A checkpoint may hold weights alone, as converted ones do.
     """
     config, tensors = config_of(manifest), manifest["tensors"]
     state_from(manifest)
@@ -73,7 +74,7 @@ def check_contents(manifest: Mapping[str, Any]) -> None:
     missing: list[str] = []
     known: set[str] = set()
     for ways, shape, dtype in expected(config, weights_only):
-        # one way of several: a matrix has moments or a momentum
+        # a matrix has either AdamW's moments or Muon's momentum
         names = next((way for way in ways if all(name in tensors for name in way)), ways[0])
         known |= set(names)
         for name in names:
@@ -94,25 +95,27 @@ def check_contents(manifest: Mapping[str, Any]) -> None:
 
 
 def expected(config: Config, weights_only: bool) -> Iterator[tuple[list[tuple[str, ...]], Shape, str]]:
-    """(ways in which a parameter's tensors may be named, their shape, their dtype or "" for any) of all that is stored.
+    """Yield (alternative sets of full names, shape, dtype or "" for any) for everything that a checkpoint stores.
 
-    Every parameter has a weight; one that is trained also has the optimizer's tensors, and a master where its dtype is
-    narrow.
+    Every parameter has a weight. A trained one also has the optimizer's tensors, and a master copy if its dtype is
+    narrower than fp32.
     """
     t, learns = config.train, trained(config)
+    stored = DTYPES[t.dtype]
+    wide = DTYPES[stored.wide].torch
     for name, shape in (adapter_shapes(config) if config.tune.mode == "lora" else shapes(config.model)).items():
-        yield [(f"weight.{name}",)], shape, "" if weights_only else _DTYPES[t.dtype]
+        yield [(f"weight.{name}",)], shape, "" if weights_only else stored.torch
         if weights_only or name not in learns:
             continue
-        if _DTYPES[t.dtype] != _WIDE[t.dtype]:
-            yield [(f"master.{name}",)], shape, _WIDE[t.dtype]
-        # which matrices Muon updates is the optimizer's choice
+        if stored.torch != wide:
+            yield [(f"master.{name}",)], shape, wide
+        # which matrices Muon updates is up to the optimizer
         ways = [_MOMENTS, _MOMENTUM] if config.optim.name == "muon" and len(shape) == 2 else [_MOMENTS]
-        yield [tuple(f"{kind}.{name}" for kind in kinds) for kinds in ways], shape, _WIDE[t.dtype]
+        yield [tuple(f"{kind}.{name}" for kind in kinds) for kinds in ways], shape, wide
 
 
 def _require_sizes(config: Config, count: int) -> None:
-    """ValueError where a size of the model is none, or layers are more than there are tensors."""
+    """Raise ValueError if a size of the model is not positive, or it has more layers than there are tensors."""
     m = config.model
     for key in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
         if getattr(m, key) < 1:
@@ -122,26 +125,26 @@ def _require_sizes(config: Config, count: int) -> None:
 
 
 def is_adapter(manifest: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint holds LoRA factors alone."""
+    """Whether a checkpoint holds LoRA factors only."""
     return bool(manifest["config"].get("tune", {}).get("mode") == "lora")
 
 
 def check_adapter(manifest: Mapping[str, Any], config: Config, folder: Path, resume: bool) -> None:
-    """ValueError if a run of `config` cannot take a checkpoint because of what the two train.
+    """Raise ValueError if a run of `config` cannot use a checkpoint because the two train different parameters.
 
-    `resume`: as its own, else as the weights that it starts from.
+    `resume`: the checkpoint is the run's own; else it holds the weights that the run starts from.
     """
     mode = config.tune.mode
     if not is_adapter(manifest):
         if resume and mode == "lora":
             raise ValueError(
-                f"{folder} holds whole weights and tune.mode=lora writes adapters; start from it in another "
+                f"{folder} holds whole weights, tune.mode=lora writes adapters; start from it in another "
                 f"train.run_dir, with checkpoint.load={folder}"
             )
         return
     if mode != "lora":
         raise ValueError(
-            f"{folder} holds LoRA factors alone, and tune.mode={mode} needs whole weights; merge them first, "
+            f"{folder} holds LoRA factors only, tune.mode={mode} needs whole weights; merge them first, "
             f"or use tune.mode=lora"
         )
     for key in ("lora_rank", "lora_alpha", "lora_targets"):
@@ -154,7 +157,10 @@ def check_adapter(manifest: Mapping[str, Any], config: Config, folder: Path, res
 
 
 def new_rows(config: Config, known: Sequence[str]) -> range:
-    """The ids that model.add_tokens adds to a model that has those of `known` already; empty where it has all."""
+    """The token ids that model.add_tokens adds to a model that already has the tokens `known`; empty if it has all.
+
+    Raises ConfigError if a known token would get another id.
+    """
     add, tokenizer = config.model.add_tokens, config.data.tokenizer
     if tokenizer is None or set(add) <= set(known):
         return range(0)

@@ -1,4 +1,4 @@
-"""What a manifest says of a checkpoint, in a few figures and lines. No torch here."""
+"""A checkpoint's manifest summarised, as values and as lines to print. No torch here."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megalite.checkpoint.manifest import DTYPES
+from megalite.config.dtypes import BY_TORCH
 
-# what a manifest holds beside a run's counters
+# keys of a manifest that are not counters
 _PARTS = {"digest", "format", "versions", "config", "files", "tensors"}
 
 
 def state_of(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The plain values that a checkpoint keeps beside its tensors: step, consumed_samples and the trainer's others."""
+    """The counters of a manifest as a dict: step, consumed_samples, loss_scale, ..."""
     return {key: value for key, value in manifest.items() if key not in _PARTS}
 
 
 def tensor_bytes(entry: dict[str, Any]) -> int:
-    """Bytes of one tensor's elements, by its entry in a manifest."""
-    return DTYPES[entry["dtype"]][1] * math.prod(entry["shape"])
+    """Bytes of one tensor, by its entry in a manifest."""
+    return BY_TORCH[entry["dtype"]].bytes * math.prod(entry["shape"])
 
 
 def describe(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint as plain values: path, state, config, tensors by kind, files and bytes, versions."""
+    """A checkpoint as plain values (JSON): path, state, config, tensors by kind, files and bytes, versions."""
     kinds: dict[str, dict[str, Any]] = {}
     for full, entry in manifest["tensors"].items():
         new = {"tensors": 0, "elements": 0, "bytes": 0, "dtypes": []}
@@ -47,7 +47,7 @@ def describe(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_lines(what: dict[str, Any]) -> list[str]:
-    """`describe` as lines to read."""
+    """What `describe` returns, as lines to print."""
     state, config = dict(what["state"]), what["config"]
     model, parallel = config.get("model", {}), config.get("parallel", {})
     lines = [what["path"]]
@@ -73,7 +73,7 @@ def describe_lines(what: dict[str, Any]) -> list[str]:
 
 
 def model_line(model: dict[str, Any]) -> str:
-    """The model section of a configuration in one line."""
+    """The model section of a configuration, in one line."""
     get = model.get
     heads = f"{get('num_heads')} heads over {get('num_kv_heads')} kv heads"
     sizes = f"{get('num_layers')} layers, hidden {get('hidden_size')}, {heads}, ffn {get('ffn_hidden_size')}"
@@ -81,7 +81,7 @@ def model_line(model: dict[str, Any]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes in the decimal unit that suits: 1.62 GB."""
+    """Bytes in a readable decimal unit: 1.62 GB."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
@@ -89,4 +89,5 @@ def size(count: int) -> str:
 
 
 def many(count: int, noun: str) -> str:
+    """A count with its noun in singular or plural: 1 file, 2,000 files."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,4 +1,4 @@
-"""Where a save can be made to die, for tests: MEGALITE_FAULT=point:rank:n kills that rank as it gets there."""
+"""Fault injection for tests: MEGALITE_FAULT=point:rank:n kills a rank when it reaches a point for the n-th time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from typing import BinaryIO
 
-# in the order in which a save passes them; up to save.after_part on every rank, from there on rank 0 alone
+# in the order in which a save passes them; up to save.after_part on every rank, after that on rank 0 only
 POINTS = (
     "save.before_folder",
     "save.after_folder",
@@ -32,9 +32,10 @@ POINTS = (
 
 
 class Faults:
-    """Kills this process (SIGKILL) when it is `rank` and comes to `point` for the n-th time, as `order` says.
+    """Kills this process (SIGKILL) at a point of a save.
 
-    `order`: "point:rank:n", or "" for never. ValueError naming the points there are.
+    `order`: "point:rank:n", "" for never; None: the environment's MEGALITE_FAULT. Raises ValueError, listing the
+    points, if it is neither.
     """
 
     def __init__(self, rank: int, order: str | None = None) -> None:
@@ -50,7 +51,7 @@ class Faults:
                 self._point, self._nth = point, int(numbers[1])
 
     def at(self, point: str, file: BinaryIO | None = None) -> None:
-        """This process is at `point`; `file` is flushed first, so that what was written so far is there."""
+        """Die here if ordered to. `file` is flushed first, so that everything written so far reaches the disk."""
         assert point in POINTS, point
         if point != self._point:
             return

@@ -1,9 +1,9 @@
-"""Where checkpoints lie: which of them are finished, which is meant, and what its manifest says. No torch here.
+"""The folders of checkpoints: which are finished, which one a path means, and its manifest. No torch here.
 
-RUN/checkpoints/step-00000100/manifest.json   step, samples, config, files, and for every tensor its blocks
-RUN/checkpoints/step-00000100/rank-00000-000.safetensors   the blocks that rank 0 owns, a GiB to a file
-RUN/checkpoints/latest                        the name of the newest, a hint: folders are what counts
-RUN/checkpoints/.building-step-00000200/      one that is being written, or that a run died of
+RUN/checkpoints/step-00000100/manifest.json   step, samples, config, files, and the blocks of every tensor
+RUN/checkpoints/step-00000100/rank-00000-000.safetensors   the blocks that rank 0 owns, 1 GiB per file
+RUN/checkpoints/latest                        name of the newest; a hint for people, never read
+RUN/checkpoints/.building-step-00000200/      being written, or left by a run that died
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def step_of(folder: Path) -> int:
 
 
 def building_folder(final: Path) -> Path:
-    """Where a checkpoint stands until it is whole."""
+    """Where a checkpoint is written before it gets its final name."""
     return final.with_name(BUILDING + final.name)
 
 
 def complete(run_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first: a folder gets its name only when it is whole."""
+    """The finished checkpoints of a run, oldest first. A folder gets its final name only when it is complete."""
     folder = run_dir / "checkpoints"
     names = os.listdir(folder) if folder.is_dir() else []
     steps = sorted((int(m[1]), name) for name in names if (m := STEP.fullmatch(name)))
@@ -64,19 +64,22 @@ def after(checkpoint: Path) -> list[Path]:
 
 
 def set_aside(checkpoint: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is kept but counts no more; gives its new place."""
+    """Rename a damaged checkpoint so that it is kept but no longer found. Returns its new path."""
     places = (checkpoint.with_name(f"damaged-{n}-{checkpoint.name}") for n in itertools.count(1))
     return checkpoint.rename(next(place for place in places if not place.exists()))
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The newest finished checkpoint of a run folder, None if it has none."""
+    """The newest finished checkpoint of a run folder; None if there is none."""
     found = complete(run_dir)
     return found[-1] if found else None
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint meant by `path`: a step folder, or the newest of a run folder. ValueError if there is none."""
+    """The checkpoint that `path` means: a step folder itself, or the newest of a run folder.
+
+    Raises ValueError if there is none.
+    """
     folder = Path(path)
     if (folder / "manifest.json").is_file():
         return folder
@@ -85,17 +88,18 @@ def find(path: str | Path) -> Path:
         what = "no such folder" if not folder.is_dir() else "neither a checkpoint nor a run folder with one"
         if (folder / "config.json").is_file():
             raise ValueError(
-                f"{folder} is a Hugging Face folder and no run folder; train from it with model.from_hf={folder}, or "
-                f"make a run folder of it with tools/checkpoint.py convert --from hf {folder} --to megalite NEW"
+                f"{folder} is a Hugging Face folder, not a run folder; train from it with model.from_hf={folder}, or "
+                f"convert it with tools/checkpoint.py convert --from hf {folder} --to megalite NEW"
             )
         raise ValueError(f"{folder}: {what}; name a run folder or one of its checkpoints/step-NNNNNNNN")
     return newest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, checked. Damaged names the file; ValueError where it is of another format.
+    """Read and check the manifest of a checkpoint.
 
-    Removed where the whole checkpoint is no longer there.
+    Raises Damaged, naming the file; Removed if the checkpoint's folder is gone; ValueError if another version of
+    megalite wrote it.
     """
     path = folder / "manifest.json"
     try:
@@ -112,7 +116,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if other == FORMAT:
             check_manifest(manifest)
             if STEP.fullmatch(folder.name) and manifest["step"] != step_of(folder):
-                raise ValueError(f"it is of step {manifest['step']}, its folder of step {step_of(folder)}")
+                raise ValueError(f"it says step {manifest['step']}, its folder's name says {step_of(folder)}")
             check_contents(manifest)
     except OtherVersion as error:
         raise ValueError(f"{path}: {error}; use the version that wrote it") from None
@@ -121,14 +125,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise Removed(folder) from None
         raise Damaged(f"{path}: not a manifest ({reason(error)}); the checkpoint is damaged") from None
     if other != FORMAT:
-        raise ValueError(f"{path} is of format {other}, this megalite reads format {FORMAT}; use the one that wrote it")
+        raise ValueError(
+            f"{path} has format {other}, this megalite reads format {FORMAT}; use the version that wrote it"
+        )
     return manifest
 
 
 def check_model(manifest: dict[str, Any], model: dict[str, Any], folder: Path, grows: bool = False) -> None:
-    """ValueError if the checkpoint is of another model than `model`, the resolved model section as a dict.
+    """Raise ValueError if the checkpoint's model is not `model`, the resolved model section as a dict.
 
-    `grows`: its vocabulary may be smaller, for model.add_tokens adds to it.
+    `grows`: the checkpoint's vocabulary may be smaller, because model.add_tokens adds rows.
     """
     saved = manifest["config"]["model"]
     ignored = {"init_std", "dropout", "attention_dropout", "from_hf", "add_tokens"}
@@ -137,6 +143,6 @@ def check_model(manifest: dict[str, Any], model: dict[str, Any], folder: Path, g
     for key, value in model.items():
         if key not in ignored and saved.get(key, value) != value:
             raise ValueError(
-                f"{folder} is of another model: model.{key} is {one_line(str(saved[key]))} there and {value} here; "
+                f"{folder} holds another model: model.{key} is {one_line(str(saved[key]))} there and {value} here; "
                 f"use the same model or another train.run_dir"
             )

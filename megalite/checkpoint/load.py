@@ -1,4 +1,4 @@
-"""Reading: each rank takes, of the blocks on disk, the parts that it holds."""
+"""Read a checkpoint: each rank reads, of the blocks on disk, the parts that it holds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.blocks import BlockReader
+from megalite.checkpoint.dtypes import to_torch
+from megalite.config.dtypes import BY_TORCH
 from megalite.parallel.cuts import Shard
 
 
@@ -21,11 +23,11 @@ def load(
     spans: Mapping[str, range] | None = None,
     verify: bool = True,
 ) -> None:
-    """Fill the tensors of `kinds` from a checkpoint saved at any topology, reading only what is needed.
+    """Fill the tensors of `kinds` in place from a checkpoint saved at any topology, reading only the blocks needed.
 
-    `kinds` and `spans` as in `save`; without spans all tensors are whole local ones. Padding is left as it is.
-    `verify`: hold each block that is read against its checksum. ValueError where a tensor is missing or of another
-    shape; Damaged, naming file and tensor, where a block is not what was written.
+    `kinds` and `spans` as in `save`; without spans every tensor is a whole local one. Padding is left unchanged.
+    `verify`: compare each block that is read with its SHA-256. Raises ValueError if a tensor is missing or has another
+    shape; Damaged, naming file and tensor, if a block is not what was written.
     """
     with BlockReader(folder, manifest, verify) as reader:
         for kind, tensors in kinds.items():
@@ -41,32 +43,32 @@ def load(
 
 
 def read_tensor(folder: Path, manifest: dict[str, Any], full: str, verify: bool = True) -> Tensor:
-    """One whole tensor on the CPU, by its full name as `weight.embed.weight`; verified as in `load`."""
+    """Read one whole tensor to the CPU by its full name, as weight.embed.weight. `verify` and errors as in `load`."""
     entry = manifest["tensors"].get(full)
     if entry is None:
         raise ValueError(f"{folder} has no tensor {full}")
     with BlockReader(folder, manifest, verify) as reader:
         for block in entry["blocks"]:
-            reader.find(full, block)  # before memory is taken for what a manifest only claims
-        whole = torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+            reader.find(full, block)  # before allocating what a manifest only claims
+        whole = torch.empty(entry["shape"], dtype=to_torch(BY_TORCH[entry["dtype"]]))
         for block in entry["blocks"]:
             _fill(reader, full, block, [((0,) * whole.dim(), whole)])
     return whole
 
 
 def _find(folder: Path, manifest: dict[str, Any], kind: str, full: str, shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The stored blocks of a tensor of `shape`."""
+    """The stored blocks of a tensor. Raises ValueError if it is missing or its shape is not `shape`."""
     entry = manifest["tensors"].get(full)
     if entry is None:
         why = "another model" if kind == "weight" else "another optimizer; take its weights alone by "
         if kind == "momentum" and f"exp_avg.{full.removeprefix('momentum.')}" in manifest["tensors"]:
-            # before, Muon did not update the matrices of feed-forwards without a gate
+            # earlier versions updated the feed-forward matrices of models without a gate by AdamW
             why = "a run that updated this matrix by AdamW; take its weights alone by "
         how = "" if kind == "weight" else f"checkpoint.load={folder} checkpoint.load_optim=false in a new run_dir"
         raise ValueError(f"{folder} has no tensor {full}; it is a checkpoint of {why}{how}")
     if tuple(entry["shape"]) != shape:
         raise ValueError(
-            f"{folder}: tensor {full} is {entry['shape']}, this model needs {list(shape)}; "
+            f"{folder}: tensor {full} has shape {entry['shape']}, this model needs {list(shape)}; "
             f"it is a checkpoint of another model"
         )
     blocks: list[dict[str, Any]] = entry["blocks"]
@@ -76,7 +78,7 @@ def _find(folder: Path, manifest: dict[str, Any], kind: str, full: str, shape: t
 def _fill(
     reader: BlockReader, full: str, block: dict[str, Any], rectangles: list[tuple[tuple[int, ...], Tensor]]
 ) -> None:
-    """Copy a stored block into each of `rectangles` (where it begins in the whole tensor, a view) that it meets."""
+    """Copy a stored block into each of `rectangles` (first index in the whole tensor, view) that it overlaps."""
     values = None
     for start, target in rectangles:
         low = [max(a, b) for a, b in zip(start, block["start"])]

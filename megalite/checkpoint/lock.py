@@ -1,9 +1,9 @@
-"""One run at a time in a run folder: the file LOCK says which run of which machine has it. No torch here.
+"""One run at a time in a run folder: the file LOCK names the process that uses it. No torch here.
 
-The file is made with its content in one step, which every file system does for one process only, where locks of the
-operating system are not known to all nodes. It holds as long as the process lives: on the same machine that can be
-seen. Of another machine it cannot, so nothing is guessed: the user is told where to look. An earlier attempt of the
-same job is over when the next one starts.
+The file is created with its content in one atomic step, which works on network file systems, where locks of the
+operating system may not reach other nodes. The lock is valid while its process lives. On the same machine that is
+checked; on another machine it cannot be, so the message tells the user where to look. An earlier attempt of the same
+job counts as ended.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from megalite.config import ConfigError
 from megalite.launch import launcher
 from megalite.watch.progress import duration
 
-NAME, BESIDE = "LOCK", ".LOCK-"
+NAME, TEMPORARY = "LOCK", ".LOCK-"
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that has a run folder. `machine`: its boot and process space. `started`: as /proc counts, from boot.
+    """The process that uses a run folder.
 
-    `jobs`: what its launchers call all attempts of the job that it belongs to.
+    `machine`: its boot id and PID namespace. `started`: clock ticks from boot to its start, as in /proc. `jobs`: ids
+    that its launchers give to all attempts of the same job.
     """
 
     command: str
@@ -48,24 +49,21 @@ class Owner:
 
 
 def hold(run_dir: Path) -> None:
-    """Take a run folder that is there, until `release` or the end of this process.
-
-    ConfigError where a run has it, or may have it.
-    """
-    path, content = run_dir / NAME, json.dumps(dataclasses.asdict(_me()), indent=1)
+    """Lock an existing run folder until `release` or the end of this process. Raises ConfigError as `require_free`."""
+    path, content = run_dir / NAME, json.dumps(dataclasses.asdict(_this_process()), indent=1)
     taken = False
     while not taken and not _create(path, content):
-        with _alone(path) as unchanged:
+        with _examining(path) as unchanged:
             if unchanged:
                 require_free(run_dir)
-                _write_beside(path, content).replace(path)  # of a run that is dead
+                _write_temporary(path, content).replace(path)  # its run is dead
                 taken = True
     launcher.held = path
 
 
 def release(run_dir: Path) -> None:
-    """Give a run folder back, if this process has it."""
-    path, me = run_dir / NAME, _me()
+    """Unlock a run folder, if this process holds it."""
+    path, me = run_dir / NAME, _this_process()
     with contextlib.suppress(OSError, ValueError):
         owner = _read(path)
         if owner is not None and (owner.machine, owner.pid, owner.started) == (me.machine, me.pid, me.started):
@@ -74,15 +72,15 @@ def release(run_dir: Path) -> None:
 
 
 def require_free(run_dir: Path) -> None:
-    """ConfigError where a run has `run_dir`, or may have it, with what to do."""
-    owner, me = _read(run_dir / NAME), _me()
+    """Raise ConfigError, with a remedy, if another run uses `run_dir` or may be using it."""
+    owner, me = _read(run_dir / NAME), _this_process()
     if owner is None or (owner.machine != me.machine and set(owner.jobs) & set(me.jobs)):
         return
     if owner.machine == me.machine:
         if _start_of(owner.pid) == owner.started:
             raise ConfigError(
                 f"{run_dir} is in use by {owner}; wait for it to end (`touch {run_dir / 'STOP'}` asks a run to), or "
-                f"take another folder"
+                f"use another folder"
             )
         return
     try:
@@ -93,18 +91,18 @@ def require_free(run_dir: Path) -> None:
     slurm = [job.removeprefix("SLURM job ") for job in owner.jobs if job.startswith("SLURM job ")]
     look = f"squeue -j {slurm[0]}" if slurm else f"ssh {owner.host} ps -fp {owner.pid}"
     raise ConfigError(
-        f"{run_dir} is locked by {owner}; whether that still runs cannot be seen from {me.host}, and {sign}. Look with "
-        f"`{look}`: if it is gone, delete {run_dir / NAME} and start again"
+        f"{run_dir} is locked by {owner}; whether that still runs cannot be seen from {me.host}, and {sign}. Check "
+        f"with `{look}`: if it is gone, delete {run_dir / NAME} and start again"
     )
 
 
 def jobs_of(env: Mapping[str, str] = os.environ) -> list[str]:
-    """Names of the job that this process belongs to, which all its attempts have and no other run has."""
+    """Ids of the job that this process belongs to, shared by all its attempts and by no other job."""
     slurm, elastic = env.get("SLURM_JOB_ID"), env.get("TORCHELASTIC_RUN_ID", "none")
     return [f"SLURM job {slurm}"] * bool(slurm) + [f"torchrun {elastic}"] * (elastic != "none")
 
 
-def _me() -> Owner:
+def _this_process() -> Owner:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -116,9 +114,9 @@ def _me() -> Owner:
 
 
 def _start_of(pid: int) -> int:
-    """When a process of this machine was started, in ticks since boot; -1 if it is none, or one that has ended."""
+    """When a process of this machine started, in ticks since boot; -1 if there is no such process or it has ended."""
     try:
-        # the name, in parentheses, may hold anything
+        # the process name, in parentheses, may contain anything
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return -1
@@ -126,7 +124,7 @@ def _start_of(pid: int) -> int:
 
 
 def _read(path: Path) -> Owner | None:
-    """Who has the lock; None if there is none. ConfigError where that cannot be said."""
+    """The owner named by a lock; None if there is no lock. Raises ConfigError if the file cannot be understood."""
     for attempt in range(10):
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -137,18 +135,18 @@ def _read(path: Path) -> Owner | None:
             return None
         except (ValueError, TypeError, RecursionError):
             pass
-        time.sleep(0.1 if attempt < 9 else 0.0)  # it may be on its way to the disk
-    raise ConfigError(f"{path} does not say which run has the folder; if none has, delete it and start again")
+        time.sleep(0.1 if attempt < 9 else 0.0)  # another process may be writing it
+    raise ConfigError(f"{path} does not name the run that uses the folder; if no run does, delete it and start again")
 
 
 _TYPES = {"command": str, "host": str, "machine": str, "pid": int, "started": int, "since": str, "jobs": list}
 
 
 def _create(path: Path, content: str) -> bool:
-    """Make the lock's file with its content, unless it is there."""
-    beside = _write_beside(path, content)
+    """Create the lock file with its content. Returns False if it exists already."""
+    temporary = _write_temporary(path, content)
     try:
-        os.link(beside, path)
+        os.link(temporary, path)
     except FileExistsError:
         return False
     except OSError:  # a file system without links
@@ -158,26 +156,26 @@ def _create(path: Path, content: str) -> bool:
         except FileExistsError:
             return False
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return True
 
 
-def _write_beside(path: Path, content: str) -> Path:
-    beside = path.with_name(f"{BESIDE}{socket.gethostname()}-{os.getpid()}")
-    beside.write_text(content, encoding="utf-8")
-    return beside
+def _write_temporary(path: Path, content: str) -> Path:
+    temporary = path.with_name(f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}")
+    temporary.write_text(content, encoding="utf-8")
+    return temporary
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """While no other start on this machine looks at the lock that is there; false where it is no longer the same."""
+def _examining(path: Path) -> Iterator[bool]:
+    """Keep other processes of this machine from examining the same lock file. Yields False if it has been replaced."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         yield False
         return
     try:
-        with contextlib.suppress(OSError):  # a file system without locks: two starts at one moment are not told apart
+        with contextlib.suppress(OSError):  # a file system without locks: two simultaneous starts may both succeed
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         try:
             same = os.path.samestat(os.fstat(descriptor), os.stat(path))

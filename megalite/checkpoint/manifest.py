@@ -1,7 +1,7 @@
-"""What a manifest must say to be believed. No torch here, so that a damaged checkpoint is told at once.
+"""Check a manifest and the headers of its files. No torch here, so that damage is reported before torch loads.
 
-A manifest lists files with their sizes, and for each tensor the blocks that it is made of, each with its SHA-256. The
-manifest's own digest stands in it. Digests tell damage and careless edits; they are no protection against a forger.
+A manifest lists files with their sizes, and for each tensor its blocks, each with its SHA-256. It also contains a
+digest of itself. Digests find damage and careless edits; they do not protect against forgery.
 """
 
 from __future__ import annotations
@@ -12,29 +12,25 @@ import math
 import os
 import re
 import stat
-import struct
 from collections.abc import Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from megalite.checkpoint.safetensors_file import METADATA, Entry, read_header
+from megalite.config.dtypes import BY_TORCH
+
 FORMAT = 3
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
-# a safetensors header, of which the library allows this much
-HEADER_BYTES = 100 * 10**6
 MANIFEST_BYTES = 2**30
-# of every file, as the safetensors library writes it
-METADATA = {"format": "pt"}
-# torch's names, safetensors' names and bytes
-DTYPES = {"float64": ("F64", 8), "float32": ("F32", 4), "bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 
 
 class Damaged(ValueError):
-    """A checkpoint, or a part of it, is not what was written; the message names the file and, if known, the tensor."""
+    """A checkpoint is not what was written. The message names the file and, if known, the tensor."""
 
 
 class Removed(ValueError):
-    """A checkpoint that was there is gone: its run, or someone, has removed it."""
+    """A checkpoint was removed while it was being read."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
@@ -44,19 +40,19 @@ class Removed(ValueError):
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of everything in a manifest but its digest, as compact JSON with sorted keys."""
+    """SHA-256 of a manifest without its digest, as compact JSON with sorted keys."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def block_key(full: str, start: Sequence[int], size: Sequence[int]) -> str:
-    """What a block is called in its file: `weight.embed.weight[0:64,0:128]`."""
+    """The key of a block in its file: `weight.embed.weight[0:64,0:128]`."""
     return f"{full}[{','.join(f'{a}:{a + n}' for a, n in zip(start, size))}]"
 
 
 def check_manifest(manifest: dict[str, Any]) -> None:
-    """ValueError unless the manifest is whole: its digest, its file names, and each tensor covered exactly once."""
-    _require(manifest.get("digest") == digest(manifest), "it was changed after it was written: its digest is another")
+    """Check digest, file names and blocks. Raises ValueError unless every element is stored exactly once."""
+    _require(manifest.get("digest") == digest(manifest), "it was changed after it was written: its digest is wrong")
     _require(_is_size(manifest.get("step")), f"step is {manifest.get('step')!r}, not a count")
     config = manifest.get("config")
     _require(isinstance(config, dict) and isinstance(config.get("model"), dict), "config or its model is missing")
@@ -70,19 +66,19 @@ def check_manifest(manifest: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         _require(bool(NAME.fullmatch(name)), f"{name!r} is not the name of a tensor")
         _check_tensor(name, tensor, files)
-    room = dict(files)  # so that a shape cannot ask for more memory than there are bytes on the disk
+    room = dict(files)  # bytes left, so that a shape cannot claim more memory than there are bytes on the disk
     for name, tensor in tensors.items():
         for block in tensor["blocks"]:
             named = block_key(name, block["start"], block["size"])
-            _require(block["key"] == named, f"tensor {name}: {named} is called {block['key']}")
-            room[block["file"]] -= DTYPES[tensor["dtype"]][1] * math.prod(block["size"])
-            _require(room[block["file"]] >= 0, f"tensor {name}: its blocks are more than file {block['file']} can hold")
+            _require(block["key"] == named, f"tensor {name}: block {named} has the key {block['key']}")
+            room[block["file"]] -= BY_TORCH[tensor["dtype"]].bytes * math.prod(block["size"])
+            _require(room[block["file"]] >= 0, f"tensor {name}: its blocks are larger than file {block['file']}")
 
 
 def _check_tensor(name: str, tensor: Any, files: dict[str, int]) -> None:
     _require(isinstance(tensor, dict) and isinstance(tensor.get("blocks"), list), f"tensor {name} has no blocks")
     shape, where = tensor.get("shape"), f"tensor {name}"
-    _require(_are_sizes(shape) and tensor.get("dtype") in DTYPES, f"{where} has no shape or no known dtype")
+    _require(_are_sizes(shape) and tensor.get("dtype") in BY_TORCH, f"{where} has no shape or no known dtype")
     spans = []
     for block in tensor["blocks"]:
         keys = ("file", "key", "sha256")
@@ -92,78 +88,65 @@ def _check_tensor(name: str, tensor: Any, files: dict[str, int]) -> None:
         _require(len(start) == len(size) == len(shape), f"{where}: a block has {len(start)} dims of {len(shape)}")
         stop = [a + n for a, n in zip(start, size)]
         _require(
-            min(size) > 0 and all(b <= n for b, n in zip(stop, shape)), f"{where}: {start} to {stop} leave {shape}"
+            min(size) > 0 and all(b <= n for b, n in zip(stop, shape)),
+            f"{where}: a block from {start} to {stop} is outside {shape}",
         )
-        _require(block["file"] in files, f"{where}: {block['file']} is not among the files")
+        _require(block["file"] in files, f"{where}: {block['file']} is not in the list of files")
         spans.append((start, stop))
     _require_cover(where, shape, spans)
 
 
 def _require_cover(where: str, shape: list[int], spans: list[tuple[list[int], list[int]]]) -> None:
-    """ValueError unless the rectangles cover `shape` exactly once: they do not meet, and their volumes add up."""
-    reaching: list[tuple[list[int], list[int]]] = []  # into the rows of the one at hand
+    """Raise ValueError unless the rectangles cover `shape` exactly once: none overlap and their volumes add up."""
+    reaching: list[tuple[list[int], list[int]]] = []  # earlier ones that extend into the rows of the current one
     for start, stop in sorted(spans):
         reaching = [(a, b) for a, b in reaching if b[0] > start[0]]
         for a, b in reaching:
-            apart = any(b[d] <= start[d] or stop[d] <= a[d] for d in range(len(shape)))
-            _require(apart, f"{where}: the elements from {start} are stored twice")
+            disjoint = any(b[d] <= start[d] or stop[d] <= a[d] for d in range(len(shape)))
+            _require(disjoint, f"{where}: the elements from {start} are stored twice")
         reaching.append((start, stop))
     stored = sum(math.prod(b - a for a, b in zip(start, stop)) for start, stop in spans)
     _require(stored == math.prod(shape), f"{where}: {stored} of {math.prod(shape)} elements are stored")
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """A file to read from; OSError where it is missing or a link, ValueError where it is a pipe or anything else."""
-    # a pipe that nobody writes would otherwise be waited for
+    """Open a file to read. Raises OSError if it is missing or a link, ValueError if it is not a regular file."""
+    # without O_NONBLOCK, opening a pipe that nobody writes to would hang
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError("it is not a plain file")
+        raise ValueError("it is not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
-def open_file(path: Path, expected: int) -> tuple[BufferedReader, dict[str, Any]]:
-    """A safetensors file of `expected` bytes and its header; each entry's `data_offsets` are places in the file.
+def open_file(path: Path, expected: int) -> tuple[BufferedReader, dict[str, Entry]]:
+    """A safetensors file of `expected` bytes, open, and its tensors by key.
 
-    OSError where the file is missing or a link, ValueError where its size is another or its header cannot be read.
+    Raises OSError if the file is missing or a link, ValueError if its size or its header is wrong.
     """
     file = open_plain(path)
     try:
         size = os.fstat(file.fileno()).st_size
         _require(size == expected, f"the file has {size} bytes of {expected}")
-        (length,) = struct.unpack("<Q", file.read(8))
-        _require(length <= min(HEADER_BYTES, size - 8), f"the file's header claims {length} bytes")
-        header = json.loads(file.read(length))
-        _require(header.pop("__metadata__", None) == METADATA, "the file's header is not as it was written")
-        for key, entry in header.items():
-            begin, end = entry["data_offsets"]
-            inside = _is_size(begin) and _is_size(end) and begin <= end <= size - 8 - length
-            _require(inside, f"{key} is not in the file")
-            entry["data_offsets"] = (8 + length + begin, 8 + length + end)
-    except (KeyError, TypeError, AttributeError, RecursionError, struct.error, UnicodeDecodeError) as error:
-        file.close()
-        raise ValueError(f"the file's header is garbled: {type(error).__name__} {error}") from None
+        return file, read_header(file, metadata=METADATA)
     except BaseException:
         file.close()
         raise
-    return file, header
 
 
-def find_block(header: dict[str, Any], block: dict[str, Any], dtype: str) -> tuple[int, int]:
-    """(first byte, bytes) of a block in its file; ValueError where header and manifest disagree."""
-    entry = header.get(block["key"])
+def find_block(entries: dict[str, Entry], block: dict[str, Any], dtype: str) -> tuple[int, int]:
+    """(first byte, bytes) of a block in its file. Raises ValueError if the file's header and the manifest disagree."""
+    entry = entries.get(block["key"])
     if entry is None:
         raise ValueError(f"{block['key']} is not in the file")
-    short, width = DTYPES[dtype]
-    begin, end = entry["data_offsets"]
-    right = entry.get("dtype") == short and entry.get("shape") == block["size"]
-    _require(right and end - begin == width * math.prod(block["size"]), f"{block['key']} has another shape or dtype")
-    return begin, end - begin
+    same = (entry.dtype, list(entry.shape)) == (BY_TORCH[dtype].code, block["size"])
+    _require(same, f"{block['key']} has another shape or dtype in the file")
+    return entry.start, entry.stop - entry.start
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Damaged unless every file is there with its size, and every block in its header. Reads no tensor."""
-    headers: dict[str, dict[str, Any]] = {}
+    """Check that every file has its size, and every block is in its file's header. Reads no tensor. Raises Damaged."""
+    headers: dict[str, dict[str, Entry]] = {}
     for full, tensor in manifest["tensors"].items():
         for block in tensor["blocks"]:
             name = block["file"]
@@ -177,17 +160,19 @@ def check_files(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def damaged(path: Path, full: str, error: Exception) -> Damaged | Removed:
+    """The exception to raise if tensor `full` cannot be read from file `path`."""
     if not os.path.lexists(path.parent):
         return Removed(path.parent)
     return Damaged(f"{path}: tensor {full} cannot be read ({reason(error)}); the checkpoint is damaged")
 
 
 def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
     return one_line(error.strerror if isinstance(error, OSError) and error.strerror else str(error))
 
 
 def one_line(text: str) -> str:
-    """Text in one printable line of some length, whatever was read from the disk into it."""
+    """Text from the disk for a message: one printable line of at most 300 characters."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return line if len(line) <= 300 else f"{line[:200]}...{line[-80:]}"
 

@@ -1,7 +1,7 @@
-"""The steps of a save on the disk, in the order that lets a run die between any two of them.
+"""The steps of a save on the disk, in an order that survives a kill between any two of them.
 
-Files, then the manifest, then the folder's name, then the pointer; each is on the disk before the next. What a
-half-finished save leaves behind is hidden by its name, and removed by the next run.
+Files, then the manifest, then the folder's name, then the pointer; each is synced before the next begins. A
+half-finished save leaves a hidden folder, which the next run removes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from megalite.watch.disk import write_whole_text
 
 
 def write_rank(building: Path, rank: int, parts: list[Part], tensors: Iterable[Tensor], faults: Faults) -> None:
-    """This rank's files, and beside them what the manifest will say of them."""
+    """Write this rank's files, then its part: a JSON file of their entries for the manifest."""
     faults.at("save.before_folder")
     building.mkdir(parents=True, exist_ok=True)
     faults.at("save.after_folder")
     written = write_parts(building, f"rank-{rank:05d}", parts, tensors, faults)
     faults.at("save.before_part")
-    # the last thing that a rank does, and all at once: who sees this file sees all that the rank has written
+    # written last and atomically: whoever sees this file sees everything that the rank has written
     write_whole_text(_part(building, rank), json.dumps(written))
     faults.at("save.after_part")
 
@@ -46,15 +46,15 @@ def _part(building: Path, rank: int) -> Path:
 
 
 def missing_parts(building: Path, ranks: int) -> list[int]:
-    """The ranks of `ranks` that have not yet written all of theirs, as far as this process sees the folder."""
-    there = set(os.listdir(building))
-    return [rank for rank in range(ranks) if _part(building, rank).name not in there]
+    """The ranks, of `ranks`, whose parts this process does not see in the folder yet."""
+    names = set(os.listdir(building))
+    return [rank for rank in range(ranks) if _part(building, rank).name not in names]
 
 
 def publish(building: Path, final: Path, config: Config, state: dict[str, Any], faults: Faults) -> None:
-    """Make the manifest out of what the ranks have written, and give the folder its name.
+    """Write the manifest from the parts of all ranks, and rename the folder to `final`.
 
-    Damaged unless the configuration finds in it all that it needs: `final` is then not touched.
+    Raises Damaged if the tensors are not those that `config` needs; `final` is then unchanged.
     """
     files: dict[str, int] = {}
     tensors: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def publish(building: Path, final: Path, config: Config, state: dict[str, Any], 
         os.fsync(file.fileno())
     sync(building)
     faults.at("save.after_manifest")
-    # what is missing, and what another process has changed since, is found before the folder has its name
+    # finds missing tensors, and changes made by other processes, before the folder gets its name
     check_files(building, read_manifest(building))
     faults.at("save.before_rename")
     aside = final.with_name(f"replaced-{final.name}")
@@ -97,7 +97,7 @@ def publish(building: Path, final: Path, config: Config, state: dict[str, Any], 
 
 
 def point_at(final: Path, faults: Faults) -> None:
-    """Move the pointer `latest`, which is only a hint."""
+    """Let the file `latest`, a hint for people, name the checkpoint `final`."""
     faults.at("save.before_pointer")
     pointer = final.parent / f"{BUILDING}latest"
     pointer.write_text(final.name + "\n", encoding="utf-8")
@@ -108,19 +108,19 @@ def point_at(final: Path, faults: Faults) -> None:
 
 
 def prune(final: Path, keep: int, keep_every: int, faults: Faults) -> None:
-    """Let old checkpoints go: of those up to `final`, which is whole, all but the newest `keep` (0: none go).
+    """Remove old checkpoints, up to `final`: all but the newest `keep` (0: none is removed).
 
-    Those whose step is a multiple of `keep_every` (0: none) stay too.
+    Those whose step is a multiple of `keep_every` (0: no step) are kept too.
     """
     faults.at("save.before_prune")
-    here = [folder for folder in complete(final.parent.parent) if step_of(folder) <= step_of(final)]
-    for old in surplus(here, keep, keep_every):
+    finished = [folder for folder in complete(final.parent.parent) if step_of(folder) <= step_of(final)]
+    for old in surplus(finished, keep, keep_every):
         remove(old, lambda: faults.at("save.in_prune"))
     faults.at("save.after_prune")
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what runs that died have left of saves and prunes in `run_dir`."""
+    """Remove the hidden folders that killed runs have left in `run_dir` while saving or pruning."""
     for path in (run_dir / "checkpoints").glob(f"{BUILDING}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -130,16 +130,16 @@ def remove_leftovers(run_dir: Path) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A hidden folder to write into; once the block has ended it is on the disk and named `target`.
+    """Yield a hidden folder to write into; when the block ends it is synced and renamed to `target`.
 
-    `target` may be there and empty. Where the block fails nothing is left. ConfigError where another process is writing
-    the same.
+    `target` may exist if it is empty. If the block raises, the hidden folder is removed. Raises ConfigError if another
+    process is writing the same target.
     """
     building = target.with_name(f"{BUILDING}{target.name}")
     building.mkdir(parents=True, exist_ok=True)
     lock.hold(building)
     try:
-        for left in building.iterdir():  # of a process that was killed
+        for left in building.iterdir():  # from a process that was killed
             if left.name != lock.NAME:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield building
@@ -156,7 +156,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
+    """fsync a file, or the directory entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run go and which stay. No torch here."""
+"""Which checkpoints of a run to remove, and how. No torch here."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from megalite.checkpoint.folder import BUILDING, step_of
 
 
 def surplus(folders: Sequence[Path], keep: int, keep_every: int = 0) -> list[Path]:
-    """Of a run's checkpoints, oldest first, those that go: all but the newest `keep` (0: none go).
+    """The checkpoints to remove, of a run's `folders`, oldest first: all but the newest `keep` (0: none is removed).
 
-    Those whose step is a multiple of `keep_every` (0: none) stay too, and links, whose checkpoint lies elsewhere.
+    Those whose step is a multiple of `keep_every` (0: no step) are kept too, and so are symbolic links.
     """
     older = list(folders[:-keep]) if keep else []
     return [old for old in older if not old.is_symlink() and (not keep_every or step_of(old) % keep_every)]
 
 
 def remove(folder: Path, between: Callable[[], None] = lambda: None) -> None:
-    """Remove a checkpoint; its name goes first, for what has lost some of its files must not look like one.
+    """Remove a checkpoint, if it still exists. It is hidden first, so that an incomplete one is never found.
 
-    `between` is called when the name is gone and the files are not. Nothing to do where someone else has removed it.
+    `between` is called after the rename and before the files are deleted.
     """
     hidden = folder.with_name(f"{BUILDING}pruned-{folder.name}")
     with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Saving: every rank writes its own blocks, beside the training or in its way; when all have, rank 0 publishes them."""
+"""Save a checkpoint: every rank writes its own blocks, in a thread or at once; then rank 0 publishes them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from megalite.parallel.groups import share_text
 from megalite.parallel.mesh import Mesh
 from megalite.watch import disk
 
-# how long rank 0 waits, in the end, between looks for the others' parts; how long a file system may take to show them
+# seconds between rank 0's looks for the other ranks' parts, at most; seconds until a shared file system must show them
 LOOK_S, SHOW_S = 0.5, 30.0
 
 
 class SaveFailed(OSError):
-    """A checkpoint could not be written; the message names the rank and the reason, `remedy` says what to do."""
+    """A checkpoint could not be written. The message names rank and reason; `remedy` says what to do."""
 
     def __init__(self, message: str, remedy: str = "") -> None:
         super().__init__(message)
@@ -40,13 +40,13 @@ class SaveFailed(OSError):
 
 
 class Saver:
-    """One rank's side of the saves of a run. All ranks call `start`, `settle` and `finish` alike.
+    """One rank's side of the saves of a run. All ranks must call `start`, `settle` and `finish` in the same order.
 
-    Every rank writes its blocks and says so by a file, its part; rank 0 makes them a checkpoint when it sees the parts
-    of all, and lets old ones go. With checkpoint.async_save this is done by threads, which talk to no other rank but
-    through the run folder: a checkpoint is published as soon as it is written, however long the step under way takes.
-    That a save is over, or has failed somewhere, is told by `progress`, two numbers that the caller sums over the ranks
-    along with those of a step.
+    Every rank writes its blocks and then a small file, its part. When rank 0 sees the parts of all ranks it publishes
+    the checkpoint and removes old ones. With checkpoint.async_save this happens in threads that communicate through the
+    run folder only, so a checkpoint is published as soon as it is written, however long the current step takes. Ranks
+    learn that a save has ended or failed from `progress`: two numbers that the caller sums over all ranks together with
+    those of a step.
     """
 
     def __init__(self, run_dir: Path, config: Config, mesh: Mesh) -> None:
@@ -54,9 +54,10 @@ class Saver:
         self._faults = Faults(mesh.world.rank)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._under_way = False
-        # of this rank: its part is over, its publishing is over; told to it: all parts are written, do not wait for any
+        self._saving = False
+        # set by this rank: its part has been written, its publishing has ended (or either has failed)
         self._written, self._published = threading.Event(), threading.Event()
+        # set for the thread: all ranks have written their parts, stop waiting for parts
         self._all_written, self._leave = threading.Event(), threading.Event()
         self._state: dict[str, Any] = {}
         self._final = self._building = run_dir
@@ -69,8 +70,8 @@ class Saver:
         kinds: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
     ) -> None:
-        """Begin to save; arguments as of `save`. With async_save this waits for a copy in host memory only."""
-        assert not self._under_way
+        """Start a save; arguments as in `save`. With async_save, returns once the tensors are copied to host memory."""
+        assert not self._saving
         self._state, self._final = state, step_folder(self.run_dir, state["step"])
         self._building = building_folder(self._final)
         owned = list(own_parts(shards, spans, kinds))
@@ -78,7 +79,7 @@ class Saver:
         need = torch.tensor([float(sum(part.bytes for part in parts))], dtype=torch.float64, device=self.mesh.device)
         total = int(self.mesh.world.all_reduce(need))
         views: Iterable[Tensor] = (view for _, view in owned)
-        self._under_way, self._error, self._outcome = True, None, f"cannot write the checkpoint of step {state['step']}"
+        self._saving, self._error, self._outcome = True, None, f"cannot write the checkpoint of step {state['step']}"
         for event in (self._written, self._published, self._all_written, self._leave):
             event.clear()
         if not self.config.checkpoint.async_save:
@@ -95,25 +96,22 @@ class Saver:
         self._thread.start()
 
     def progress(self) -> tuple[float, float]:
-        """What to sum over all ranks for `settle`.
+        """Two numbers to sum for `settle`: 1 with this rank's part written, 2 with the save published; 1 on failure."""
+        finished = self._written.is_set() + self._published.is_set()
+        return float(finished), float(finished > 0 and self._error is not None)
 
-        (1 if this rank has written its part, 2 if it has published the checkpoint too, 1 if either has failed).
+    def settle(self, finished: float, failed: float) -> Path | None:
+        """Act on the sums of `progress` over all ranks. Returns the checkpoint's folder if the save has ended.
+
+        Raises SaveFailed, the same on every rank, if a rank could not write; the half-written folder is then removed.
         """
-        over = self._written.is_set() + self._published.is_set()
-        return float(over), float(over > 0 and self._error is not None)
-
-    def settle(self, over: float, failed: float) -> Path | None:
-        """Go on by the sums of `progress`; gives the folder of a save that has now ended.
-
-        SaveFailed, the same on every rank, where a rank could not write; the half-written folder is gone then.
-        """
-        if not self._under_way or over < self.mesh.world.size:
+        if not self._saving or finished < self.mesh.world.size:
             return None
         if failed:
             self._fail()
-        if over > self.mesh.world.size:
+        if finished > self.mesh.world.size:
             self.close()
-            self._idle()
+            self._reset()
             return self._final
         self._all_written.set()
         if self._thread is None and self.mesh.world.rank == 0:
@@ -121,51 +119,51 @@ class Saver:
         return None
 
     def finish(self) -> Path | None:
-        """Wait for the save under way, if there is one, and settle it. Collective."""
+        """Wait for the pending save, if any, and settle it. Raises SaveFailed as `settle`. Collective."""
         final = None
-        while self._under_way:
+        while self._saving:
             self._written.wait()
             if self._all_written.is_set() and self._thread is not None:
                 self._thread.join()
             sums = torch.tensor(self.progress(), dtype=torch.float64, device=self.mesh.device)
-            over, failed = self.mesh.world.all_reduce(sums).tolist()
-            final = self.settle(over, failed)
+            finished, failed = self.mesh.world.all_reduce(sums).tolist()
+            final = self.settle(finished, failed)
         return final
 
     def close(self) -> None:
-        """Wait for this rank's thread. It ends what it is writing, and publishes what all ranks have written."""
+        """Wait for this rank's thread. It finishes its writes, and publishes the save if all ranks have written."""
         self._leave.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _idle(self) -> None:
-        self._under_way = False
+    def _reset(self) -> None:
+        self._saving = False
         self._written.clear()
         self._published.clear()
 
     @contextmanager
-    def _guarded(self, over: threading.Event) -> Iterator[None]:
-        """Keep what goes wrong for `settle`, and then say that this much is over."""
+    def _recording(self, finished: threading.Event) -> Iterator[None]:
+        """Keep an exception for `settle`, and set `finished` in any case."""
         try:
             yield
         except BaseException as error:
             self._error = error
         finally:
-            over.set()
+            finished.set()
 
     def _write(self, parts: list[Part], views: Iterable[Tensor], total: int) -> None:
-        with self._guarded(self._written):
+        with self._recording(self._written):
             parent = self._building.parent
             parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(parent).free
             if total > free:
-                raise OSError(errno.ENOSPC, f"it takes {total:,} bytes and {free:,} are free", str(parent))
+                raise OSError(errno.ENOSPC, f"it needs {total:,} bytes, {free:,} are free", str(parent))
             write_rank(self._building, self.mesh.world.rank, parts, views, self._faults)
 
     def _publish(self) -> None:
         c = self.config.checkpoint
-        with self._guarded(self._published):
+        with self._recording(self._published):
             if not self._wait_for_parts():
                 return
             publish(self._building, self._final, self.config, self._state, self._faults)
@@ -174,14 +172,14 @@ class Saver:
             prune(self._final, c.keep, c.keep_every, self._faults)
 
     def _wait_for_parts(self) -> bool:
-        """Until every rank's part is there; false where it is told to leave before."""
+        """Wait until every rank's part exists. Returns False if `close` is called, or the run ends, before that."""
         ranks, deadline, pause = self.mesh.world.size, math.inf, LOOK_S / 100
         while missing := missing_parts(self._building, ranks):
             if self._all_written.is_set() and deadline == math.inf:
                 deadline = time.monotonic() + min(SHOW_S, self.config.parallel.timeout_s / 3)
             if time.monotonic() > deadline:
                 raise PartsMissing(
-                    f"rank {', '.join(map(str, missing))} of {ranks} has written its part, and rank 0 does not see it "
+                    f"rank {', '.join(map(str, missing))} of {ranks} has written its part, but rank 0 does not see it "
                     f"in {self._building.parent}"
                 )
             if self._leave.wait(pause) or launcher.ending:
@@ -190,14 +188,14 @@ class Saver:
         return True
 
     def _fail(self) -> None:
-        """End a save that has failed on some rank: every rank is here, and none is writing."""
+        """Raise SaveFailed on every rank. All ranks call this, and none is writing any more."""
         self.close()
         error, self._error = self._error, None
-        self._idle()
+        self._reset()
         if self.mesh.world.rank == 0:
             shutil.rmtree(self._building, ignore_errors=True)
         what = f"rank {self.mesh.world.rank} {self._outcome}: "
-        text = ""
+        text = None
         if isinstance(error, OSError):
             text = f"{what}{disk.reason(error)}\n{disk.remedy(error)}"
         elif isinstance(error, PartsMissing):
@@ -209,11 +207,12 @@ class Saver:
         text = share_text(self.mesh.world, text, self.mesh.device)
         if error is not None and not isinstance(error, (OSError, PartsMissing, Damaged)):
             raise error
+        assert text is not None  # settle calls this only if some rank has failed
         raise SaveFailed(*text.split("\n", 1))
 
 
 class PartsMissing(Exception):
-    """Rank 0 does not see what other ranks have written."""
+    """Rank 0 does not see the parts of other ranks."""
 
 
 def save(
@@ -225,12 +224,11 @@ def save(
     kinds: dict[str, dict[str, Tensor]],
     state: dict[str, Any],
 ) -> Path:
-    """Write a checkpoint of `kinds` ({"weight": {name: tensor}, "exp_avg": …}) and give back its folder.
+    """Write a checkpoint of `kinds` ({"weight": {name: tensor}, "exp_avg": …}). Returns its folder. Collective.
 
-    A tensor is a local one, or the part `spans[name]` of it, flattened. Each rank writes what it owns of `spans`, the
-    elements of the flattened local tensors that it answers for. `state` holds plain values, among them step and
-    consumed_samples. Collective: every rank of the world calls. Raises SaveFailed where the disk refuses; the previous
-    checkpoint is then untouched.
+    A tensor is a rank's whole local one, or the part `spans[name]` of it, flattened. `spans`: for each parameter the
+    range of elements of the flattened local tensor that this rank stores, as far as it owns them. `state`: the
+    counters, as plain values. Raises SaveFailed if a rank cannot write; older checkpoints are then unchanged.
     """
     saver = Saver(run_dir, config, mesh)
     saver.start(shards, spans, kinds, state)
@@ -242,7 +240,7 @@ def save(
 def own_parts(
     shards: dict[str, Shard], spans: Mapping[str, range], kinds: dict[str, dict[str, Tensor]]
 ) -> Iterator[tuple[Part, Tensor]]:
-    """What this rank writes: each part with the view of its values."""
+    """Yield what this rank writes: each part, and a view of its values."""
     for kind, tensors in kinds.items():
         for name, tensor in tensors.items():
             if name not in spans:
@@ -260,10 +258,10 @@ def write_whole(
     get: Callable[[str], Tensor],
     state: dict[str, Any],
 ) -> Path:
-    """Write the checkpoint `folder` from one process, tensor by tensor: `get(full name)` is asked for each in turn.
+    """Write the checkpoint `folder` from one process, calling `get(full name)` for one tensor at a time.
 
-    `tensors`: dtype and shape by full name, as `weight.embed.weight`. Memory: the largest tensor and one block. `state`
-    as in `save`. ValueError where the folder exists or a tensor is not what was announced; nothing is left then.
+    `tensors`: dtype and shape by full name, as weight.embed.weight. `state` as in `save`. Memory: the largest tensor
+    and one block. Raises ValueError if the folder exists, or a tensor has another dtype or shape; nothing is then left.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists; name a new folder")
@@ -277,11 +275,11 @@ def write_whole(
         name, whole = "", torch.empty(0)
         for part in parts:
             if part.full != name:
-                del whole  # never two at once
+                del whole  # before the next one is read
                 name, whole = part.full, get(part.full)
                 found, announced = (whole.dtype, tuple(whole.shape)), tensors[name]
                 if found != (announced[0], tuple(announced[1])):
-                    raise ValueError(f"tensor {name} is {found}, not {announced} as announced")
+                    raise ValueError(f"tensor {name} is {found}, expected {announced}")
             yield whole[tuple(slice(a, a + n) for a, n in zip(part.block.start, part.block.size))]
 
     building, faults = building_folder(folder), Faults(0)

@@ -1,4 +1,4 @@
-"""The counters of a run that a checkpoint keeps beside tensors, and the values that they can have. No torch here."""
+"""The state of a run that a checkpoint keeps besides tensors, and the values it can have. No torch here."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 
 from megalite.config.schema import LARGEST_LOSS_SCALE
 
-# more samples than any run consumes; up to here positions in the data are exact in 64 bits
+# more samples than any run consumes; positions in the data up to here are exact in 64 bits
 MOST = 10**15
 
 
 @dataclass
 class State:
-    """What a checkpoint keeps beside tensors.
+    """What a checkpoint keeps besides tensors.
 
-    `consumed_samples` is the data cursor: samples used, not fetched. `skipped_steps` used theirs without an update;
-    `scale_steps` is the number of steps since the loss scale changed. `base`: fingerprint and place of the weights that
-    LoRA's factors belong to.
+    `consumed_samples`: samples used so far, not those prefetched; the position in the data. `skipped_steps`: steps
+    that used their samples without an update. `scale_steps`: steps since the loss scale last changed. `data`:
+    fingerprint of the training data. `base`: fingerprint and path of the weights that LoRA factors belong to.
     """
 
     step: int = 0
@@ -39,8 +39,8 @@ _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "float | None": (in
 
 
 def state_from(manifest: Mapping[str, Any]) -> State:
-    """The counters of a manifest; ValueError where one is missing, of another type, or of a value that no run has."""
-    values: dict[str, Any] = {"base": ""}  # which the first checkpoints of format 3 lack
+    """The state in a manifest. Raises ValueError if a field is missing, of another type, or impossible."""
+    values: dict[str, Any] = {"base": ""}  # missing in the first checkpoints of format 3
     for field in dataclasses.fields(State):
         value = values[field.name] = manifest.get(field.name, values.get(field.name, field))
         if not isinstance(value, _TYPES[str(field.type)]) or isinstance(value, bool):

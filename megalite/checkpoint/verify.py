@@ -1,4 +1,4 @@
-"""Every byte of a checkpoint held against its checksums, and all that is damaged named. No torch here."""
+"""Compare every byte of a checkpoint with its checksums, and list all damage. No torch here."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.manifest import Damaged, Removed, damaged, find_block, open_file
+from megalite.checkpoint.safetensors_file import Entry
 
-# read and hashed at a time: of the size of a core's cache
+# read and hashed at a time: about the size of a core's cache
 CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was read, and a line for each block that is not what was written."""
+    """How much was read, and a line per damaged block."""
 
     blocks: int
     bytes: int
@@ -26,22 +27,22 @@ class Verified:
 
 
 def verify(folder: Path, manifest: dict[str, Any], threads: int = 0) -> Verified:
-    """Read every block of a checkpoint whose manifest `read_manifest` gave, a file a thread (0: as many as cores).
+    """Read every block of a checkpoint, one file per thread. `manifest`: what `read_manifest` returned for it.
 
-    That nothing is missing and each element is stored exactly once is the manifest's part. Removed where the checkpoint
-    is removed meanwhile. Files that it does not name are
-    not looked at. Memory: CHUNK_BYTES a thread.
+    `threads`: 0 for the number of cores. That every element is stored exactly once is checked by `read_manifest`. Files
+    that the manifest does not list are ignored. Memory: CHUNK_BYTES per thread. Raises Removed if the checkpoint is
+    removed while it is read.
     """
-    held: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [] for name in manifest["files"]}
+    blocks_of: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [] for name in manifest["files"]}
     for full, tensor in manifest["tensors"].items():
         for block in tensor["blocks"]:
-            held[block["file"]].append((full, block))
+            blocks_of[block["file"]].append((full, block))
 
-    def one(name: str) -> Verified:
-        return _verify_file(folder / name, manifest, held[name])
+    def verify_one(name: str) -> Verified:
+        return _verify_file(folder / name, manifest, blocks_of[name])
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # hashing and reading let go of the interpreter
-        files = list(pool.map(one, sorted(held)))
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # hashing and reading release the interpreter lock
+        files = list(pool.map(verify_one, sorted(blocks_of)))
     damages = [line for file in files for line in file.damages]
     if damages and not os.path.lexists(folder):
         raise Removed(folder)
@@ -65,7 +66,7 @@ def _verify_file(path: Path, manifest: dict[str, Any], blocks: list[tuple[str, d
     return Verified(len(blocks), total, damages)
 
 
-def _verify_block(file: BufferedReader, header: dict[str, Any], block: dict[str, Any], dtype: str) -> int:
+def _verify_block(file: BufferedReader, header: dict[str, Entry], block: dict[str, Any], dtype: str) -> int:
     begin, length = find_block(header, block, dtype)
     file.seek(begin)
     sha256, left, buffer = hashlib.sha256(), length, memoryview(bytearray(min(length, CHUNK_BYTES)))
@@ -76,12 +77,12 @@ def _verify_block(file: BufferedReader, header: dict[str, Any], block: dict[str,
         sha256.update(buffer[:count])
         left -= count
     if sha256.hexdigest() != block["sha256"]:
-        raise ValueError(f"the elements from {block['start']} have another checksum than when they were saved")
+        raise ValueError(f"the elements from {block['start']} do not match their checksum")
     return length
 
 
 def require_good(folder: Path, manifest: dict[str, Any]) -> None:
-    """Damaged, with the first damage and the number of them, unless every block is what was written."""
+    """Verify every block. Raises Damaged with the first damage and the number of others."""
     damages = verify(folder, manifest).damages
     if damages:
         more = f" (and {len(damages) - 1} more)" if len(damages) > 1 else ""

@@ -1,11 +1,13 @@
 """The configuration of a run: plain frozen dataclasses, read from YAML and `a.b=c` overrides, checked in one place.
 
-Nothing here imports torch, so that a mistake is told within a second.
+Nothing here imports torch: a mistake is reported within a second.
 """
 
-from megalite.config.check import check, resolve
+from megalite.config.check import check
 from megalite.config.errors import ConfigError
-from megalite.config.parse import Hardware, Request, from_mapping, parse_command_line
+from megalite.config.parse import from_mapping, parse_command_line
+from megalite.config.request import Hardware, Request
+from megalite.config.resolved import Resolved, ResolvedModel, reopen, resolve, resolve_model
 from megalite.config.schema import (
     CheckpointConfig,
     Config,
@@ -30,12 +32,16 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "Request",
+    "Resolved",
+    "ResolvedModel",
     "TrainConfig",
     "TuneConfig",
     "check",
     "from_mapping",
     "key_help",
     "parse_command_line",
+    "reopen",
     "resolve",
+    "resolve_model",
     "to_yaml",
 ]

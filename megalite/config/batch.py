@@ -7,17 +7,15 @@ import re
 from collections.abc import Iterator
 
 from megalite.config.errors import ConfigError
-from megalite.config.schema import Config
+from megalite.config.schema import TrainConfig
 from megalite.config.values import shown
 
 
-def batch_size(config: Config, samples: int) -> int:
-    """Samples of the step that begins after `samples` samples, a multiple of micro_batch_size x dp.
+def batch_size(t: TrainConfig, dp: int, samples: int) -> int:
+    """Samples of the step that starts after `samples` samples, a multiple of micro_batch_size x dp.
 
     Grows linearly from train.ramp_start to train.global_batch_size over train.ramp_samples, rounded down.
     """
-    t, dp = config.train, config.parallel.dp
-    assert dp is not None
     if samples >= t.ramp_samples:
         return t.global_batch_size
     unit = t.micro_batch_size * dp
@@ -25,13 +23,13 @@ def batch_size(config: Config, samples: int) -> int:
     return max(unit, grown // unit * unit)
 
 
-def _ramp(config: Config, used: int) -> Iterator[tuple[int, int, int]]:
-    """What is left of the ramp as plateaus: (samples before it, samples of each of its steps, number of its steps)."""
-    t, samples = config.train, used
+def _ramp(t: TrainConfig, dp: int, used: int) -> Iterator[tuple[int, int, int]]:
+    """The rest of the ramp as plateaus: (samples before it, samples of each of its steps, number of its steps)."""
+    samples = used
     while samples < t.ramp_samples:
-        size = batch_size(config, samples)
-        # the first sample at which the rule gives more than `size`
-        unit = t.micro_batch_size * (config.parallel.dp or 1)
+        size = batch_size(t, dp, samples)
+        # the first sample at which the batch is larger than `size`
+        unit = t.micro_batch_size * dp
         growth = t.global_batch_size - t.ramp_start
         more = -(-(size + unit - t.ramp_start) * t.ramp_samples // growth) if growth > 0 else t.ramp_samples
         steps = max(1, -(-(min(more, t.ramp_samples) - samples) // size))
@@ -39,27 +37,27 @@ def _ramp(config: Config, used: int) -> Iterator[tuple[int, int, int]]:
         samples += size * steps
 
 
-def steps_for(config: Config, samples: float, steps: int = 0, used: int = 0) -> int:
-    """The least number of steps that use at least `samples` samples, where `steps` have used `used` of them."""
-    for before, size, count in _ramp(config, used):
+def steps_for(t: TrainConfig, dp: int, samples: float, steps: int = 0, used: int = 0) -> int:
+    """The smallest number of steps that use at least `samples` samples, if `steps` steps have used `used` of them."""
+    for before, size, count in _ramp(t, dp, used):
         if before + size * count >= samples:
             return max(1, steps + math.ceil(max(0, samples - before) / size))
         used, steps = before + size * count, steps + count
-    return max(1, steps + math.ceil(max(0, samples - used) / config.train.global_batch_size))
+    return max(1, steps + math.ceil(max(0, samples - used) / t.global_batch_size))
 
 
-def total_samples(config: Config, steps: int = 0, used: int = 0) -> int:
-    """Samples of all train.steps steps, where `steps` have used `used` samples already, perhaps by other batches."""
-    left = max(0, config.train.steps - steps)
-    for before, size, count in _ramp(config, used):
+def total_samples(t: TrainConfig, dp: int, steps: int = 0, used: int = 0) -> int:
+    """Samples of all train.steps steps, if `steps` steps have used `used` samples, perhaps at another batch size."""
+    left = max(0, t.steps - steps)
+    for before, size, count in _ramp(t, dp, used):
         if count >= left:
             return before + left * size
         left, used = left - count, before + size * count
-    return used + left * config.train.global_batch_size
+    return used + left * t.global_batch_size
 
 
 def skipped_ranges(text: str) -> list[range]:
-    """`train.skip_samples`, as 320:352,960:992, as ranges; ConfigError where it cannot be read."""
+    """`train.skip_samples`, such as 320:352,960:992, as ranges. Raises ConfigError if it cannot be parsed."""
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         ends = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", part)
@@ -72,7 +70,7 @@ def skipped_ranges(text: str) -> list[range]:
     return found
 
 
-def is_skipped(config: Config, samples: range) -> bool:
-    """Whether a batch of `samples` is passed over, because it holds one of train.skip_samples."""
-    ranges = skipped_ranges(config.train.skip_samples)
+def is_skipped(t: TrainConfig, samples: range) -> bool:
+    """Whether a batch of `samples` is skipped because it contains one of train.skip_samples."""
+    ranges = skipped_ranges(t.skip_samples)
     return any(r.start < samples.stop and samples.start < r.stop for r in ranges)

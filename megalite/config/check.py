@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
-from megalite.config.batch import skipped_ranges, total_samples
+from megalite.config.batch import skipped_ranges
 from megalite.config.errors import ConfigError
 from megalite.config.param_groups import check_groups
 from megalite.config.pipeline_rules import microbatch_fault, stage_fault
-from megalite.config.schema import MOST_BATCH, Config, ModelConfig, TuneConfig
-from megalite.config.shapes import shapes, with_family
-from megalite.config.trained import adapter_shapes, hidden_matrices, trained
+from megalite.config.resolved import Resolved, ResolvedModel
+from megalite.config.schema import MOST_BATCH, ModelConfig, TuneConfig
 from megalite.config.values import check_values, shown
 
 
@@ -35,36 +33,7 @@ def valid_tp(model: ModelConfig) -> list[int]:
     ]
 
 
-def resolve(config: Config, world_size: int) -> Config:
-    """The configuration with every null replaced that follows from other keys and the number of ranks.
-
-    parallel.tp and parallel.pp must have been chosen before (megalite.plan.costs). Call `check` on the result.
-    """
-    check_values(config)
-    model, parallel, optim = config.model, config.parallel, config.optim
-    _require(
-        model.head_dim is not None or model.hidden_size % model.num_heads == 0,
-        f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}; change one of "
-        f"them, or set model.head_dim",
-    )
-    model = dataclasses.replace(
-        with_family(model),
-        num_kv_heads=model.num_kv_heads if model.num_kv_heads is not None else model.num_heads,
-        head_dim=model.head_dim if model.head_dim is not None else model.hidden_size // model.num_heads,
-    )
-    if model.position == "learned" and model.max_positions is None:
-        model = dataclasses.replace(model, max_positions=config.train.seq_len)
-    tp, pp = parallel.tp or 1, parallel.pp or 1
-    ranks_per_replica = tp * pp * parallel.cp
-    dp = parallel.dp if parallel.dp is not None else max(1, world_size // max(1, ranks_per_replica))
-    parallel = dataclasses.replace(parallel, tp=tp, pp=pp, dp=dp, sp=parallel.sp and tp > 1)
-    if optim.decay_samples is None:
-        samples = total_samples(dataclasses.replace(config, parallel=parallel))
-        optim = dataclasses.replace(optim, decay_samples=max(samples, optim.warmup_samples))
-    return dataclasses.replace(config, model=model, parallel=parallel, optim=optim)
-
-
-def check(config: Config, world_size: int) -> None:
+def check(config: Resolved, world_size: int) -> None:
     """Raise ConfigError if a resolved `config` cannot run on `world_size` ranks."""
     check_values(config)
     _check_model(config)
@@ -75,10 +44,8 @@ def check(config: Config, world_size: int) -> None:
     _check_data(config)
 
 
-def _check_model(config: Config) -> None:
+def _check_model(config: Resolved) -> None:
     m = config.model
-    assert m.num_kv_heads is not None
-    assert m.head_dim is not None
     divisors = [k for k in range(1, m.num_heads + 1) if m.num_heads % k == 0]
     _require(
         m.num_heads % m.num_kv_heads == 0,
@@ -87,9 +54,8 @@ def _check_model(config: Config) -> None:
     if m.position == "rope":
         _check_rope(m)
     else:
-        assert m.max_positions is not None
         _require(
-            config.train.seq_len <= m.max_positions,
+            config.train.seq_len <= m.learned_positions,
             f"train.seq_len={config.train.seq_len} is more than model.max_positions={m.max_positions} learned "
             f"positions; use train.seq_len={m.max_positions} or less"
             + (", or model.position=rope" if m.from_hf is None else ""),
@@ -110,8 +76,7 @@ def _check_model(config: Config) -> None:
     )
 
 
-def _check_rope(m: ModelConfig) -> None:
-    assert m.head_dim is not None
+def _check_rope(m: ResolvedModel) -> None:
     _require(
         m.head_dim % 2 == 0,
         f"model.head_dim={m.head_dim} (hidden_size {m.hidden_size} / num_heads {m.num_heads}) must be even for RoPE; "
@@ -139,11 +104,8 @@ def _check_rope(m: ModelConfig) -> None:
     _require(slow < fast, f"model.rope_beta_slow={slow} must be below model.rope_beta_fast={fast}")
 
 
-def _check_topology(config: Config, world_size: int) -> None:
+def _check_topology(config: Resolved, world_size: int) -> None:
     m, p = config.model, config.parallel
-    assert p.tp is not None
-    assert p.pp is not None
-    assert p.dp is not None
     allowed = valid_tp(m)
     for name, size in (("num_heads", m.num_heads), ("ffn_hidden_size", m.ffn_hidden_size)):
         _require(size % p.tp == 0, f"parallel.tp={p.tp} does not divide model.{name}={size}; use {_either(allowed)}")
@@ -183,9 +145,8 @@ def _check_topology(config: Config, world_size: int) -> None:
         )
 
 
-def _check_batch(config: Config) -> None:
+def _check_batch(config: Resolved) -> None:
     t, dp = config.train, config.parallel.dp
-    assert dp is not None
     unit = t.micro_batch_size * dp
     if t.global_batch_size % unit:
         lower, upper = t.global_batch_size // unit * unit, -(-t.global_batch_size // unit) * unit
@@ -213,7 +174,6 @@ def _check_batch(config: Config) -> None:
         f"{tokens:.2g} tokens, more than 2^63 - 1 = 9.2e18; lower train.steps",
     )
     decay, warmup = config.optim.decay_samples, config.optim.warmup_samples
-    assert decay is not None
     _require(
         warmup <= decay,
         f"optim.warmup_samples={warmup} is more than optim.decay_samples={decay} "
@@ -221,7 +181,7 @@ def _check_batch(config: Config) -> None:
     )
 
 
-def _check_optim(config: Config) -> None:
+def _check_optim(config: Resolved) -> None:
     o = config.optim
     _require(o.min_lr <= o.lr, f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}; lower it or raise optim.lr")
     _require(
@@ -239,7 +199,7 @@ def _check_optim(config: Config) -> None:
     )
 
 
-def _check_tune(config: Config) -> None:
+def _check_tune(config: Resolved) -> None:
     t, base = config.tune, config.checkpoint.load or config.model.from_hf
     for key in ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout"):
         value = getattr(t, key)
@@ -252,17 +212,17 @@ def _check_tune(config: Config) -> None:
         "tune.mode=lora trains factors beside the weights of a trained model; name it with checkpoint.load=RUN or "
         "model.from_hf=DIR",
     )
+    hidden = config.hidden_matrices  # raises if a pattern of tune matches nothing
     _require(
-        config.optim.name != "muon" or bool(hidden_matrices(config)),
+        config.optim.name != "muon" or bool(hidden),
         f"optim.name=muon is for hidden matrices, and tune.mode={t.mode}"
         + (f" with tune.freeze={t.freeze}" if t.freeze else "")
         + " trains none; use optim.name=adamw",
     )
-    trained(config)
-    check_groups(config.optim, [*shapes(config.model), *adapter_shapes(config)])
+    check_groups(config.optim, [*config.shapes, *config.factor_shapes])
 
 
-def _check_data(config: Config) -> None:
+def _check_data(config: Resolved) -> None:
     d = config.data
     _require(
         d.path is None or d.sft is None,

@@ -16,6 +16,7 @@ import megalite
 from megalite.config.errors import ConfigError
 from megalite.config.flags import Unknown, explain
 from megalite.config.read import coerce, read_yaml, read_yaml_file
+from megalite.config.request import Hardware, Request
 from megalite.config.schema import SECTIONS, Config, hints_of
 from megalite.config.show import key_help
 from megalite.config.values import Range, check_values, shown
@@ -26,34 +27,6 @@ Nested = dict[str, dict[str, Any]]
 NO_VALUE = ("--print-config", "--dry-run", "--version", "--help", "-h")
 OPTIONS = {"--preset": True, "--config": True} | dict.fromkeys(NO_VALUE, False)
 HARDWARE = {"world": Range(1, 10**6, 64), "per_node": Range(1, 1024, 8), "gpu": Range(1, 1, 1)}
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """What a plan is made for in place of this machine; None: as here. `per_node`: ranks of one node."""
-
-    world: int | None = None
-    gpu: str | None = None
-    per_node: int | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asked for. `explicit`: the keys that the user, not a preset, has set.
-
-    `typed`: those of them that stand on the command line itself, not in the file that --config names, `file`.
-    `preset`: the one named, else the default.
-    """
-
-    config: Config
-    explicit: frozenset[str]
-    preset: str | None
-    print_config: bool
-    dry_run: bool
-    typed: frozenset[str] = frozenset()
-    file: str | None = None
-    preset_named: bool = False
-    hardware: Hardware | None = None
 
 
 def from_mapping(nested: Mapping[str, Any], where: str = "config") -> Config:

@@ -5,22 +5,22 @@ The checks raise these messages; the search for a topology leaves out what break
 
 from __future__ import annotations
 
-from megalite.config.schema import MOST_BATCH, Config
+from megalite.config.resolved import Resolved
+from megalite.config.schema import MOST_BATCH
 from megalite.config.values import shown
 from megalite.pipeline.schedule import SCHEDULES, nearest
 
 PLAIN = "parallel.schedule=1f1b parallel.chunks=1"
 
 
-def pipeline_fault(config: Config) -> str:
+def pipeline_fault(config: Resolved) -> str:
     """The first rule of this file that a resolved `config` breaks."""
     return stage_fault(config) or microbatch_fault(config)
 
 
-def stage_fault(config: Config) -> str:
+def stage_fault(config: Resolved) -> str:
     """Whether the schedule takes parallel.chunks, and the model has a layer for each stage."""
     m, p = config.model, config.parallel
-    assert p.pp is not None
     if p.schedule not in SCHEDULES:
         near = nearest(p.schedule)
         hint = f"; did you mean {near}?" if near else ""
@@ -54,11 +54,9 @@ def stage_fault(config: Config) -> str:
     return ""
 
 
-def microbatch_fault(config: Config) -> str:
+def microbatch_fault(config: Resolved) -> str:
     """Whether each step has as many microbatches as the schedule runs at a time, or a multiple."""
     p, t = config.parallel, config.train
-    assert p.pp is not None
-    assert p.dp is not None
     if not SCHEDULES[p.schedule].chunked or p.pp == 1:
         return ""
     rule = f"parallel.schedule={p.schedule} needs a multiple of parallel.pp={p.pp} microbatches in each step"

@@ -1,1 +1,1 @@
-"""Text to token windows: indexed files, tokenizers, sample order, datasets and n-gram baselines; no torch."""
+"""Token files, sample order, data sets of pretraining and instruction tuning, and n-gram baselines. No torch."""

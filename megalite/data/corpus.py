@@ -1,4 +1,4 @@
-"""The demo corpus made ready: split by document, a tokenizer trained on it, indexed files, kept in a cache."""
+"""Prepares the demo corpus: splits it by document, trains a tokenizer on it, writes indexed files into a cache."""
 
 import hashlib
 import io
@@ -13,15 +13,15 @@ from typing import NamedTuple
 from megalite.data.preprocess import preprocess
 from megalite.text.tokenizer import load_tokenizer
 
-# Raised whenever the same text would give other files, so that old caches are not taken for new ones.
+# Increment when the same text would produce other files, so that old caches are not reused.
 RECIPE = 1
 LANGUAGES = {"en": "kjv.jsonl", "zh": "poems.jsonl"}
-# The Chinese part is small: it gives more of itself, so that its held-out loss is a steady number.
+# The Chinese part is small, so a larger share is held out: else its held-out loss is noisy.
 HELDOUT_EVERY = {"en": 20, "zh": 8}
 
 
 class Corpus(NamedTuple):
-    """`tokenizer` is a sentencepiece model; the others are prefixes of indexed files, `heldout` by language."""
+    """`tokenizer`: a sentencepiece model; `train`: a prefix of indexed files; `heldout`: prefixes by language."""
 
     tokenizer: Path
     train: Path
@@ -29,13 +29,15 @@ class Corpus(NamedTuple):
 
 
 def prepare(corpus_dir: str | Path, cache_dir: str | Path, vocab_size: int = 600, zh_repeat: int = 4) -> Corpus:
-    """Splits, tokenizes and indexes `kjv.jsonl` and `poems.jsonl`; the second call only finds the files.
+    """Split, tokenize and index `kjv.jsonl` and `poems.jsonl`; later calls find the files in the cache.
 
-    Every 20th chapter and every 8th poem are held out. Each training poem counts `zh_repeat` times. An
+    Every 20th chapter and every 8th poem are held out. Each training poem is repeated `zh_repeat` times. An
     end-of-document token follows each document. Safe to call from several processes at once.
+
+    Raises ValueError for settings out of range and missing files.
     """
     if not 300 <= vocab_size <= 800:
-        raise ValueError(f"vocab_size={vocab_size} must be in 300..800: 260 pieces are bytes and special tokens")
+        raise ValueError(f"vocab_size={vocab_size} must be in 300..800; 260 pieces are bytes and special tokens")
     if zh_repeat < 0:
         raise ValueError(f"zh_repeat={zh_repeat} must be 0 or more")
     rows = {language: _rows(Path(corpus_dir) / name) for language, name in LANGUAGES.items()}
@@ -49,9 +51,9 @@ def prepare(corpus_dir: str | Path, cache_dir: str | Path, vocab_size: int = 600
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """Make `folder`, if it is not there, of what `build` writes into an empty one; whole or not at all.
+    """Create `folder`, unless it exists, with the files that `build` writes into a temporary one; all or nothing.
 
-    Several processes may do so at once, if their files are the same.
+    Several processes may call this at once if they write the same files.
     """
     if folder.is_dir():
         return
@@ -62,7 +64,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> None:
         building.chmod(0o755)
         building.rename(folder)
     except OSError:
-        # another process was first
+        # another process has created the folder
         if not folder.is_dir():
             raise
     finally:
@@ -107,11 +109,13 @@ def _lines(rows: Iterable[bytes]) -> Iterable[str]:
 def train_tokenizer(
     lines: Iterable[str], vocab_size: int, coverage: float = 0.9945, controls: Sequence[str] = ()
 ) -> bytes:
-    """A byte-pair sentencepiece model, as the bytes of its file, that gives every text back unchanged.
+    """Train a lossless byte-pair sentencepiece model and return the bytes of its file.
 
-    Newline is a piece of its own. Characters rarer than the coverage lets in, most Chinese ones, become
-    three bytes each: with a few hundred pieces there is no room for thousands of characters. `controls`: further
-    control tokens.
+    coverage: the share of character occurrences in `lines` that get pieces. Other characters become bytes, such as most
+    Chinese ones in the demo, whose few hundred pieces cannot cover thousands of characters. controls: additional
+    control tokens. Newline has its own piece.
+
+    Raises ValueError if the text is too small for `vocab_size`.
     """
     import sentencepiece
 

@@ -1,4 +1,4 @@
-"""Fixed-length training and evaluation windows over one indexed token stream."""
+"""Training and evaluation windows of fixed length over one indexed token stream."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,10 +11,10 @@ from megalite.data.order import SampleOrder
 
 
 class Layout(NamedTuple):
-    """Where tokens stand, known from the index alone: pipeline stages without embedding or loss need no more.
+    """Positions and attention bounds, which need only the index: all that inner pipeline stages use.
 
-    `positions` [b, s] int64, counted from the first visible token. `bounds` [b, s, 2] int64: query i may see
-    keys [first, i + 1) of its window; None when documents are not isolated.
+    `positions` [b, s] int64, counted from the first visible token. `bounds` [b, s, 2] int64: query i may attend to
+    keys [first, i + 1) of its window; None if documents are not isolated.
     """
 
     positions: NDArray[np.int64]
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class Section(IndexedDataset):
-    """Documents [first, last) of an indexed dataset, read like one of its own."""
+    """A view of documents [first, last) of an indexed dataset."""
 
     def __init__(self, whole: IndexedDataset, first: int, last: int) -> None:
         starts = np.append(whole.document_starts, whole.num_tokens)
@@ -63,28 +63,30 @@ class Section(IndexedDataset):
 
 
 class Samples(Protocol):
-    """What training and evaluation read; indices past `len` are another epoch, or wholly masked."""
+    """The interface for training and evaluation. Indices past `len` are the next epoch, or fully masked."""
 
     def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples of `indices`, stacked [b, s]."""
+        """Return the samples `indices`, stacked [b, s]."""
 
     def layout(self, indices: Sequence[int]) -> Layout:
-        """Positions and bounds of `indices` without reading a token."""
+        """Return positions and bounds of the samples `indices` without reading tokens."""
 
     def describe(self, indices: Sequence[int]) -> str:
-        """In which part of the data `indices` are, for a message."""
+        """Return where in the data the samples `indices` are, for messages."""
 
 
 class WindowDataset:
-    """Every window of a stream in file order; the last, partial one is padded and masked.
+    """All windows of a stream in file order; the last one may be partial, and is then padded and masked.
 
-    Together they predict each token but the very first exactly once. Windows past the end are wholly masked,
-    so that an evaluation can fill up its last batch.
+    Together they predict each token but the first exactly once. Windows past the end are fully masked, so that an
+    evaluation can fill its last batch.
 
-    isolate_documents: attention and positions restart at each document (bounds are returned).
-    eod_mask_loss: the first token of a document is not a label (Megatron's name for it).
+    isolate_documents: restart attention and positions at each document (bounds are returned).
+    eod_mask_loss: do not predict the first token of a document (Megatron-LM's name).
+
+    Raises ValueError if the stream has fewer than 2 tokens.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class WindowDataset:
     ) -> None:
         if indexed.num_tokens < 2:
             raise ValueError(
-                f"{indexed.prefix}: the data has {indexed.num_tokens} tokens, but one prediction needs 2; use more data"
+                f"{indexed.prefix}: has {indexed.num_tokens} tokens, but one prediction needs 2; use more data"
             )
         self.indexed = indexed
         self.seq_len = seq_len
@@ -108,11 +110,11 @@ class WindowDataset:
         return -(-(self.indexed.num_tokens - 1) // self.seq_len)
 
     def window(self, index: int) -> int:
-        """The window that sample `index` shows."""
+        """Return the number of the window of sample `index`."""
         return index
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The samples of `indices`, stacked [b, s]."""
+        """Return the samples `indices`, stacked [b, s]."""
         windows = [self.window(index) for index in indices]
         shape = (len(windows), self.seq_len + 1)
         stream = np.zeros(shape, dtype=np.int64)
@@ -129,17 +131,17 @@ class WindowDataset:
         return Batch(stream[:, :-1].copy(), stream[:, 1:].copy(), loss_mask, *self._layout(windows))
 
     def layout(self, indices: Sequence[int]) -> Layout:
-        """Positions and bounds of `indices` without reading a token."""
+        """Return positions and bounds of the samples `indices` without reading tokens."""
         return self._layout([self.window(index) for index in indices])
 
     def describe(self, indices: Sequence[int]) -> str:
-        """The documents from which the tokens of `indices` come, counted from 0."""
+        """Return the numbers of the documents in the samples `indices`, counted from 0."""
         found: set[int] = set()
         for window in map(self.window, indices):
             ends = (window * self.seq_len, min((window + 1) * self.seq_len, self.indexed.num_tokens - 1))
             first, last = np.searchsorted(self.indexed.document_starts, ends, side="right") - 1
             found |= set(range(int(first), int(last) + 1))
-        return numbered("document", sorted(found))
+        return list_places("document", sorted(found))
 
     def _layout(self, windows: Sequence[int]) -> Layout:
         query = np.arange(self.seq_len)
@@ -161,10 +163,7 @@ class WindowDataset:
 
 
 class PretrainDataset(WindowDataset):
-    """Whole windows in a shuffled order without end; sample numbers are global consumed-sample numbers.
-
-    `len` is one epoch.
-    """
+    """Whole windows in shuffled order, endless. Sample numbers are consumed samples; `len` is one epoch."""
 
     def __init__(
         self,
@@ -187,20 +186,20 @@ class PretrainDataset(WindowDataset):
 
 
 def heldout_windows(indexed: IndexedDataset, seq_len: int, *, isolate_documents: bool = False) -> WindowDataset:
-    """All windows of a held-out stream, in order: every token but the very first is predicted once."""
+    """Return all windows of a held-out stream in order; every token but the first is predicted once."""
     return WindowDataset(indexed, seq_len, isolate_documents=isolate_documents)
 
 
-def numbered(noun: str, places: Sequence[object]) -> str:
-    """`document 3`, or `documents 3, 7, 8`, at most eight of them."""
+def list_places(noun: str, places: Sequence[object]) -> str:
+    """Return `document 3`, or `documents 3, 7, 8`, with at most eight places."""
     first = [str(each) for each in places[:8]]
     return f"{noun}{'s' * (len(places) != 1)} {', '.join(first)}" + ", ..." * (len(places) > len(first))
 
 
 class Spread:
-    """`count` samples of a set, evenly over all of it, so that an ordered set is not judged by its beginning.
+    """`count` samples spread evenly over a set, so that a sorted set is not judged by its beginning.
 
-    Which ones depends on nothing but the two lengths.
+    The choice depends only on the two lengths.
     """
 
     def __init__(self, samples: Samples, count: int) -> None:
@@ -210,7 +209,7 @@ class Spread:
         return self.count
 
     def _places(self, indices: Sequence[int]) -> list[int]:
-        # the middle of each of `count` equal parts; past the end stays past the end
+        # the middle of each of `count` equal parts; indices past the end map past the end
         return [(2 * index + 1) * len(self.samples) // (2 * self.count) for index in indices]
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -224,14 +223,14 @@ class Spread:
 
 
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int) -> None:
-    """Reads the whole stream; raises ValueError at the first token that a model of `vocab_size` cannot embed."""
+    """Read the whole stream. Raises ValueError at the first token that is not in 0..vocab_size - 1."""
     for start, tokens in indexed.chunks():
         wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
         if wrong.size:
             position = start + int(wrong[0])
             document = int(np.searchsorted(indexed.document_starts, position, side="right")) - 1
             raise ValueError(
-                f"{indexed.bin_path}: token {tokens[wrong[0]]} at position {position} (document {document}) is not "
-                f"in 0..{vocab_size - 1} as model.vocab_size={vocab_size} asks; the largest token is "
-                f"{indexed.max_token()}: raise vocab_size or preprocess the text with the model's own tokenizer"
+                f"{indexed.bin_path}: token {tokens[wrong[0]]} at position {position} (document {document}) is outside "
+                f"0..{vocab_size - 1}, the range of model.vocab_size={vocab_size}; the largest token is "
+                f"{indexed.max_token()}: increase vocab_size or preprocess the text with the model's own tokenizer"
             )

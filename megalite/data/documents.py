@@ -1,14 +1,14 @@
-"""Documents of JSON-lines and plain text files, told apart without decoding them: workers do that."""
+"""Documents of JSON-lines and plain text files. Files are split here; workers decode the documents."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from megalite.text.rows import Line, decode, kind, parse_json, read_lines, text_fault
+from megalite.text.rows import Line, decode, file_suffix, json_type, parse_json, read_lines, text_fault
 
 
 class Row(NamedTuple):
-    """One undecoded document: a JSON object, or its plain text; `where` is file:line."""
+    """One undecoded document, a JSON object or plain text; `where` is file:line."""
 
     where: str
     raw: bytes
@@ -16,15 +16,19 @@ class Row(NamedTuple):
 
 
 def read_rows(files: Sequence[str | Path], document_per: str = "paragraph") -> Iterator[Row]:
-    """Documents of .jsonl and .txt files (or .gz of either), in order.
+    """Yield the documents of .jsonl and .txt files, gzipped or not, in order.
 
-    document_per: `file`, `line` or `paragraph` (ended by a blank line), for plain text.
+    document_per: what a document is in plain text: `file`, `line`, or `paragraph`, which ends at a blank line.
+
+    Raises ValueError for files that cannot be read and unknown suffixes.
     """
     for file in files:
-        if kind(file) not in (".jsonl", ".json", ".txt"):
-            raise ValueError(f"{file}: unknown suffix {kind(file)!r}; name the input *.jsonl or *.txt, or add .gz")
+        if file_suffix(file) not in (".jsonl", ".json", ".txt"):
+            raise ValueError(
+                f"{file}: unknown suffix {file_suffix(file)!r}; use .jsonl or .txt files, optionally with .gz"
+            )
         lines = read_lines(file)
-        if kind(file) == ".txt":
+        if file_suffix(file) == ".txt":
             yield from _text_rows(file, lines, document_per)
         else:
             yield from (Row(*line, is_json=True) for line in lines if line.raw.strip())
@@ -48,7 +52,7 @@ def _text_rows(file: str | Path, lines: Iterable[Line], document_per: str) -> It
 
 
 def texts(row: Row, keys: Sequence[str]) -> list[str]:
-    """The text under each key; ValueError says where and how the row is wrong."""
+    """Return the text of each key of a row. Raises ValueError with file, line and reason if the row is malformed."""
     try:
         return _from_json(row.raw, keys) if row.is_json else [_plain(row.raw, keys)]
     except ValueError as error:
@@ -58,7 +62,7 @@ def texts(row: Row, keys: Sequence[str]) -> list[str]:
 def _plain(raw: bytes, keys: Sequence[str]) -> str:
     text = decode(raw)
     if len(keys) > 1:
-        raise ValueError(f"plain text cannot hold {len(keys)} JSON keys; choose one key")
+        raise ValueError(f"plain text has no JSON keys, but {len(keys)} are given; use one key")
     if fault := text_fault(text):
         raise ValueError(fault)
     return text
@@ -67,13 +71,13 @@ def _plain(raw: bytes, keys: Sequence[str]) -> str:
 def _from_json(raw: bytes, keys: Sequence[str]) -> list[str]:
     found = parse_json(raw)
     if not isinstance(found, dict):
-        raise ValueError(f"holds a {type(found).__name__}, expected a JSON object")
+        raise ValueError(f"is {json_type(found)}, expected a JSON object")
     for key in keys:
         if key not in found:
-            there = ", ".join(map(repr, found)) or "none"
-            raise ValueError(f"has no key {key!r}, its keys are {there}; preprocess_data.py --json-keys takes others")
+            present = ", ".join(map(repr, found)) or "none"
+            raise ValueError(f"has no key {key!r}, its keys are {present}; choose keys with --json-keys")
         if not isinstance(found[key], str):
-            raise ValueError(f"{key!r} is a {type(found[key]).__name__}, expected a string")
+            raise ValueError(f"{key!r} is {json_type(found[key])}, expected text")
         if fault := text_fault(found[key]):
             raise ValueError(f"{key!r} {fault}")
     return [found[key] for key in keys]

@@ -1,4 +1,4 @@
-"""The compiled reader of indexed token files behind IndexedDataset's interface, and the choice between the two."""
+"""The compiled reader of indexed token files, with IndexedDataset's interface, and the choice between the two."""
 
 import functools
 import importlib
@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 
 def compiled() -> ModuleType | None:
-    """megalite._index, or None where it is not built."""
+    """Return the module megalite._index, or None if it is not built."""
     try:
         return importlib.import_module("megalite._index")
     except ModuleNotFoundError:
@@ -24,14 +24,14 @@ def compiled() -> ModuleType | None:
 
 @functools.cache
 def preferred() -> bool:
-    """Whether "auto" means the compiled reader; logged once."""
+    """Whether reader="auto" uses the compiled reader; the choice is logged once."""
     built = compiled() is not None
-    _log.info("token files are read by %s", "megalite._index" if built else "numpy (megalite._index is not built)")
+    _log.info("reading token files with %s", "megalite._index" if built else "numpy (megalite._index is not built)")
     return built
 
 
 class NativeDataset(IndexedDataset):
-    """An IndexedDataset that checks its index and copies tokens in C++."""
+    """An IndexedDataset whose checks and copies are done in C++. Raises ValueError if megalite._index is not built."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
@@ -65,9 +65,11 @@ class NativeDataset(IndexedDataset):
 
 
 def open_indexed(prefix: str | Path, reader: str = "auto") -> IndexedDataset:
-    """Open `prefix.{bin,idx}` with the numpy or the compiled reader; "auto" takes the compiled one where it is built.
+    """Open `prefix.{bin,idx}`.
 
-    Raises ValueError where IndexedDataset does, and when "cpp" is asked for and not built.
+    reader: "numpy", "cpp" (the compiled reader), or "auto": the compiled reader if it is built, else numpy.
+
+    Raises ValueError if the files are missing or damaged, or the reader is unknown or not built.
     """
     if reader not in ("auto", "numpy", "cpp"):
         raise ValueError(f'reader={reader!r} is unknown; use "auto", "numpy" or "cpp"')

@@ -1,4 +1,4 @@
-"""A tokenizer of one's own, trained on text files: a folder that every command and AutoTokenizer can open."""
+"""Trains a tokenizer on text files and writes it to a folder that every command and AutoTokenizer can open."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megalite.text.chat import BUILT_IN
 from megalite.text.tokenizer import Tokenizer, load_tokenizer
 from megalite.text.tokenizer_files import CONFIG, TEMPLATE
 
-# what the template chatml writes to begin and end turns
+# the control tokens of the template chatml
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 END = "<|endoftext|>"
 BYTES = 256
@@ -27,17 +27,20 @@ def new_tokenizer(
     chat: bool = False,
     keys: Sequence[str] = ("text",),
 ) -> Tokenizer:
-    """Train a tokenizer on .jsonl (the texts under `keys`) or .txt files, written to the new folder `target`.
+    """Train a tokenizer on .jsonl (the texts of `keys`) or .txt files and write it to the new folder `target`.
 
-    kind: sentencepiece, byte-pair pieces with bytes for what is rare; or bpe, GPT-2's byte-level kind as a
-    tokenizer.json. chat: with the tokens of the chatml template, and the template. ValueError where the text is too
-    small for the vocabulary.
+    kind: `sentencepiece`, byte pairs with bytes for rare characters; or `bpe`, byte-level as in GPT-2, as a
+    tokenizer.json. chat: add the tokens of the chatml template, and the template.
+
+    Raises ValueError if `target` exists or the text is too small for the vocabulary.
     """
     if target.exists():
         raise ValueError(f"{target} exists; choose another --output")
-    least = BYTES + 3 + len(CHAT_TOKENS) * chat
-    if vocab_size <= least:
-        raise ValueError(f"--vocab-size {vocab_size}: {least} are taken by bytes and control tokens; choose more")
+    reserved = BYTES + 3 + len(CHAT_TOKENS) * chat
+    if vocab_size <= reserved:
+        raise ValueError(
+            f"--vocab-size {vocab_size} must be above {reserved}, the number of bytes and control tokens; increase it"
+        )
     controls = CHAT_TOKENS if chat else ()
 
     def build(folder: Path) -> None:
@@ -85,7 +88,8 @@ def _train_bpe(documents: Iterable[str], folder: Path, vocab_size: int, controls
     made.train_from_iterator(documents, trainer)
     if made.get_vocab_size() < vocab_size:
         raise ValueError(
-            f"this text gives {made.get_vocab_size()} pieces, not {vocab_size}; use more text or a smaller --vocab-size"
+            f"the text is enough for {made.get_vocab_size()} pieces, not {vocab_size}; use more text or a smaller "
+            f"--vocab-size"
         )
     made.save(str(folder / "tokenizer.json"))
     names: dict[str, str | bool] = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END}

@@ -1,4 +1,4 @@
-"""Unigram and Kneser-Ney bigram baselines: what counting alone reaches on the tokens a model predicts."""
+"""Unigram and Kneser-Ney bigram baselines: the loss that counting reaches on the tokens that a model predicts."""
 
 from typing import Protocol
 
@@ -12,15 +12,15 @@ Floats = NDArray[np.float64]
 
 
 class Baseline(Protocol):
-    """Probabilities of tokens [n] after the tokens before them, contexts [n]."""
+    """A model of the next token given the token before it."""
 
     def probabilities(self, contexts: Ids, tokens: Ids) -> Floats:
-        """P(token | context), [n], all above 0."""
+        """Return P(token | context), [n], all above 0, of `tokens` [n] after `contexts` [n]."""
         ...
 
 
 def total_nats(baseline: Baseline, indexed: IndexedDataset) -> float:
-    """-ln P of every token of the stream but the very first, summed: what `heldout_windows` lets a model predict."""
+    """Return the sum of -ln P over all tokens but the first, the tokens that a model predicts in `heldout_windows`."""
     nats = 0.0
     previous = np.empty(0, dtype=np.int64)
     for _, chunk in indexed.chunks():
@@ -44,10 +44,10 @@ class Unigram:
 
 
 class KneserNeyBigram:
-    """Interpolated Kneser-Ney: absolute discounting over continuation counts over the uniform distribution.
+    """Interpolated Kneser-Ney (Kneser and Ney 1995): discounted bigrams, then continuation counts, then uniform.
 
-    With c(h, w) the count of a pair, the lower order asks in how many contexts w occurs rather than how often.
-    Each order's discount is n1 / (n1 + 2 n2), n1 and n2 being how many of its counts are one and two.
+    The lower order counts in how many contexts a token occurs, not how often. The discount of each order is
+    n1 / (n1 + 2 n2), where n1 and n2 are how many of its counts are 1 and 2. Raises ValueError below 2 tokens.
     """
 
     def __init__(self, indexed: IndexedDataset, vocab_size: int) -> None:
@@ -57,7 +57,7 @@ class KneserNeyBigram:
         self._discount = _discount(self._counts)
         self._context_counts = np.bincount(contexts, weights=self._counts, minlength=vocab_size)
         followers = np.bincount(contexts, minlength=vocab_size)
-        # An unseen context leaves everything to the lower order.
+        # An unseen context backs off completely.
         self._backoff = np.divide(
             self._discount * followers, self._context_counts, out=np.ones(vocab_size), where=followers > 0
         )
@@ -77,7 +77,7 @@ class KneserNeyBigram:
 
 
 def _count_pairs(indexed: IndexedDataset, vocab_size: int) -> tuple[Ids, Ids]:
-    """The distinct pairs of neighbours as context * vocab_size + token, sorted, and how often each occurs."""
+    """Return the distinct bigrams as context * vocab_size + token, sorted, and their counts."""
     pairs = np.empty(0, dtype=np.int64)
     counts = np.empty(0, dtype=np.int64)
     previous = np.empty(0, dtype=np.int64)
@@ -89,11 +89,11 @@ def _count_pairs(indexed: IndexedDataset, vocab_size: int) -> tuple[Ids, Ids]:
         pairs, counts = merged, np.bincount(where, weights=weights, minlength=len(merged)).astype(np.int64)
         previous = stream[-1:]
     if not len(pairs):
-        raise ValueError(f"{indexed.prefix}: a bigram needs at least 2 tokens, found {indexed.num_tokens}")
+        raise ValueError(f"{indexed.prefix}: has {indexed.num_tokens} tokens, but a bigram needs 2; use more data")
     return pairs, counts
 
 
 def _discount(counts: Ids) -> float:
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())
-    # Without any count of one the estimate is 0, which would give unseen tokens no probability at all.
+    # If no count is 1 the estimate is 0, and unseen tokens would have probability 0.
     return once / (once + 2 * twice) if once else 0.5

@@ -1,11 +1,11 @@
-"""Which sample the i-th consumed one is: a pure function of (seed, i), so that resuming needs only i."""
+"""The order of samples: a pure function of (seed, i), so that resuming needs only the number i of consumed samples."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 
 class EpochOrder:
-    """Each epoch visits samples 0 to num_samples - 1 once, in an order of its own drawn from (seed, epoch)."""
+    """Visits samples 0 to num_samples - 1 once per epoch, in an order drawn from (seed, epoch)."""
 
     def __init__(self, num_samples: int, seed: int, shuffle: bool = True) -> None:
         if seed < 0:
@@ -16,15 +16,15 @@ class EpochOrder:
         self._permutations: dict[int, NDArray[np.integer]] = {}
 
     def __getitem__(self, consumed: int) -> tuple[int, int]:
-        """(epoch, sample) of global sample number `consumed`, which counts on over the epochs without end."""
+        """Return (epoch, sample) of the global sample number `consumed`, which increases over all epochs."""
         if consumed < 0:
-            raise IndexError(f"sample {consumed} of an order that starts at 0")
+            raise IndexError(f"sample {consumed} is negative")
         epoch, i = divmod(consumed, self.num_samples)
         return epoch, int(self._permutation(epoch)[i]) if self.shuffle else i
 
     def _permutation(self, epoch: int) -> NDArray[np.integer]:
         if epoch not in self._permutations:
-            # Two are kept: a global batch can straddle the end of an epoch.
+            # Keep two: a global batch can cross the end of an epoch.
             for old in list(self._permutations)[:-1]:
                 del self._permutations[old]
             samples = np.arange(self.num_samples, dtype=np.min_scalar_type(self.num_samples))
@@ -34,10 +34,10 @@ class EpochOrder:
 
 
 class SampleOrder(EpochOrder):
-    """Window k covers tokens [k * seq_len, (k + 1) * seq_len], both ends included.
+    """The order of windows; window k covers tokens [k * seq_len, (k + 1) * seq_len], both ends included.
 
-    The last label of window k is the first input of window k + 1, so the stream holds
-    `num_samples = (num_tokens - 1) // seq_len` windows.
+    The last label of window k is the first input of window k + 1, so the stream has
+    `num_samples = (num_tokens - 1) // seq_len` windows. Raises ValueError if there is none.
     """
 
     def __init__(self, num_tokens: int, seq_len: int, seed: int, shuffle: bool = True) -> None:

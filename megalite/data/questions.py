@@ -1,7 +1,7 @@
-"""Questions made of the demo corpus: which book a verse is from, the next line of a poem, sums in words.
+"""Makes questions from the demo corpus: which book a verse is from, the next line of a poem, sums in words.
 
-Held-out questions share neither phrasing nor source with training ones: other chapters, other poems, other pairs of
-numbers, asked in other words. The chapters and poems are those that pretraining holds out too.
+Held-out questions share neither phrasing nor source with training questions: they have other chapters, poems and pairs
+of numbers. Pretraining holds out the same chapters and poems.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megalite.data.corpus import HELDOUT_EVERY, LANGUAGES, build_once
-from megalite.text.rows import filled_lines, parse_json
+from megalite.text.rows import nonblank_lines, parse_json
 
 # the last phrasing of each task is held out
 PHRASINGS = {
@@ -47,9 +47,9 @@ PHRASINGS = {
         "How much is {} plus {}?",
     ),
 }
-# in how many phrasings a training question is asked
+# how many phrasings each training question is asked in
 ASKED = {"book": 1, "poem": 1, "sum": 30}
-# books that differ in style; of 66 a model of this size tells few apart
+# books that differ in style: a model of this size cannot distinguish all 66
 BOOKS = ("Genesis", "Leviticus", "Psalms", "Proverbs", "Isaiah", "Matthew", "Acts", "Revelation")
 # fmt: off
 ONES = (
@@ -59,15 +59,15 @@ ONES = (
 # fmt: on
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 LARGEST_TERM = 24
-# one pair of numbers of so many is held out, whichever way round it is asked
+# one pair of numbers in so many is held out, in both orders
 SUM_HELDOUT_EVERY = 8
 VERSE_CHARACTERS = range(30, 121)
-# of each task: enough to measure on
+# held-out rows per task
 HELDOUT_ROWS = 100
 
 
 class Row(NamedTuple):
-    """One question and its only right answer; `source` is the chapter, poem or pair it was made of."""
+    """One question and its only right answer; `source` is its chapter, poem or pair of numbers."""
 
     task: str
     question: str
@@ -76,14 +76,14 @@ class Row(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """JSONL files: `train` of `messages`, `heldout` of {"prompt", "answer", "task"}."""
+    """JSONL files: `train` has rows of `messages`, `heldout` rows of {"prompt", "answer", "task"}."""
 
     train: Path
     heldout: Path
 
 
 def prepare_questions(corpus_dir: str | Path, cache_dir: str | Path) -> Questions:
-    """The questions of a corpus as files; the second call only finds them. Safe to call from several processes."""
+    """Write the questions of a corpus into a cache; later calls find them. Safe to call from several processes."""
     training, heldout = make_rows(corpus_dir)
     chosen = [row for task in PHRASINGS for row in [row for row in heldout if row.task == task][:HELDOUT_ROWS]]
     files = {
@@ -109,7 +109,7 @@ def _lines(rows: Iterable[dict[str, Any]]) -> bytes:
 
 
 def in_words(number: int) -> str:
-    """`number`, 0 to 99, in English words."""
+    """Return `number`, 0 to 99, in English words. Raises ValueError for other numbers."""
     if not 0 <= number < 100:
         raise ValueError(f"{number} is not in 0..99")
     if number < len(ONES):
@@ -119,7 +119,7 @@ def in_words(number: int) -> str:
 
 
 def make_rows(corpus_dir: str | Path, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows), each shuffled, the same for the same seed."""
+    """Return (training rows, held-out rows), each shuffled with `seed`."""
     rng = random.Random(seed)
     training: list[Row] = []
     heldout: list[Row] = []
@@ -134,9 +134,9 @@ def make_rows(corpus_dir: str | Path, seed: int = 0) -> tuple[list[Row], list[Ro
 
 
 def _facts(corpus_dir: Path) -> Iterator[tuple[str, tuple[str, ...], str, str, bool]]:
-    """(task, what fills the phrasing, answer, source, whether it is held out)."""
+    """Yield (task, arguments of the phrasing, answer, source, whether it is held out)."""
     texts = {
-        language: [parse_json(line.raw) for line in filled_lines(corpus_dir / name)]
+        language: [parse_json(line.raw) for line in nonblank_lines(corpus_dir / name)]
         for language, name in LANGUAGES.items()
     }
     for number, chapter in enumerate(texts["en"], start=1):

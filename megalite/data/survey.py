@@ -1,4 +1,4 @@
-"""What a file of conversations looks like to the model at one train.seq_len, before a run is spent on it."""
+"""Surveys conversations at one train.seq_len: what is cut, left out and trained, before a run is spent on them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from numpy.typing import NDArray
 
 from megalite.data.instructions import Example
 from megalite.data.packing import Conversations, kept_part
-from megalite.data.report import from_sidecar, place
+from megalite.data.report import from_sidecar, locate
 
-CUT = {"drop": "left out", "truncate_right": "cut at their end", "truncate_left": "cut at their beginning"}
+CUT = {"drop": "left out", "truncate_right": "cut at the end", "truncate_left": "cut at the beginning"}
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Conversations of the file `path` when those longer than a row are cut or left out.
+    """The conversations of the file `path`, with those longer than a row cut or left out.
 
-    `chosen`: the numbers of all but those of which the cut leaves no trained token, `untrained`. `tokens` and `trained`
-    count what rows will hold of them.
+    `longer`: the numbers of conversations longer than a row. `untrained`: the numbers of those that have no trained
+    token left after the cut; `chosen`: the numbers of all others. `tokens` and `trained`: the tokens in the rows, and
+    the trained ones among them.
     """
 
     data: Conversations
@@ -36,44 +37,48 @@ class Survey:
     trained: int
 
     def summary(self) -> str:
-        side, report = self.data.sidecar, from_sidecar(self.data.sidecar["report"], self.path)
+        """Return one line: rows by format, template, and the share of trained tokens."""
+        sidecar, report = self.data.sidecar, from_sidecar(self.data.sidecar["report"], self.path)
         formats = ", ".join(f"{count} {name}" for name, count in report.formats.items())
         share = 100 * self.trained / max(1, self.tokens)
-        return f"{formats} rows, template {side['template_name']}, {share:.1f} % of {self.tokens} tokens trained"
+        return f"{formats} rows, template {sidecar['template_name']}, {share:.1f} % of {self.tokens} tokens trained"
 
     def notes(self) -> Iterator[str]:
-        """One line about each thing that is probably not meant."""
+        """Yield one line about each finding that is probably unintended."""
         report = from_sidecar(self.data.sidecar["report"], self.path)
         yield from report.lines(self.data.sidecar["control_tokens"])
         where = f"train.seq_len={self.seq_len}"
         if n := len(self.longer):
-            first = place(report, int(self.longer[0]), self.path)
+            first = locate(report, int(self.longer[0]), self.path)
             done = f"{CUT[self.overlong]} (data.overlong={self.overlong})"
             yield f"{_are(n)} longer than {where} and {done} (the first: {first})"
         if n := len(self.untrained):
-            first = place(report, int(self.untrained[0]), self.path)
+            first = locate(report, int(self.untrained[0]), self.path)
             yield f"{_are(n)} left out, with no trained token within {where} (the first: {first})"
 
     def require_some(self, key: str) -> None:
-        """ValueError where the file holds nothing that a run can learn from, or a template that cannot work."""
+        """Raise ValueError if nothing is left to train on, or if the template's control strings are not tokens.
+
+        key: the config key and value to name in the message.
+        """
         report = from_sidecar(self.data.sidecar["report"], self.path)
-        # some models write such strings as ordinary text on purpose, and end a turn with a token that they have
+        # some models write such strings as ordinary text on purpose, but end a turn with a token
         if report.unknown and "endless" in report.seen:
             names = ", ".join(report.unknown)
             _, first = report.seen[f"unknown {report.unknown[0]}"]
             raise ValueError(
-                f"{key}: template {self.data.sidecar['template_name']} writes {names} (the first in {first}), and the "
-                f"tokenizer has no such token, so that the model cannot learn where a turn ends; add them with "
+                f"{key}: template {self.data.sidecar['template_name']} writes {names} (the first in {first}), which "
+                f"are not tokens of the tokenizer, so the model cannot learn where a turn ends; add them with "
                 f"model.add_tokens='[{names}]', or choose a template for this tokenizer with data.template"
             )
         if len(self.chosen) == (len(self.longer) if self.overlong == "drop" else 0):
             (*_, last) = self.notes()
             remedy = "" if self.overlong == "truncate_left" else ", or keep the end with data.overlong=truncate_left"
-            raise ValueError(f"{key}: no row is left in which a token is trained: {last}; raise train.seq_len{remedy}")
+            raise ValueError(f"{key}: no row with a trained token is left: {last}; increase train.seq_len{remedy}")
 
 
 def survey(data: Conversations, path: str, seq_len: int, overlong: str) -> Survey:
-    """Look at conversations with rows of `seq_len`; only those that are cut are read."""
+    """Survey conversations for rows of `seq_len` tokens. Reads only conversations that are cut."""
     longer = np.flatnonzero(data.lengths - 1 > seq_len)
     tokens, trained = int(data.sidecar["tokens"]), int(data.sidecar["trained_tokens"])
     untrained = []
@@ -81,15 +86,15 @@ def survey(data: Conversations, path: str, seq_len: int, overlong: str) -> Surve
         weights = data.weigh(data.weights[number])
         part = kept_part(len(weights), seq_len, overlong)
         learned = int(np.count_nonzero(weights[part]))
-        # the first token of what is kept is predicted by nothing
+        # the first token that is kept is never predicted
         if not weights[part][1:].any():
             learned = 0
             untrained.append(number)
         tokens -= len(weights) - (len(weights[part]) if learned else 0)
         trained -= int(np.count_nonzero(weights)) - learned
-    gone = np.array([] if overlong == "drop" else untrained, dtype=np.int64)
-    chosen = np.setdiff1d(np.arange(len(data.lengths)), gone)
-    return Survey(data, path, seq_len, overlong, chosen, longer, gone, tokens, trained)
+    excluded = np.array([] if overlong == "drop" else untrained, dtype=np.int64)
+    chosen = np.setdiff1d(np.arange(len(data.lengths)), excluded)
+    return Survey(data, path, seq_len, overlong, chosen, longer, excluded, tokens, trained)
 
 
 def _are(count: int) -> str:
@@ -97,13 +102,13 @@ def _are(count: int) -> str:
 
 
 def shown_path(data: Conversations, path: str) -> str:
-    """The file that conversations were made of, as far as it is known."""
+    """Return `path` if it is a file, else the name of the file that the conversations were made from."""
     sources = data.sidecar["sources"]
     return path if Path(path).is_file() or not sources else str(sources[0])
 
 
 def histogram(lengths: list[int], width: int = 40) -> Iterator[str]:
-    """Rows by their number of tokens, in powers of two."""
+    """Yield lines of a histogram of `lengths` in powers of two; the longest bar has `width` characters."""
     bins = Counter((length - 1).bit_length() for length in lengths)
     most = max(bins.values())
     for power in range(min(bins), max(bins) + 1):
@@ -112,8 +117,8 @@ def histogram(lengths: list[int], width: int = 40) -> Iterator[str]:
         yield f"{low:>7}-{high:<7} {bins[power]:>7} {bar}"
 
 
-def marked(example: Example, before: str, after: str) -> str:
-    """The rendered text with `before` and `after` around what is trained; unprintable characters as escapes."""
+def mark_trained(example: Example, before: str, after: str) -> str:
+    """Return the rendered text with `before` and `after` around trained parts and escapes of unprintable characters."""
     text, spans = example.text, list[list[int]]()
     for (start, stop), weight in zip(example.encoding.spans, example.weights):
         if weight and spans and spans[-1][1] >= start:
@@ -122,10 +127,10 @@ def marked(example: Example, before: str, after: str) -> str:
             spans.append([start, stop])
     out, at = "", 0
     for start, stop in spans:
-        out += _plain(text[at:start]) + before + _plain(text[start:stop]) + after
+        out += _escape(text[at:start]) + before + _escape(text[start:stop]) + after
         at = stop
-    return out + _plain(text[at:])
+    return out + _escape(text[at:])
 
 
-def _plain(text: str) -> str:
+def _escape(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\u200d" else c.encode("unicode_escape").decode() for c in text)

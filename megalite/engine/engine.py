@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.param_groups import check_groups
 from megalite.config.parameters import has_kv_rows, is_decayed, is_factor, is_partial
 from megalite.config.shapes import shapes
@@ -124,7 +124,7 @@ class Engine(Stage):
 
 
 def build(
-    config: Config,
+    config: Resolved,
     world: World,
     value: Callable[[str, tuple[int, ...]], Tensor] | None = None,
     head: str = "next-token",
@@ -157,7 +157,7 @@ def build(
 
 
 def make_optimizer(
-    config: Config,
+    config: Resolved,
     mesh: Mesh,
     parameters: dict[str, nn.Parameter],
     shards: dict[str, Shard],

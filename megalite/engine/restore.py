@@ -1,4 +1,4 @@
-"""What a run begins with: fresh weights, a checkpoint, a Hugging Face folder, or LoRA's factors beside a base."""
+"""Fill a new engine: fresh weights, a checkpoint, a Hugging Face folder, or LoRA factors beside a base model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint import folder as folders
-from megalite.checkpoint.contents import is_adapter, new_rows
+from megalite.checkpoint.contents import config_of, is_adapter, new_rows
 from megalite.checkpoint.load import load as load_tensors
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.manifest import Damaged
@@ -30,7 +30,7 @@ VOCABULARY = ("embed.weight", "loss_head.head.weight")
 
 
 def first_values(config: Config) -> Callable[[str, tuple[int, ...]], Tensor] | None:
-    """What `build` fills parameters with where weights are read after it; None: it draws them all."""
+    """The function by which `build` initialises parameters if weights are read later; None: it draws all of them."""
     if config.model.from_hf is None and config.tune.mode != "lora":
         return None
     return lambda name, shape: (
@@ -41,10 +41,10 @@ def first_values(config: Config) -> Callable[[str, tuple[int, ...]], Tensor] | N
 def first_state(
     engine: Engine, data: str, resume: Path | None, say: Callable[[str], None]
 ) -> tuple[Path | None, State]:
-    """Fill the engine with what its configuration begins with; gives the checkpoint that was loaded, and the counters.
+    """Fill the engine as its configuration says. Returns the checkpoint loaded, if any, and the run's state.
 
-    `data`: the fingerprint of the training data. `resume`: the checkpoint of the run itself to go on from; where it is
-    damaged the one before it is taken, and so on. Collective.
+    `data`: fingerprint of the training data. `resume`: the run's own checkpoint to resume from; if it is damaged, older
+    ones are tried. Raises ValueError if none can be loaded. Collective.
     """
     config = engine.config
     state = State(data=data, loss_scale=first_scale(config))
@@ -60,7 +60,7 @@ def first_state(
         older = folders.before(resume) if resume is not None else []
         new = range(0)
         if resume is None:
-            new = new_rows(config, folders.read_manifest(source)["config"]["model"].get("add_tokens", ()))
+            new = new_rows(config, config_of(folders.read_manifest(source)).model.add_tokens)
         source, state = _load_first_good(engine, [source, *older], state, whole, say, new)
         say(f"loaded {source}" + (f", at step {state.step}" if whole else ", weights only"))
         if whole and state.data != data:
@@ -79,13 +79,13 @@ def first_state(
 def _load_first_good(
     engine: Engine, candidates: Sequence[Path], state: State, whole: bool, say: Callable[[str], None], new: range
 ) -> tuple[Path, State]:
-    """Load the first of `candidates` that no rank finds damaged, so that all load the same; say which were passed over.
+    """Load the first of `candidates` that no rank finds damaged, so that all ranks load the same one.
 
-    Damaged, naming each, where all are. Other mistakes are no damage: they are raised at once, on every rank.
+    Raises Damaged, naming each, if all are damaged. Other errors are raised at once, on every rank.
     """
     world, found = engine.mesh.world, []
     for folder in candidates:
-        damage = mistake = ""
+        damage = mistake = None
         try:
             loaded = load(engine, folder, state, whole, new)
         except Damaged as error:
@@ -94,7 +94,8 @@ def _load_first_good(
             mistake = str(error)
         if mistake := share_text(world, mistake, engine.mesh.device):
             raise ValueError(mistake)
-        if not (damage := share_text(world, damage, engine.mesh.device)):
+        damage = share_text(world, damage, engine.mesh.device)
+        if damage is None:
             return folder, loaded
         say(f"note: {damage}")
         found.append(damage)
@@ -102,9 +103,9 @@ def _load_first_good(
 
 
 def add_rows(engine: Engine, parameters: dict[str, Tensor], new: range, read: Callable[[str], Tensor]) -> None:
-    """Fill embedding and head where the vocabulary grows, and take them out of `parameters`.
+    """Fill the embedding and the head, remove them from `parameters`, and set each of the `new` rows to the mean row.
 
-    `read` gives a whole parameter without the `new` rows. Each of them becomes the mean of the rows before them.
+    `read(name)`: a whole parameter without the new rows. Does nothing if `new` is empty.
     """
     for name in [name for name in VOCABULARY if new and name in parameters]:
         parameter, shard, old = parameters.pop(name), engine.shards[name], read(name)
@@ -116,9 +117,10 @@ def add_rows(engine: Engine, parameters: dict[str, Tensor], new: range, read: Ca
 
 
 def load(engine: Engine, folder: Path, state: State, whole: bool, new: range = range(0)) -> State:
-    """Fill the engine from a checkpoint: all of it and the counters, or with `whole` false the weights alone.
+    """Fill the engine from a checkpoint. Returns the state to continue with.
 
-    `new`: rows of the vocabulary that it does not have.
+    `whole`: weights, optimizer and state; else the weights only, and `state` is returned. `new`: rows of the vocabulary
+    that the checkpoint lacks. Raises ValueError if it holds another model, Damaged if it is damaged.
     """
     manifest = folders.read_manifest(folder)
     folders.check_model(manifest, dataclasses.asdict(engine.config.model), folder, grows=bool(new))
@@ -139,7 +141,7 @@ def load(engine: Engine, folder: Path, state: State, whole: bool, new: range = r
 
 
 def load_base(engine: Engine, base: Path) -> None:
-    """Fill the weights that LoRA's factors stand beside, from a checkpoint or a Hugging Face folder."""
+    """Fill the frozen weights under LoRA factors from a checkpoint or a Hugging Face folder."""
     if is_hf(base):
         fill(engine.base(), engine.shards, open_folder(base))
     else:

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.parameters import global_name
 from megalite.engine.batches import Microbatch
 from megalite.model.context import Context
@@ -67,7 +67,7 @@ class Stage:
     mask; the same on every rank.
     """
 
-    config: Config
+    config: Resolved
     mesh: Mesh
     models: dict[int, Decoder]
     parameters: dict[str, nn.Parameter]
@@ -145,7 +145,7 @@ class Stage:
         return {name: float(torch.stack([each[name] for each in results]).double().sum()) for name in self.sums}
 
 
-def stage_costs(config: Config) -> Costs:
+def stage_costs(config: Resolved) -> Costs:
     """How long a stage's forward takes beside an average one's, for the schedule."""
     m, seq_len = config.model, config.train.seq_len
     head = head_flops(m) / layer_flops(m, seq_len)
@@ -155,7 +155,7 @@ def stage_costs(config: Config) -> Costs:
 
 
 def build_stage(
-    config: Config,
+    config: Resolved,
     world: World,
     value: Callable[[str, tuple[int, ...]], Tensor] | None = None,
     head: str = "next-token",

@@ -23,11 +23,11 @@ from megalite.checkpoint.save import write_whole
 from megalite.config import Config, TrainConfig, resolve, to_yaml
 from megalite.config.shapes import family_of, projections, shapes
 from megalite.config.trained import adapted, adapter_shapes
+from megalite.config.values import shown
 from megalite.exchange.adapter_config import FILE, read_settings, require_targets, tune_config
 from megalite.exchange.base import is_hf, name_of
 from megalite.exchange.convert import FRESH, keep_beside, write_run
-from megalite.exchange.hf_fields import plain
-from megalite.exchange.hf_folder import open_folder, read_header, require_new
+from megalite.exchange.hf_folder import open_folder, read_tensors, require_new
 from megalite.exchange.merge import find_adapter, open_merged
 from megalite.model.names import FAMILIES, names_there
 
@@ -101,7 +101,7 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
     known, expected = _peft_names(config), adapter_shapes(config)
     for name in sorted(set(factors) ^ set(known.values())):
         why = f"has no place beside {base}" if name in factors else "is missing, though another layer has it"
-        raise ValueError(f"{source}: tensor {plain(name)} {why}; every layer needs factors beside the same linears")
+        raise ValueError(f"{source}: tensor {shown(name)} {why}; every layer needs factors beside the same linears")
     require_targets(settings, map(_module_of, factors), map(_module_of, every.values()))
     for ours, theirs in known.items():
         if tuple(factors[theirs].shape) != expected[ours]:
@@ -146,7 +146,7 @@ def _config_beside(base: Path, run_dir: Path) -> Config:
 def _read_factors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise ValueError(f"{file}: no such file; save the adapter again as safetensors")
-    read_header(file)
+    read_tensors(file)
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:

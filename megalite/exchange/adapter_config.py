@@ -14,8 +14,9 @@ from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
 from megalite.config import TuneConfig
+from megalite.config.values import shown
 from megalite.exchange.hf_config import ARCHITECTURES
-from megalite.exchange.hf_fields import Fields, plain, read_json
+from megalite.exchange.hf_fields import Fields, read_json
 
 FILE = "adapter_config.json"
 # beginnings that leave the base as it was. pissa, olora, loftq, corda and lora_ga put other weights in its place, and
@@ -90,7 +91,7 @@ def require_targets(fields: Fields, held: Iterable[str], modules: Iterable[str])
         if _is_targeted(fields, module) != (module in held):
             rest = f"{module}, whose factors the file has" if module in held else f"more: the file has none of {module}"
             word = "does not name" if module in held else "names"
-            raise fields.refuse("target_modules", f"{word} {plain(rest)}; save the adapter again with peft")
+            raise fields.refuse("target_modules", f"{word} {shown(rest)}; save the adapter again with peft")
 
 
 def _is_targeted(fields: Fields, module: str) -> bool:

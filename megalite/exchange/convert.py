@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megalite.checkpoint.contents import is_adapter
+from megalite.checkpoint.contents import config_of, is_adapter
+from megalite.checkpoint.dtypes import from_torch, to_torch
 from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
-from megalite.config import Config, ModelConfig, TrainConfig, from_mapping, resolve, to_yaml
-from megalite.config.read import read_yaml_file
+from megalite.config import Config, ModelConfig, TrainConfig, resolve, to_yaml
+from megalite.config.dtypes import DTYPES
 from megalite.config.shapes import shapes
 from megalite.data.origin import tokenizer_of_run
 from megalite.exchange.hf_export import export
@@ -31,8 +32,6 @@ from megalite.plan.counts import parameters
 from megalite.text.tokenizer_files import copy_files
 from megalite.watch.progress import Bar
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # the counters of a run that has not begun
 FRESH = dataclasses.asdict(State())
 
@@ -49,7 +48,7 @@ def from_hf_folder(source: Path, target: Path, dtype: str | None = None) -> Path
         target,
         folder.model,
         lambda name: read_whole(folder, name),
-        dict.fromkeys(stored, DTYPES[dtype]) if dtype else stored,
+        dict.fromkeys(stored, to_torch(DTYPES[dtype])) if dtype else stored,
         context=folder.context,
         beside=source,
     )
@@ -71,7 +70,7 @@ def write_run(
     its name when it is whole.
     """
     require_new(target, "target")
-    train = TrainConfig(run_dir=str(target), seq_len=context, dtype=NAMES[next(iter(dtypes.values()))])
+    train = TrainConfig(run_dir=str(target), seq_len=context, dtype=from_torch(next(iter(dtypes.values()))).name)
     config = resolve(Config(model=dataclasses.replace(model, from_hf=None), train=train), 1)
     with new_folder(target) as building, Bar("converting", parameters(config.model)) as bar:
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -119,17 +118,10 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
     if is_adapter(manifest):
         config, get, dtype_of = open_merged(step)
     else:
-        config = saved_config(step)
+        config = config_of(manifest)
         get, dtype_of = read_base(step)
-        for name, shape in shapes(config.model).items():
-            entry = manifest["tensors"].get(f"weight.{name}", {"shape": None})
-            if entry["shape"] != list(shape):
-                raise ValueError(
-                    f"{step}: weight.{name} is {entry['shape'] or 'missing'}, config.yaml's model needs {list(shape)}; "
-                    f"it is a checkpoint of another model"
-                )
     stored = {name: dtype_of(name) for name in shapes(config.model)}
-    dtypes = dict.fromkeys(stored, DTYPES[dtype]) if dtype else stored
+    dtypes = dict.fromkeys(stored, to_torch(DTYPES[dtype])) if dtype else stored
     carried, template = run_dir / "hf", run_dir / "chat_template.jinja"
     with Bar("converting", parameters(config.model)) as bar:
         return export(
@@ -152,9 +144,3 @@ def _counted(get: Callable[[str], Tensor], bar: Bar) -> Callable[[str], Tensor]:
         return values
 
     return counted
-
-
-def saved_config(step: Path) -> Config:
-    """The configuration of the run that a checkpoint belongs to; ValueError where it is not beside it."""
-    path = step.parent.parent / "config.yaml"
-    return from_mapping(read_yaml_file(path), str(path))

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.config import ConfigError, ModelConfig, Request
+from megalite.config import ConfigError, ModelConfig, Request, ResolvedModel
 from megalite.config.shapes import family_of, rows_of, with_family
 from megalite.exchange.hf_fields import LARGEST, Fields
 from megalite.exchange.hf_rope import read_rope, write_rope
@@ -53,7 +53,7 @@ MOST_LAYERS = 10_000
 TRAINING = frozenset({"init_std", "dropout", "attention_dropout"})
 
 
-def read_model(config: Mapping[str, Any], where: str) -> ModelConfig:
+def read_model(config: Mapping[str, Any], where: str) -> ResolvedModel:
     """The model that a config.json describes, resolved. ValueError for what megalite does not compute."""
     fields = Fields(config, where)
     family = fields.word("model_type")
@@ -66,7 +66,7 @@ def read_model(config: Mapping[str, Any], where: str) -> ModelConfig:
     return _gpt2(fields) if family == "gpt2" else _llama(fields, family)
 
 
-def _llama(fields: Fields, family: str) -> ModelConfig:
+def _llama(fields: Fields, family: str) -> ResolvedModel:
     hidden, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
     layers = fields.whole("num_hidden_layers", high=MOST_LAYERS)
     if family == "llama" and hidden % heads:
@@ -85,7 +85,7 @@ def _llama(fields: Fields, family: str) -> ModelConfig:
     if bias != mlp_bias:
         key, other = ("attention_bias", "mlp_bias") if bias else ("mlp_bias", "attention_bias")
         raise fields.refuse(key, f"without {other} is not supported; a model has both or neither")
-    return ModelConfig(
+    return ResolvedModel(
         vocab_size=fields.whole("vocab_size"),
         hidden_size=hidden,
         num_layers=layers,
@@ -139,7 +139,7 @@ def _refuse_window(fields: Fields, family: str) -> None:
         raise fields.refuse("sliding_window", f"is not supported for {family}; use null")
 
 
-def _gpt2(fields: Fields) -> ModelConfig:
+def _gpt2(fields: Fields) -> ResolvedModel:
     values = dict(fields.values)
     for alias, key in GPT2_ALIASES.items():
         if alias in values and values.setdefault(key, values[alias]) != values[alias]:
@@ -154,7 +154,7 @@ def _gpt2(fields: Fields) -> ModelConfig:
     )
     if dropout != embedding:
         raise fields.refuse("embd_pdrop", f"beside resid_pdrop={dropout} is not supported; make them equal", embedding)
-    return ModelConfig(
+    return ResolvedModel(
         vocab_size=fields.whole("vocab_size"),
         hidden_size=hidden,
         num_layers=fields.whole("n_layer", high=MOST_LAYERS),

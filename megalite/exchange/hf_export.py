@@ -7,29 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.dtypes import from_torch
 from megalite.checkpoint.publish import new_folder
+from megalite.checkpoint.safetensors_file import make_header
 from megalite.config import ModelConfig
 from megalite.config.shapes import shapes
 from megalite.exchange.hf_config import differing, read_model, write_model
 from megalite.exchange.hf_fields import read_json
-from megalite.exchange.hf_folder import INDEX, ITEM_BYTES, SINGLE, carry, require_new
+from megalite.exchange.hf_folder import INDEX, SINGLE, carry, require_new
 from megalite.exchange.hf_tokenizer import write_tokenizer
-from megalite.exchange.hf_weights import DTYPES
 from megalite.model.layouts import to_hf
 from megalite.model.names import hf_shapes, names_there
 from megalite.text.chat import ChatTemplate, find_template, turn_ends
 from megalite.text.tokenizer import load_tokenizer
 from megalite.text.tokenizer_files import TEMPLATE, TEMPLATES
-
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def export(
@@ -61,7 +61,7 @@ def export(
             _put_template(template, building)
             _name_turn_end(building, config)
         spelled = "dtype" if "dtype" in config else "torch_dtype"
-        config[spelled] = str(next(iter(dtypes.values()))).removeprefix("torch.")
+        config[spelled] = from_torch(next(iter(dtypes.values()))).torch
         _write_json(building / "config.json", config)
         there = {other: dtypes[name] for name in shapes(model) for other in names_there(name, model)}
         _write_weights(building, model, get, there, shard_bytes)
@@ -122,7 +122,7 @@ def _write_weights(
     shards: list[list[str]] = [[]]
     filled = 0
     for name in shapes(model):
-        size = sum(_size(dtypes[there], hf[there]) for there in names_there(name, model))
+        size = sum(from_torch(dtypes[there]).bytes * math.prod(hf[there]) for there in names_there(name, model))
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -134,30 +134,15 @@ def _write_weights(
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         keys = [there for name in names for there in names_there(name, model)]
         with open(folder / file, "wb") as stream:
-            total += _write_header(stream, {key: (dtypes[key], hf[key]) for key in keys})
+            header, size = make_header({key: (from_torch(dtypes[key]), hf[key]) for key in keys})
+            stream.write(header)
+            total += size
             for name in names:
                 for values in to_hf(name, get(name), model).values():
                     stream.write(values.contiguous().view(torch.uint8).numpy().data)
         weight_map |= dict.fromkeys(keys, file)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel() * ITEM_BYTES[NAMES[dtype]]
-
-
-def _write_header(stream: BinaryIO, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    """A safetensors header (huggingface.co/docs/safetensors, "Format") for these tensors in turn; gives their bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, (dtype, shape) in tensors.items():
-        start, end = end, end + _size(dtype, shape)
-        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    return end
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

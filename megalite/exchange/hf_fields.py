@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megalite.config.values import shown
+
 LARGEST = 2**31 - 1
 _SHOWN = 80  # characters of a value in a message
 _NO_DEFAULT = object()
@@ -29,18 +31,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def shown(value: object) -> str:
-    """A value as a message has it: JSON, in one line and not long."""
+def as_json(value: object) -> str:
+    """A value for a message: JSON, in one line, at most 80 characters."""
     try:
         text = json.dumps(value, default=str)
     except (RecursionError, ValueError, TypeError):
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
-
-
-def plain(name: str) -> str:
-    """A name that a file gives, without the characters that would break a line."""
-    return shown(name)[1:-1]
 
 
 class Fields:
@@ -55,7 +52,7 @@ class Fields:
 
     def refuse(self, key: str, why: str, value: Any = _NO_DEFAULT) -> ValueError:
         value = self.values.get(key) if value is _NO_DEFAULT else value
-        return ValueError(f"{self.where}: {plain(key)}={shown(value)} {why}")
+        return ValueError(f"{self.where}: {shown(key)}={as_json(value)} {why}")
 
     def _value(self, key: str, kinds: tuple[type, ...], default: Any, null: Any) -> Any:
         value = self.values.get(key, _NO_DEFAULT)

@@ -6,7 +6,6 @@ pickle is never opened.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -14,17 +13,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megalite.config import ModelConfig
+from megalite.checkpoint.safetensors_file import UnknownDtype, read_header
+from megalite.config import ResolvedModel
+from megalite.config.dtypes import BY_CODE
 from megalite.config.parameters import Shape
 from megalite.config.shapes import family_of
+from megalite.config.values import shown
 from megalite.exchange.hf_config import read_model
-from megalite.exchange.hf_fields import Fields, plain, read_json, shown
+from megalite.exchange.hf_fields import Fields, as_json, read_json
 from megalite.model.names import FAMILIES, hf_shapes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-ITEM_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 # what a folder holds beside weights, and a copy of the model needs
 CARRIED = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
@@ -33,7 +33,6 @@ CARRIED = (
 )
 # buffers that old files store and no model reads
 BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")
-LARGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Stored:
 
     @property
     def size(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * BY_CODE[self.dtype].bytes
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,12 @@ class HFFolder:
     """`tensors`: by the names of `hf_shapes(model)`, all of them and no other. `context`: positions it was made for."""
 
     path: Path
-    model: ModelConfig
+    model: ResolvedModel
     context: int
     tensors: Mapping[str, Stored]
 
 
-def open_config(path: str | Path) -> tuple[ModelConfig, int]:
+def open_config(path: str | Path) -> tuple[ResolvedModel, int]:
     """The model of a folder by its config.json, and its context; ValueError for what is not there or not built."""
     folder = Path(path)
     if not folder.is_dir():
@@ -88,7 +87,7 @@ def open_folder(path: str | Path) -> HFFolder:
     model, context = open_config(path)
     found: dict[str, Stored] = {}
     for file in weight_files(folder):
-        for key, stored in read_header(file).items():
+        for key, stored in read_tensors(file).items():
             if key in found:
                 raise ValueError(
                     f"{file}: tensor {key} stands in {found[key].file.name} too; download the folder again"
@@ -126,7 +125,7 @@ def _compare(folder: Path, tensors: Mapping[str, Stored], expected: Mapping[str,
 
 
 def _few(names: list[str]) -> str:
-    names = [plain(name) for name in names]
+    names = [shown(name) for name in names]
     more = f" and {len(names) - 3} more are" if len(names) > 3 else " is" if len(names) == 1 else " are"
     return f"tensor{'s' * (len(names) > 1)} {', '.join(names[:3])}{more}"
 
@@ -147,7 +146,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
             raise ValueError(f"{index}: has no weight_map of tensor to file; download the file again")
         files = [_inside(folder, name) for name in sorted(set(named.values()))]
-        headers = {file.name: read_header(file) for file in files}
+        headers = {file.name: read_tensors(file) for file in files}
         lost = [key for key, name in named.items() if key not in headers[name]]
         if lost:
             raise ValueError(f"{index}: {_few(lost)} not in the file it names; download the folder again")
@@ -168,7 +167,7 @@ def _inside(folder: Path, name: str) -> Path:
     and shared model folders are made of links.
     """
     if name != Path(name).name or name in ("", ".", "..") or len(name.encode(errors="replace")) > 255:
-        raise ValueError(f"{folder}: {shown(name)} is not the plain name of a file in the folder; download it again")
+        raise ValueError(f"{folder}: {as_json(name)} is not the plain name of a file in the folder; download it again")
     file = folder / name
     if not file.is_file():
         gone = f"a link to {file.readlink()}, which is no file" if file.is_symlink() else "no such file"
@@ -176,64 +175,18 @@ def _inside(folder: Path, name: str) -> Path:
     return file
 
 
-def read_header(file: Path) -> dict[str, Stored]:
-    """Where each tensor of a safetensors file lies. ValueError where the file is cut short, damaged or quantised."""
+def read_tensors(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by key, without BUFFERS. Raises ValueError if it is damaged or quantised."""
     try:
         with open(file, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            text = stream.read(length) if size >= 8 and length <= min(size - 8, LARGEST_HEADER) else None
+            entries = read_header(stream, BUFFERS.fullmatch)
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror}); check its permissions") from None
-    if text is None:
-        raise ValueError(f"{file}: not a safetensors file, or cut short ({size} bytes); download it again")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{file}: damaged (its header is not JSON: {why}); download it again") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{file}: damaged (its header is no object of tensors); download it again")
-    header.pop("__metadata__", None)
-    for key, entry in header.items():
-        if not _is_entry(entry):
-            raise ValueError(
-                f"{file}: tensor {plain(key)} is described as {shown(entry)}, without a usable dtype, shape and "
-                f"data_offsets; download the file again"
-            )
-    return _entries(file, header, 8 + length, size)
-
-
-def _is_entry(entry: Any) -> bool:
-    """Whether it is a tensor's line in a safetensors header."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
-        return False
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
-        return False
-    return all(type(n) is int and 0 <= n < 2**63 for n in [*shape, *offsets]) and offsets[0] <= offsets[1]
-
-
-def _entries(file: Path, header: Mapping[str, Any], base: int, size: int) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
-    end = base
-    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        buffer = BUFFERS.fullmatch(key) is not None
-        if dtype not in ITEM_BYTES and not buffer:
-            raise ValueError(
-                f"{file}: tensor {plain(key)} is {plain(dtype)}; megalite reads {', '.join(ITEM_BYTES)}, not quantised "
-                f"weights"
-            )
-        stored = Stored(file, key, dtype, shape, base + start)
-        if base + start != end or not (buffer or stop - start == stored.size):
-            raise ValueError(f"{file}: tensor {plain(key)} does not lie where its header says; download it again")
-        if not buffer:
-            found[key] = stored
-        end = base + stop
-    if end != size:
-        raise ValueError(f"{file}: has {size} bytes, and its header says {end}; it is cut short, download it again")
-    return found
+    except UnknownDtype as error:
+        raise ValueError(f"{file}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; download it again") from None
+    return {key: Stored(file, key, entry.dtype, entry.shape, entry.start) for key, entry in entries.items()}
 
 
 def _drop_tied_copy(folder: Path, tensors: dict[str, Stored], embedding: str, prefix: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from megalite.text.encoding import Tokenizer
 from megalite.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
-from megalite.text.tokenizer_files import ADDED, CONFIG, MAP, copy_templates, read_object
+from megalite.text.tokenizer_files import ADDED, CONFIG, MAP, copy_templates, read_optional_json
 
 SPACE = "▁"
 # texts on which both have to agree: spaces, lines, digits, scripts, bytes without a piece
@@ -42,7 +42,7 @@ def write_tokenizer(
     transformers would cut text otherwise.
     """
     opened = load_tokenizer(source, tuple(add))
-    options = read_object(opened.path.with_name(CONFIG))
+    options = read_optional_json(opened.path.with_name(CONFIG))
     # tokenizer.json holds all tokens, and the strings of special ones are named below
     for key in [key for key in options if key.endswith(("_token", "_special_tokens", "_tokens_decoder"))]:
         if not isinstance(options[key], bool):

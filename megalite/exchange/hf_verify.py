@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.contents import config_of
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import load
-from megalite.exchange.convert import saved_config
 from megalite.exchange.hf_weights import nothing
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
@@ -57,7 +57,7 @@ def require_transformers() -> None:
 def verify(hf: Path, run: Path) -> Verdict:
     """Run both sides in fp32 on the same random token ids, one after the other, so that one model is in memory."""
     require_transformers()
-    vocabulary = saved_config(find(run)).model.vocab_size
+    vocabulary = config_of(read_manifest(find(run))).model.vocab_size
     tokens = torch.randint(vocabulary, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
     theirs = _transformers_logits(hf, tokens)
     ours = load_decoder(run)(tokens, Context(torch.arange(LENGTH).expand(SEQUENCES, -1)))
@@ -67,7 +67,8 @@ def verify(hf: Path, run: Path) -> Verdict:
 def load_decoder(run: Path) -> Decoder:
     """The whole model of a run folder or checkpoint on the CPU, in fp32, for evaluation."""
     step = find(run)
-    model = saved_config(step).model
+    manifest = read_manifest(step)
+    model = config_of(manifest).model
     with torch.device("meta"):
         decoder = Decoder(model, range(model.num_layers), kernel="torch")
     shards = materialise(
@@ -78,7 +79,7 @@ def load_decoder(run: Path) -> Decoder:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    load(step, read_manifest(step), shards, {"weight": dict(decoder.named_parameters())})
+    load(step, manifest, shards, {"weight": dict(decoder.named_parameters())})
     return decoder.eval()
 
 

@@ -8,12 +8,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megalite.checkpoint.dtypes import to_torch
+from megalite.config.dtypes import BY_CODE
 from megalite.exchange.hf_folder import HFFolder, Stored
 from megalite.model.layouts import from_hf
 from megalite.model.names import is_transposed, names_there
 from megalite.parallel.cuts import Shard
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def fill(parameters: Mapping[str, Tensor], shards: Mapping[str, Shard], folder: HFFolder) -> None:
@@ -59,7 +59,7 @@ def read_local(folder: HFFolder, name: str, shard: Shard) -> Tensor:
 
 def stored_dtype(folder: HFFolder, name: str) -> torch.dtype:
     """The dtype that holds all tensors a parameter is joined of."""
-    found = [DTYPES[folder.tensors[other].dtype] for other in names_there(name, folder.model)]
+    found = [to_torch(BY_CODE[folder.tensors[other].dtype]) for other in names_there(name, folder.model)]
     dtype = found[0]
     for other in found[1:]:
         dtype = torch.promote_types(dtype, other)

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalite.checkpoint.dtypes import to_torch
 from megalite.config import Config, ConfigError, ModelConfig, TrainConfig, check, resolve
+from megalite.config.dtypes import DTYPES
 from megalite.config.shapes import rows_of, shapes
-from megalite.exchange.convert import DTYPES, write_run
+from megalite.exchange.convert import write_run
 from megalite.exchange.megatron_args import Described, read_args
 from megalite.model.cut_table import shard_of
 
@@ -88,7 +90,7 @@ def from_megatron(source: Path, target: Path, allow_pickle: bool, dtype: str | N
         target,
         model,
         lambda name: _joined(name, found[name], whole[name], model, iteration),
-        {name: DTYPES[dtype] if dtype else found[name][0].dtype for name in whole},
+        {name: to_torch(DTYPES[dtype]) if dtype else found[name][0].dtype for name in whole},
         context=first.context,
     )
 
@@ -230,7 +232,11 @@ def _renamed(language_model: Any, first_layer: int, model: ModelConfig, where: P
                 place = f"{'encoder' if part == 'transformer' else part}.{module}".rstrip(".")
                 state[f"{there[place]}.{leaf}" if place in there else f"{part}.{key}"] = value
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dtype not in DTYPES.values() or value.layout != torch.strided:
+        if (
+            not isinstance(value, Tensor)
+            or value.dtype not in map(to_torch, DTYPES.values())
+            or value.layout != torch.strided
+        ):
             raise ValueError(f"{where}: {name} is no plain tensor of {', '.join(DTYPES)}; it is not supported")
     return state
 

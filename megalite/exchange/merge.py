@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.contents import config_of, is_adapter
+from megalite.checkpoint.dtypes import to_torch
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.config import Config
+from megalite.config.dtypes import BY_TORCH
 from megalite.config.shapes import Projection, projections
 from megalite.config.trained import adapted
 from megalite.exchange.base import base_of, is_hf
@@ -61,7 +63,7 @@ def read_base(base: Path) -> tuple[Get, Callable[[str], torch.dtype]]:
     manifest = read_manifest(base)
     return (
         lambda name: read_tensor(base, manifest, f"weight.{name}"),
-        lambda name: getattr(torch, manifest["tensors"][f"weight.{name}"]["dtype"]),
+        lambda name: to_torch(BY_TORCH[manifest["tensors"][f"weight.{name}"]["dtype"]]),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megalite.text.chat import ChatTemplate, control_pattern, find_template, turn_ends
-from megalite.text.controls import keep_text, unmark
+from megalite.text.chat import ChatTemplate, find_template, turn_ends
+from megalite.text.controls import controls_of, protect_controls, strip_marks
 from megalite.text.messages import Conversation, Message
 from megalite.text.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ class Chat:
     def __init__(self, tokenizer: Tokenizer, template: str | None, system: str | None = None) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(*find_template(template, tokenizer), tokenizer)
-        self._controls = control_pattern(tokenizer)
+        self._controls = controls_of(tokenizer)
         self.messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self.stops = turn_ends(self.template, tokenizer)
 
@@ -34,8 +34,8 @@ class Chat:
         """The token ids of `messages` and the start of the assistant's answer."""
         conversation = Conversation("messages", list(messages), [None] * len(messages))
         if self._controls is not None:
-            conversation, _, _ = keep_text(conversation, self._render, self.tokenizer, self._controls)
-        rendered = unmark(self._render(conversation))
+            conversation, _, _ = protect_controls(conversation, self._render, self.tokenizer, self._controls)
+        rendered = strip_marks(self._render(conversation))
         return self.tokenizer.encode_chat(rendered.text, rendered.ranges).ids
 
     def _render(self, conversation: Conversation) -> str:

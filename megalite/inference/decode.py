@@ -24,7 +24,7 @@ from megalite.inference.source import Source
 from megalite.model.attention import Attention
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
-from megalite.parallel.groups import Group, World
+from megalite.parallel.groups import World
 
 BLOCK = 256
 """Tokens by which a cache grows: copying it then costs little, and little of it is empty."""
@@ -160,15 +160,3 @@ def stream(stage: Stage, replies: Sequence[Reply], settings: Settings) -> Iterat
                 yield number, reply.push(token)
         if all(reply.ended for reply in replies):
             return
-
-
-def share_text(text: str | None, group: Group, device: torch.device) -> str | None:
-    """What rank 0 of the group has, on every rank of it: a text, or None."""
-    data = b"" if text is None else text.encode()
-    size = int(group.broadcast(torch.tensor([-1 if text is None else len(data)], device=device)))
-    if size <= 0:
-        return None if size < 0 else ""
-    raw = torch.zeros(size, dtype=torch.uint8, device=device)
-    if group.rank == 0:
-        raw.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    return bytes(group.broadcast(raw).tolist()).decode()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from megalite.inference.source import Source
-from megalite.text.rows import filled_lines, parse_json, text_fault
+from megalite.text.rows import nonblank_lines, parse_json, text_fault
 from megalite.text.tokenizer import Tokenizer
 
 R = TypeVar("R", "Question", "Cloze")
@@ -77,7 +77,7 @@ def read_clozes(path: str | Path) -> list[Cloze]:
 
 def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     where = ""
-    for where, raw in filled_lines(path):
+    for where, raw in nonblank_lines(path):
         try:
             row = parse_json(raw)
         except ValueError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megalite.checkpoint.contents import is_adapter
 from megalite.checkpoint.folder import find, read_manifest
-from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, Resolved, TrainConfig, check, resolve
 from megalite.config.check import valid_tp
 from megalite.data.origin import tokenizer_of_run
 from megalite.exchange.base import base_of
@@ -30,7 +30,7 @@ class Source:
     """
 
     weights: Path | HFFolder
-    config: Config
+    config: Resolved
     tokenizer: Tokenizer
     start: tuple[int, ...]
     stops: frozenset[int]
@@ -60,12 +60,9 @@ def open_source(
             f"it with the model's own tokenizer"
         )
     tp, pp = _layout(config.model, tp, pp, world_size)
-    config = dataclasses.replace(
-        config,
-        parallel=ParallelConfig(tp=tp, pp=pp, sp=False, timeout_s=timeout_s),
-        train=dataclasses.replace(config.train, device=device),
-    )
-    config = resolve(config, world_size)
+    parallel = ParallelConfig(tp=tp, pp=pp, sp=False, timeout_s=timeout_s)
+    train = dataclasses.replace(config.train, device=device)
+    config = resolve(Config(model=config.model, parallel=parallel, train=train), world_size)
     check(config, world_size)
     device_memory(device, world_size)  # raises if the GPU does not exist
     return dataclasses.replace(source, config=config)
@@ -92,7 +89,7 @@ def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
     end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     start = end if tokenizer.bos_id is None or not _begins(saved) else (*end, tokenizer.bos_id)
     limit = model.max_positions if model.position == "learned" else None
-    return Source(folder, Config(model=model, train=kept), tokenizer, start, frozenset(end), limit)
+    return Source(folder, resolve(Config(model=model, train=kept), 1), tokenizer, start, frozenset(end), limit)
 
 
 def _begins(saved: dict[str, Any]) -> bool:
@@ -115,7 +112,7 @@ def _of_folder(path: Path, dtype: str | None) -> Source:
         stops |= {each for each in (found if isinstance(found, list) else [found]) if isinstance(each, int)}
     stored = {tensor.dtype for tensor in folder.tensors.values()}
     one = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F64": "fp64"}[stored.pop()] if len(stored) == 1 else "fp32"
-    config = Config(model=folder.model, train=TrainConfig(dtype=dtype or one, seq_len=folder.context))
+    config = resolve(Config(model=folder.model, train=TrainConfig(dtype=dtype or one, seq_len=folder.context)), 1)
     return Source(folder, config, tokenizer, tokenizer.prefix, frozenset(stops), folder.context)
 
 

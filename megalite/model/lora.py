@@ -36,9 +36,10 @@ class Factors(nn.Module):
 
 
 def join(parts: Mapping[str, Tensor], rows: Mapping[str, int], head_dim: int) -> Tensor:
-    """What the projections `parts` {name: [..., rows[name]]} give, in the order of the fused linear; absent ones: 0.
+    """Outputs of the projections, `parts` {name: [..., rows[name]]}, in the row order of the fused linear.
 
-    `rows`: of all projections of the linear, in order. Query, key and value alternate by kv group, gate and up do not.
+    rows: output features of every projection of the linear, in order; one that is not in `parts` contributes zeros.
+    Query, key and value alternate by kv group, gate and up do not.
     """
     some = next(iter(parts.values()))
     whole = [parts[n] if n in parts else some.new_zeros((*some.shape[:-1], rows[n])) for n in rows]
@@ -49,7 +50,7 @@ def join(parts: Mapping[str, Tensor], rows: Mapping[str, int], head_dim: int) ->
 
 
 class LoraColumn(ColumnLinear):
-    """A frozen column-parallel linear and its factors; `rows`: what this rank has of each projection's outputs."""
+    """A frozen column-parallel linear and its factors; rows: this rank's output features of each projection."""
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class LoraRow(RowLinear):
 
     def product(self, x: Tensor, context: Context) -> Tensor:  # type: ignore[override]
         (pair,) = self.pairs.values()
-        # this rank has part of the features, so they take the place of rows, which a dropout can count from the whole's
+        # dropout numbers its second dimension from the whole tensor's start, and here it is the features that are cut
         dropped = self.dropout(x.transpose(1, 2), context).transpose(1, 2)
         return super().product(x, context) + F.linear(F.linear(dropped, pair.a) * self.scale, pair.b)
 
@@ -101,13 +102,13 @@ class LoraRow(RowLinear):
 
 
 def adapt(decoder: Decoder, config: Config, group: Group) -> None:
-    """Put factors beside the linears that tune.lora_targets names, in place.
+    """Replace the linears that tune.lora_targets names by linears with factors, in place.
 
     Call it on the cut model while its weights are on meta and whole.
     """
     m, t, sp = config.model, config.tune, config.parallel.sp
     assert m.head_dim is not None
-    # places of dropout after the model's own
+    # dropout sites are numbered after the model's own
     first_site = 3 * m.num_layers + 1
     linears = projections(m)
     for name, chosen in adapted(config).items():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from megalite.config import OptimConfig
+from megalite.config.resolved import ResolvedOptim
 
 
-def learning_rate(c: OptimConfig, samples: int) -> float:
+def learning_rate(c: ResolvedOptim, samples: int) -> float:
     """The learning rate of the step that starts after `samples` samples: linear warm-up, then optim.lr_schedule.
 
     cosine: half a period, without restarts (Loshchilov & Hutter 2017, SGDR). wsd (warm-up, stable, decay; Hu et al.
@@ -15,7 +15,6 @@ def learning_rate(c: OptimConfig, samples: int) -> float:
     proportional to sqrt(warmup_samples / samples) (Vaswani et al. 2017), at least min_lr. The first step after the last
     warm-up sample has the peak rate.
     """
-    assert c.decay_samples is not None
     if samples < c.warmup_samples:
         return c.lr * (samples + 1) / (c.warmup_samples + 1)
     if c.lr_schedule == "constant":

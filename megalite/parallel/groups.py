@@ -85,14 +85,18 @@ class Group:
         return out
 
 
-def share_text(group: Group, text: str, device: torch.device) -> str:
-    """The first text that is not empty, in group order, of those the ranks bring: at most 4000 bytes of it."""
-    raw = text.encode()[:4000]
-    rows = torch.zeros(4000, dtype=torch.uint8)
-    rows[: len(raw)] = torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8)[: len(raw)]
-    everybody = group.all_gather(rows.to(device)).cpu()
-    texts = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in everybody]
-    return next((t for t in texts if t), "")
+def share_text(group: Group, text: str | None, device: torch.device) -> str | None:
+    """The text of the first rank, in group order, that brings one; None if no rank does. Collective."""
+    raw = None if text is None else text.encode(errors="replace")
+    size = torch.tensor([-1 if raw is None else len(raw)], device=device)
+    sizes = group.all_gather(size).flatten().tolist()
+    source = next((rank for rank, length in enumerate(sizes) if length >= 0), None)
+    if source is None or not sizes[source]:
+        return None if source is None else ""
+    shared = torch.zeros(sizes[source], dtype=torch.uint8, device=device)
+    if group.rank == source and raw is not None:
+        shared.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
+    return bytes(group.broadcast(shared, source).tolist()).decode()
 
 
 def sum_numbers(group: Group, values: Mapping[str, float], device: torch.device) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Linears split over the tp ranks. With embeddings and cross entropy (vocab.py) the only modules that know of a group.
+"""Linears split over the tp ranks. Only these modules and those of vocab.py communicate within a group.
 
 A linear is three products: the forward's, the input gradient's, and the weight gradient's, which a schedule may defer
 (`linear`; Qi et al. 2023, "Zero Bubble Pipeline Parallelism"). The engine uses it at every tp, one included.
@@ -57,7 +57,7 @@ def _start_scatter_sequence(x: Tensor, group: Group) -> tuple[Tensor, Pending]:
 
 
 def _start_reduce_input(grad_x: Tensor, group: Group, sp: bool) -> tuple[Tensor, Pending]:
-    """Begin summing what each rank's columns give for the input: [b, s, h], or this rank's [b, s/tp, h] under sp."""
+    """Begin summing the input gradients of all ranks' columns: [b, s, h], or this rank's [b, s/tp, h] under sp."""
     return _start_scatter_sequence(grad_x, group) if sp else (grad_x, group.start_all_reduce(grad_x))
 
 
@@ -169,7 +169,7 @@ class ColumnLinear(nn.Module):
 
 
 class _ColumnInput(torch.autograd.Function):
-    """What goes into a column-parallel linear, whole on every rank; backward sums what each rank makes of it."""
+    """The whole input of a column-parallel linear on every rank; backward sums the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, sp: bool) -> Tensor:
@@ -185,7 +185,7 @@ class _ColumnInput(torch.autograd.Function):
 
 
 def column_input(x: Tensor, group: Group, sp: bool) -> Tensor:
-    """x [b, s, in] (or this rank's [b, s/tp, in] under sp), as [b, s, in] for each rank to make its columns of."""
+    """x [b, s, in], or this rank's [b, s/tp, in] under sp -> [b, s, in], the input of this rank's columns."""
     out: Tensor = _ColumnInput.apply(x, group, sp)
     return out
 

@@ -49,7 +49,7 @@ class SequenceEmbedding(nn.Module):
 class _VocabCrossEntropy(torch.autograd.Function):
     """-log softmax(logits)[label] with the vocabulary cut over the group; the logits are never gathered nor changed.
 
-    `uniform`: what of each label goes to every token of the true vocabulary; `share`: what of it stays.
+    share: weight of the label itself; uniform: weight of each token of the true vocabulary (label smoothing).
     """
 
     @staticmethod
@@ -84,9 +84,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
 
 class VocabCrossEntropy(nn.Module):
-    """Cross entropy on logits [b, s, vocab/tp] of a cut head; gives Σ mask · ce, the same on every tp rank.
+    """Σ mask · ce over logits [b, s, vocab/tp] of a cut head, a scalar that is the same on every tp rank.
 
-    `label_smoothing` as in the plain model's: over the true vocabulary, in training.
+    label_smoothing: as in the plain model, over the vocabulary without padding and in training only.
     """
 
     def __init__(self, group: Group, shard: Shard, label_smoothing: float = 0.0) -> None:

@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from megalite.config import Config, ConfigError, resolve
+from megalite.config import Config, ConfigError, Resolved, check, reopen, resolve
 from megalite.config.check import valid_tp
 from megalite.config.pipeline_rules import pipeline_fault
 from megalite.plan.costs import GIB, Memory, memory, rank_memory
@@ -23,6 +24,7 @@ from megalite.plan.hardware import gpu_gib
 # of a GPU's memory, what a plan may use: fragmentation and other processes take the rest
 USABLE = 0.94
 NODE = 8  # ranks of a node, where a plan for other hardware does not say
+C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def available_memory() -> int:
     return total
 
 
-def _layouts(config: Config, ranks: int, local: int) -> Iterator[Config]:
+def _layouts(config: Config, ranks: int, local: int) -> Iterator[Resolved]:
     """`config`, resolved, at every tp x pp that obeys the rules where it leaves them open."""
     m, p, t = config.model, config.parallel, config.train
     # how long the learning rate decays is no matter of memory, and slow to find out for a long ramp
@@ -101,9 +103,10 @@ def _layouts(config: Config, ranks: int, local: int) -> Iterator[Config]:
             dp, left = divmod(ranks, tp * pp * p.cp)
             if left or p.dp not in (None, dp) or t.global_batch_size % (t.micro_batch_size * dp):
                 continue
-            layout = dataclasses.replace(config, parallel=dataclasses.replace(p, tp=tp, pp=pp, dp=dp))
+            parallel = dataclasses.replace(p, tp=tp, pp=pp, dp=dp)
+            layout = resolve(dataclasses.replace(config, parallel=parallel), ranks)
             if not pipeline_fault(layout):
-                yield resolve(layout, ranks)
+                yield layout
 
 
 def choose_topology(config: Config, machine: Machine, explicit: frozenset[str]) -> tuple[Config, str]:
@@ -132,14 +135,24 @@ def choose_topology(config: Config, machine: Machine, explicit: frozenset[str]) 
         return dataclasses.replace(config, parallel=one), "no topology divides"
     fitting = [f for f in found if f[0].total <= machine.free]
     if fitting:
-        need, chosen = min(fitting, key=lambda f: ((f[1].tp or 1) * (f[1].pp or 1), -(f[1].tp or 1)))
+        need, chosen = min(fitting, key=lambda f: (f[1].tp * f[1].pp, -f[1].tp))
         why = f"the smallest that fits: {need.total / GIB:.1f} of {machine.free / GIB:.1f} GiB per rank"
     else:
         _, chosen = min(found, key=lambda f: f[0].total)
         why = "none fits; this one needs the least memory"
-    tp, pp = chosen.tp or 1, chosen.pp or 1
-    config = dataclasses.replace(config, parallel=dataclasses.replace(p, tp=tp, pp=pp))
-    return config, _topology(tp, pp, ranks, why)
+    config = dataclasses.replace(config, parallel=dataclasses.replace(p, tp=chosen.tp, pp=chosen.pp))
+    return config, _topology(chosen.tp, chosen.pp, ranks, why)
+
+
+def lay_out(config: Config, machine: Machine, explicit: frozenset[str]) -> tuple[Resolved, str]:
+    """`config` laid out on `machine`, resolved and checked, and a line that says why its tp and pp were chosen.
+
+    `explicit`: the keys that the user has set. Raises ConfigError if it cannot run there, whatever its memory.
+    """
+    config, why = choose_topology(config, machine, explicit)
+    resolved = resolve(config, machine.ranks)
+    check(resolved, machine.ranks)
+    return resolved, why
 
 
 def _topology(tp: int, pp: int, ranks: int, why: str) -> str:
@@ -150,7 +163,7 @@ def _ranks(count: int) -> str:
     return "1 rank" if count == 1 else f"{count} ranks"
 
 
-def check_memory(config: Config, machine: Machine, first_try: bool = False) -> Memory:
+def check_memory(config: Resolved, machine: Machine, first_try: bool = False) -> Memory:
     """The need of a resolved configuration; ConfigError with the bytes by kind, and what would fit, if it is too much.
 
     `first_try`: the user has asked for nothing yet, and any model will do.
@@ -168,12 +181,12 @@ def check_memory(config: Config, machine: Machine, first_try: bool = False) -> M
     )
 
 
-def _remedies(config: Config, machine: Machine, need: Memory) -> list[str]:
+def _remedies(config: Resolved, machine: Machine, need: Memory) -> list[str]:
     """What would make it fit: keys that do alone, else together, then other hardware."""
     p, t = config.parallel, config.train
     changes = {
         "parallel.recompute=full": p.recompute != "full",
-        "parallel.zero=1": p.zero == 0 and (p.dp or 1) > 1,
+        "parallel.zero=1": p.zero == 0 and p.dp > 1,
         "train.micro_batch_size=1": t.micro_batch_size > 1,
         "tune.mode=lora": config.tune.mode == "full" and bool(config.checkpoint.load or config.model.from_hf),
     }
@@ -182,10 +195,10 @@ def _remedies(config: Config, machine: Machine, need: Memory) -> list[str]:
     if not fits and len(useful) > 1 and memory(_changed(config, *useful), machine.device).total <= machine.free:
         fits = [" ".join(useful)]
     # the longest sequence that fits, and other cuts of the model over the same ranks, or more of them
-    lengths = (t.seq_len >> k for k in range(1, 4) if (t.seq_len >> k) % (p.tp or 1) == 0 and t.seq_len >> k >= 512)
+    lengths = (t.seq_len >> k for k in range(1, 4) if (t.seq_len >> k) % p.tp == 0 and t.seq_len >> k >= 512)
     shorter = (f"train.seq_len={n}" for n in lengths)
     fits += [c for c in shorter if memory(_changed(config, c), machine.device).total <= machine.free][:1]
-    free = dataclasses.replace(config, parallel=dataclasses.replace(p, tp=None, pp=None, dp=None, stages=None))
+    free = reopen(config, "parallel.tp", "parallel.pp", "parallel.dp", "parallel.stages")
     for ranks, keys in itertools.product((machine.ranks << k for k in range(12)), ([], useful)):
         least = min(
             _layouts(_changed(free, *keys), ranks, max(NODE, machine.local)),
@@ -202,7 +215,7 @@ def _remedies(config: Config, machine: Machine, need: Memory) -> list[str]:
     ]
 
 
-def _changed(config: Config, *changes: str) -> Config:
+def _changed(config: C, *changes: str) -> C:
     for change in changes:
         key, value = change.split("=")
         section, name = key.split(".")
@@ -211,10 +224,10 @@ def _changed(config: Config, *changes: str) -> Config:
     return config
 
 
-def memory_table(config: Config, machine: Machine) -> str:
+def memory_table(config: Resolved, machine: Machine) -> str:
     """The bytes of each rank by kind, a line for stages that are alike, and whether they fit."""
     p, rows = config.parallel, []
-    width = (p.tp or 1) * (p.dp or 1) * p.cp
+    width = p.tp * p.dp * p.cp
     needs = rank_memory(config, machine.device)
     start = 0
     for stage in range(1, len(needs) + 1):

@@ -19,7 +19,7 @@ from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config
 from megalite.launch.peers import Peers
 from megalite.launch.place import Place
-from megalite.run.resume import PROBE
+from megalite.run.run_folder import PROBE
 
 # files up to this size are read whole, larger ones in 64 samples
 WHOLE_BYTES = 1 << 26

@@ -54,7 +54,7 @@ def locate(engine: Engine, microbatches: Sequence[Microbatch], dataset: Samples,
     looks += [partial(_gradients, engine)]
     for look in looks:
         # the first rank of the earliest stage
-        if found := share_text(engine.mesh.world, look(), engine.mesh.device):
+        if found := share_text(engine.mesh.world, look() or None, engine.mesh.device):
             return found
     return "no rank finds it in its weights, losses or gradients: an overflow in a sum over ranks"
 

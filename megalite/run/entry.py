@@ -1,12 +1,11 @@
-"""What the scripts in examples/ call: command line to finished run, every mistake told in one line.
+"""What the scripts in examples/ call: from a command line to a finished run. docs/design.md has the way in a table.
 
-All that can be wrong without torch is looked for before torch is imported.
+Whatever can be wrong without torch is checked before torch is imported, and each mistake is reported in one line.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import logging
 import os
 import sys
@@ -17,18 +16,18 @@ from pathlib import Path
 
 from megalite.checkpoint import lock
 from megalite.checkpoint.folder import read_manifest
-from megalite.config import Config, ConfigError, Request, check, parse_command_line, resolve, to_yaml
-from megalite.config.batch import total_samples
+from megalite.config import ConfigError, Request, Resolved, to_yaml
+from megalite.data.origin import with_its_tokenizer
 from megalite.exchange.hf_folder import find_tokenizer
-from megalite.exchange.hf_keys import check_hf, context_warning, with_hf
-from megalite.pipeline.forecast import bubble
-from megalite.plan import counts, topology
-from megalite.plan.costs import stage_layers
+from megalite.exchange.hf_keys import check_hf, context_warning
+from megalite.plan import counts
+from megalite.plan.describe import describe
+from megalite.plan.topology import Machine, check_memory, lay_out, other_machine, this_machine
 from megalite.run.agree import Report, report
-from megalite.run.loaded import settle, with_loaded, with_template
+from megalite.run.command import understand
+from megalite.run.length import with_curve, with_epochs
 from megalite.run.objective import Objective, objective_of
-from megalite.run.request import apart, one_length, with_added_tokens, with_data_tokenizer, with_tokenizer
-from megalite.run.resume import resume_from, take_run_folder, with_curve, with_epochs
+from megalite.run.resume import resume_from, take_run_folder
 from megalite.run.together import (
     HERE,
     LOCAL_RANKS,
@@ -55,51 +54,33 @@ def say(text: str) -> None:
 
 
 def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, objective: Objective | None = None) -> int:
-    """Run `examples/pretrain_7b.py`, or the script of another objective; returns the exit status.
+    """Run `examples/pretrain_7b.py`, or the script of another objective. Returns the exit status.
 
-    objective: what the script trains for. None: what the configuration names data for. corpus: what the preset tiny
-    learns from by default.
+    objective: what the script trains for; None: the one that applies to the configuration. corpus: the folder of text
+    that the preset tiny learns from by default.
     """
     tuning = objective is not None and objective.starts_trained
     hear_signals()
-    # which kernel and which reader were chosen is said once, by one rank
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
-    logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
+    log_choices()
     try:
-        request = understand(argv, default_preset, tuning)
+        request = understand(argv, default_preset, tuning, say)
         machine = machine_of(request)
-        config, why = configure(request, machine)
+        config, why = lay_out(request.config, machine, request.explicit)
         if request.print_config:
             say(to_yaml(config).rstrip())
             return 0
         introduce(request, config, why)
         if request.dry_run:
-            say(to_yaml(config) + describe(config, machine))
-        first_try = not request.preset_named and not request.explicit and request.hardware is None
-        topology.check_memory(config, machine, first_try)
-        if request.dry_run:
-            if RANK == 0 and request.hardware is None:
-                look_at_data(config, request)
-            return 0
-        check_threads(config)
-        if RANK == 0:
-            lock.require_free(Path(config.train.run_dir))
-        if config.log.tensorboard:
-            require_tensorboard()
-        require_peers()
-        config = with_corpus(config, corpus, request, tuning)
+            return show_plan(request, config, machine)
+        check_memory(config, machine, first_try(request))
+        check_this_machine(config)
+        config = with_demo_data(request, config, corpus, tuning)
         objective = objective or objective_of(config)
-        config = with_data_tokenizer(config, say)
-        data = objective.open_data(config, RANK == 0)
+        config, data = open_sets(config, objective, scan=RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
         config = with_curve(config, request, say)
         resume = resume_from(config, say)
-        if resume is not None and read_manifest(resume)["step"] >= config.train.steps and not config.train.eval_only:
-            say(
-                f"{config.train.run_dir} is complete: step {read_manifest(resume)['step']} of {config.train.steps}; "
-                f"raise train.steps to go on, or choose another train.run_dir"
-                + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
-            )
+        if resume is not None and is_complete(config, resume):
             return 0 if WORLD_SIZE == 1 else complete_together(config, resume)
         if tuning and resume is None and not (config.checkpoint.load or config.model.from_hf):
             say("note: neither checkpoint.load nor model.from_hf is set: training starts from fresh weights")
@@ -112,21 +93,27 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, objectiv
     return run(config, objective, data, resume, mine)
 
 
-def understand(argv: Sequence[str], default_preset: str, tuning: bool) -> Request:
-    """The request of a command line, filled in from the files, folders and runs that it names."""
-    request = parse_command_line(argv, default_preset=default_preset, prog=Path(sys.argv[0]).name)
-    tell = (lambda text: None) if request.print_config else say
-    request = one_length(settle(request, tell))
-    if tuning:
-        request = apart(request)
-    request = with_hf(with_loaded(request, tuning, tell))
-    if tuning:
-        request = with_template(with_tokenizer(request, tell), tell)
-    return with_added_tokens(request)
+def log_choices() -> None:
+    """Print which kernel and which reader of data were chosen, on one rank."""
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.WARNING)
+    logging.getLogger("megalite").setLevel(logging.INFO if RANK == 0 else logging.WARNING)
 
 
-def introduce(request: Request, config: Config, why: str) -> None:
-    """Say what is trained, how it is laid out, and what the user may want to know before it starts."""
+def machine_of(request: Request) -> Machine:
+    """The machine of this run, or with world= and gpu= the one to plan for."""
+    device, asked = request.config.train.device, request.hardware
+    if asked is None:
+        return this_machine(device, WORLD_SIZE, LOCAL_RANKS)
+    return other_machine(device, asked.world or WORLD_SIZE, asked.per_node, asked.gpu)
+
+
+def first_try(request: Request) -> bool:
+    """Whether the user has asked for nothing in particular."""
+    return not request.preset_named and not request.explicit and request.hardware is None
+
+
+def introduce(request: Request, config: Resolved, why: str) -> None:
+    """Print what is trained, how it is laid out, and what the user may want to know before it starts."""
     if HERE.note:
         say(HERE.note)
     name = request.preset or "model" if config.model.from_hf is None else Path(config.model.from_hf).name
@@ -139,109 +126,67 @@ def introduce(request: Request, config: Config, why: str) -> None:
         say(warning)
 
 
-def machine_of(request: Request) -> topology.Machine:
-    """What the run, or with world= and gpu= the plan, has."""
-    device, asked = request.config.train.device, request.hardware
-    if asked is None:
-        return topology.this_machine(device, WORLD_SIZE, LOCAL_RANKS)
-    return topology.other_machine(device, asked.world or WORLD_SIZE, asked.per_node, asked.gpu)
+def show_plan(request: Request, config: Resolved, machine: Machine) -> int:
+    """Print configuration and plan for --dry-run, and check memory and data. Returns the exit status."""
+    say(to_yaml(config) + describe(config, machine))
+    check_memory(config, machine, first_try(request))
+    if RANK == 0 and request.hardware is None and (config.data.path is not None or config.data.sft is not None):
+        with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
+            data = dataclasses.replace(config.data, cache_dir=scratch)
+            config, opened = open_sets(dataclasses.replace(config, data=data), objective_of(config), scan=True)
+            say(f"data: {opened.fingerprint}; one epoch is {len(opened.train)} samples")
+            with_epochs(config, request, len(opened.train), WORLD_SIZE, say)
+    return 0
 
 
-def configure(request: Request, machine: topology.Machine | None = None) -> tuple[Config, str]:
-    """The resolved and checked configuration for `machine`, else for this one, and how its topology was chosen."""
-    machine = machine or machine_of(request)
-    config, why = topology.choose_topology(request.config, machine, request.explicit)
-    config = resolve(config, machine.ranks)
-    check(config, machine.ranks)
-    return config, why
-
-
-def check_threads(config: Config) -> None:
-    """ConfigError for more threads than this machine can have use of: each costs memory, and a place in its table."""
+def check_this_machine(config: Resolved) -> None:
+    """Raise ConfigError if this rank cannot run here: threads, run folder, TensorBoard, other ranks."""
     threads, cores = config.train.threads, os.cpu_count() or 1
+    # each thread costs memory, and an entry in the machine's table of processes
     if threads > max(16, cores):
         raise ConfigError(
             f"train.threads={threads} of each rank on a machine of {cores} cores; use train.threads="
             f"{max(1, cores // LOCAL_RANKS)} or less, or 0 to share the cores among the ranks"
         )
+    if RANK == 0:
+        lock.require_free(Path(config.train.run_dir))
+    if config.log.tensorboard:
+        require_tensorboard()
+    require_peers()
 
 
-def describe(config: Config, machine: topology.Machine) -> str:
-    """The plan in a few lines: stages, batch, memory, work."""
-    p, t = config.parallel, config.train
-    ranks, layers = p.pp or 1, stage_layers(config)
-    # a rank with several stages holds every ranks-th of them
-    stages = ", ".join("+".join(f"{len(r)}" for r in layers[rank::ranks]) for rank in range(ranks))
-    microbatches = t.global_batch_size // (t.micro_batch_size * (p.dp or 1))
-    tokens = t.global_batch_size * t.seq_len
-    flops = counts.run_flops(config)
-    # how many steps an epoch has is not known before the data are read
-    length = f"{total_samples(config) * t.seq_len / 1e6:.1f}e6 tokens" if t.epochs is None else f"{t.epochs:g} epochs"
-    return (
-        f"plan:\n"
-        f"  mesh: pp {ranks} x dp {p.dp} x cp {p.cp} x tp {p.tp}, sequence parallel {'on' if p.sp else 'off'}\n"
-        f"  layers by {'stage' if p.chunks == 1 else 'rank and stage'}: {stages}; {p.schedule}, {microbatches} "
-        f"microbatches, bubble {bubble(p.schedule, ranks, microbatches, p.chunks):.1%}\n"
-        f"{topology.memory_table(config, machine)}\n"
-        f"  work: {flops / 1e9:.2f} GFLOP per token, {flops * tokens / 1e12:.2f} TFLOP per step, "
-        f"{length} in all"
-    )
-
-
-def look_at_data(config: Config, request: Request) -> None:
-    """Open and check the data that is named, as a run does; what is made of it is thrown away. ValueError as there."""
-    if config.data.path is None and config.data.sft is None:
-        return
-    with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
-        config = with_data_tokenizer(config, say)
-        elsewhere = dataclasses.replace(config, data=dataclasses.replace(config.data, cache_dir=scratch))
-        data = objective_of(config).open_data(elsewhere, True)
-        say(f"data: {data.fingerprint}; one epoch is {len(data.train)} samples")
-        with_epochs(config, request, len(data.train), WORLD_SIZE, say)
-
-
-def with_corpus(config: Config, corpus: Path, request: Request, tuning: bool = False) -> Config:
-    """For the preset tiny without data: the committed corpus, or with `tuning` questions on it; prepared once."""
+def with_demo_data(request: Request, config: Resolved, corpus: Path, tuning: bool) -> Resolved:
+    """`config` with the data that the preset tiny has if the user names none."""
     chosen = config.data.path is not None or config.data.sft is not None or config.model.from_hf is not None
-    if chosen or request.preset != "tiny":
+    if request.preset != "tiny" or chosen:
         return config
-    from megalite.data.corpus import prepare
-    from megalite.data.questions import prepare_questions
+    from megalite.data.demo import demo_data
 
-    cache = Path(config.data.cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "w") as lock:
-        # the first rank to come prepares, the others find it done
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        found = prepare(corpus, cache, config.model.vocab_size)
-        questions = prepare_questions(corpus, cache) if tuning else None
-    if questions is not None:
-        template = config.data.template or "plain"
-        data = dataclasses.replace(
-            config.data, sft=str(questions.train), tokenizer=str(found.tokenizer), template=template
-        )
-        return dataclasses.replace(config, data=data)
-    data = dataclasses.replace(
-        config.data,
-        path=str(found.train),
-        valid=config.data.valid or {name: str(prefix) for name, prefix in found.heldout.items()},
-        tokenizer=str(found.tokenizer),
-    )
+    data = demo_data(config.data, corpus, config.model.vocab_size, tuning)
     return dataclasses.replace(config, data=data)
 
 
-def export(config: Config) -> None:
-    """Write the finished run as a Hugging Face folder. One rank does it, after the last collective."""
-    from megalite.exchange.convert import to_hf_folder
-
-    assert config.train.export_hf is not None
-    if RANK == 0:
-        target = to_hf_folder(Path(config.train.run_dir), Path(config.train.export_hf))
-        say(f"exported {target}" + ("" if find_tokenizer(target) else ", without a tokenizer: none lies with the run"))
+def open_sets(config: Resolved, objective: Objective, scan: bool) -> tuple[Resolved, DataSets]:
+    """The data of the run, opened and checked, and `config` with their tokenizer. Raises ValueError."""
+    config = dataclasses.replace(config, data=with_its_tokenizer(config.data, Path(config.train.run_dir), say))
+    return config, objective.open_data(config, scan)
 
 
-def run(config: Config, objective: Objective, data: DataSets, resume: Path | None, mine: Report | None) -> int:
-    """Train, and export what was learned if that is asked for; gives the exit status."""
+def is_complete(config: Resolved, resume: Path) -> bool:
+    """Whether the run to continue has no step left; prints what the user can do."""
+    step = read_manifest(resume)["step"]
+    if step < config.train.steps or config.train.eval_only:
+        return False
+    say(
+        f"{config.train.run_dir} is complete: step {step} of {config.train.steps}; "
+        f"raise train.steps to go on, or choose another train.run_dir"
+        + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
+    )
+    return True
+
+
+def run(config: Resolved, objective: Objective, data: DataSets, resume: Path | None, mine: Report | None) -> int:
+    """Train, then export if train.export_hf is set. Returns the exit status. `mine`: the report to the other ranks."""
     done = False
 
     def main(world: World) -> None:
@@ -255,9 +200,17 @@ def run(config: Config, objective: Objective, data: DataSets, resume: Path | Non
     finally:
         if RANK == 0:
             lock.release(Path(config.train.run_dir))
-    if status == 0 and done and config.train.export_hf is not None:
+    if status == 0 and done and RANK == 0 and config.train.export_hf is not None:
         try:
-            export(config)
+            export(Path(config.train.run_dir), Path(config.train.export_hf))
         except (ValueError, OSError) as error:
             return print_error(describe_error(error))
     return status
+
+
+def export(run_dir: Path, target: Path) -> None:
+    """Write the finished run as a Hugging Face folder, on one rank after the last collective."""
+    from megalite.exchange.convert import to_hf_folder
+
+    folder = to_hf_folder(run_dir, target)
+    say(f"exported {folder}" + ("" if find_tokenizer(folder) else ", without a tokenizer: none lies with the run"))

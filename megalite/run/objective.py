@@ -5,13 +5,14 @@ No torch here: a command reads its row, and the data that the row opens, before 
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megalite.config import Config
-from megalite.data.pretraining import open_stream
-from megalite.data.sets import DataSets
-from megalite.data.tuning import open_conversations
+
+if typing.TYPE_CHECKING:
+    from megalite.data.sets import DataSets
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,19 @@ class Objective:
 def mean_loss(sums: Mapping[str, float]) -> dict[str, float]:
     """`loss`: nats per trained token, of Σ weight · loss and Σ weight of the tokens."""
     return {"loss": sums["loss"] / sums["tokens"]}
+
+
+# The two below import late: most mistakes on a command line are reported before the modules of data have loaded.
+def open_stream(config: Config, scan: bool) -> DataSets:
+    from megalite.data import pretraining
+
+    return pretraining.open_stream(config, scan)
+
+
+def open_conversations(config: Config, scan: bool) -> DataSets:
+    from megalite.data import tuning
+
+    return tuning.open_conversations(config, scan)
 
 
 PRETRAINING = Objective(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.state import State
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.batch import batch_size, is_skipped
 from megalite.data.dataset import Samples
 from megalite.engine.batches import Microbatch, load_microbatches
@@ -61,10 +61,12 @@ def train_step(
     """
     c = engine.config
     rate = learning_rate(c.optim, state.consumed_samples)
-    samples = range(state.consumed_samples, state.consumed_samples + batch_size(c, state.consumed_samples))
+    samples = range(
+        state.consumed_samples, state.consumed_samples + batch_size(c.train, c.parallel.dp, state.consumed_samples)
+    )
     microbatches: list[Microbatch] = []
     sums, squares = dict.fromkeys(engine.sums, 0.0), 0.0
-    if not is_skipped(c, samples):
+    if not is_skipped(c.train, samples):
         microbatches = load_microbatches(dataset, samples, c, engine.mesh)
         sums = engine.forward_backward(microbatches, state.loss_scale)
         squares = engine.gradient_squares()
@@ -109,7 +111,7 @@ def _why_skipped(loaded: bool, tokens: float, norm: float, loss_scale: float) ->
     return "" if math.isfinite(norm) else f"skipped: gradients overflow at scale {loss_scale:g}"
 
 
-def _why_diverged(c: Config, state: State, loss: float | None, norm: float, rate: float) -> str:
+def _why_diverged(c: Resolved, state: State, loss: float | None, norm: float, rate: float) -> str:
     fp16, finite = c.train.dtype == "fp16", math.isfinite(norm)
     if (loss is None or math.isfinite(loss)) and (finite or fp16):
         # fp16 gradients may overflow, as long as the loss scale can be lowered

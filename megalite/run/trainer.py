@@ -11,7 +11,7 @@ from typing import NoReturn
 from megalite.checkpoint import folder as folders
 from megalite.checkpoint.publish import remove_leftovers
 from megalite.checkpoint.state import State
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.errors import TrainingError
 from megalite.data.sets import DataSets
 from megalite.engine.engine import Engine, build
@@ -41,7 +41,7 @@ class Run:
     `failure`: what the disk refused, if that is to end the run.
     """
 
-    config: Config
+    config: Resolved
     objective: Objective
     engine: Engine
     data: DataSets
@@ -55,7 +55,7 @@ class Run:
     spikes: Spikes = field(default_factory=Spikes)
 
 
-def train(config: Config, objective: Objective, data: DataSets, world: World, resume: Path | None) -> State:
+def train(config: Resolved, objective: Objective, data: DataSets, world: World, resume: Path | None) -> State:
     """Train on a resolved, checked configuration until its last step or a stop; under train.eval_only only evaluate.
 
     data: what the objective opened. resume: the checkpoint to resume from, the same on every rank. Raises TrainingError
@@ -95,7 +95,9 @@ def train(config: Config, objective: Objective, data: DataSets, world: World, re
     return run.state
 
 
-def _start(config: Config, objective: Objective, data: DataSets, world: World, resume: Path | None, stop: Stop) -> Run:
+def _start(
+    config: Resolved, objective: Objective, data: DataSets, world: World, resume: Path | None, stop: Stop
+) -> Run:
     run_dir, first = Path(config.train.run_dir), world.rank == 0
     engine = build(config, world, first_values(config), objective.head)
     progress = Progress(first, config.train.steps, config.log.interval)

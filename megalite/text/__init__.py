@@ -1,1 +1,1 @@
-"""Text: rows of files, tokenizers, conversations and chat templates."""
+"""Rows of files, tokenizers, conversations and chat templates. No torch."""

@@ -1,8 +1,8 @@
-"""Control strings in what people write: found before a template renders it, and kept from becoming control tokens.
+"""Keeps control strings that users type into messages from becoming control tokens.
 
-Whoever writes <|im_end|> into a message must not end its turn. The string is encoded as ordinary pieces and the text
-stays as it is; where a template looks into the message, so that marks in it would change what is rendered, a zero-width
-space behind the first character breaks the string up.
+A user who types <|im_end|> must not end the turn. The string is encoded as ordinary pieces and the text is unchanged.
+If the template reads the message, so that marks in it would change the output, a zero-width space after the string's
+first character breaks it up instead.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 from megalite.text.encoding import Range, Tokenizer
 from megalite.text.messages import Conversation, Message, RowError
 
-# before and behind a control string that is text, while a template renders it; no text may hold them
+# around a typed control string while a template renders it; no text may contain them
 BEGIN, END = "\ufdd2", "\ufdd3"
 
-# where control strings stand in a text
+# text -> ranges of its control strings
 Find = Callable[[str], Sequence[Range]]
 
 
 class Controls:
-    """The control strings of a tokenizer. `answers` finds those that an assistant's message may not hold.
+    """The control strings of a tokenizer.
 
-    It may hold tags in pairs, <think> and </think>: they are what such a model is meant to say.
+    `find` returns all of those in a text; `find_in_answer` leaves out paired tags such as <think> and </think>, which
+    the assistant is meant to write.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -39,40 +40,43 @@ class Controls:
         }
         self._tags |= {"</" + text[1:] for text in self._tags}
 
-    def answers(self, text: str) -> Sequence[Range]:
+    def find_in_answer(self, text: str) -> Sequence[Range]:
         return [found for found in self.find(text) if text[slice(*found)] not in self._tags]
 
     def escape(self, conversation: Conversation, begin: str, end: str, after: int) -> tuple[Conversation, int]:
-        """The conversation with `begin` put `after` characters into each control string and `end` behind it; how many.
+        """Return the conversation with the control strings in its messages and tools escaped, and their number.
 
-        The strings are those in messages and tools.
+        `begin` is inserted `after` characters into each string, `end` after it.
         """
         count = 0
         messages: list[Message] = []
         for message in conversation.messages:
-            find = self.answers if message["role"] == "assistant" else self.find
-            done, found = escape_controls(message, find, begin, end, after)
-            messages.append(done)
+            find = self.find_in_answer if message["role"] == "assistant" else self.find
+            escaped, found = escape_controls(message, find, begin, end, after)
+            messages.append(escaped)
             count += found
         tools, found = escape_controls(conversation.tools, self.find, begin, end, after)
         return replace(conversation, messages=messages, tools=tools), count + found
 
 
-def control_pattern(tokenizer: Tokenizer) -> Controls | None:
-    """What finds the control strings of a tokenizer; None where it has none."""
+def controls_of(tokenizer: Tokenizer) -> Controls | None:
+    """The control strings of a tokenizer, or None if it has none."""
     return Controls(tokenizer) if tokenizer.controls else None
 
 
 def escape_controls(value: Any, find: Find, begin: str = "\u200b", end: str = "", after: int = 1) -> tuple[Any, int]:
-    """`value`, text or nested lists and mappings of it, with `begin` put `after` characters into each string found and
-    `end` behind it; and how many. A zero-width space, the default, leaves it the same for readers."""
+    """Return `value`, text or nested lists and mappings of text, with its control strings escaped, and their number.
+
+    `begin` is inserted `after` characters into each string, `end` after it. The default, a zero-width space, is
+    invisible to readers.
+    """
     if isinstance(value, str):
-        done, at = "", 0
+        escaped, at = "", 0
         ranges = find(value)
         for start, stop in ranges:
-            done += value[at : start + after] + begin + value[start + after : stop] + end
+            escaped += value[at : start + after] + begin + value[start + after : stop] + end
             at = stop
-        return done + value[at:], len(ranges)
+        return escaped + value[at:], len(ranges)
     if isinstance(value, (list, tuple)):
         items = [escape_controls(item, find, begin, end, after) for item in value]
         return [item for item, _ in items], sum(count for _, count in items)
@@ -82,25 +86,26 @@ def escape_controls(value: Any, find: Find, begin: str = "\u200b", end: str = ""
     return value, 0
 
 
-def keep_text(
+def protect_controls(
     conversation: Conversation, render: Callable[[Conversation], str], tokenizer: Tokenizer, controls: Controls
 ) -> tuple[Conversation, int, int]:
-    """The conversation to render so that control strings in it stay text, how many, and how many had to be changed.
+    """Return a conversation whose control strings render as text, their number, and how many had to be changed.
 
-    They stand between marks, see `unmark`, or where that would change what the template writes are broken up.
+    The strings are put between marks, which `strip_marks` removes after rendering. If marks would change the rendered
+    text, the strings are broken up instead.
     """
     marked, found = controls.escape(conversation, BEGIN, END, 0)
     if not found:
         return conversation, 0, 0
     text = render(conversation)
     try:
-        there = unmark(render(marked))
+        stripped = strip_marks(render(marked))
     except RowError:
-        there = unmark("")
-    if there.text == text:
-        encoding, numbers = tokenizer.encode_chat(text, there.ranges), set(tokenizer.controls.values())
+        stripped = strip_marks("")
+    if stripped.text == text:
+        encoding, numbers = tokenizer.encode_chat(text, stripped.ranges), set(tokenizer.controls.values())
         if not any(
-            token in numbers and any(start < b and a < stop for a, b in there.ranges)
+            token in numbers and any(start < b and a < stop for a, b in stripped.ranges)
             for token, (start, stop) in zip(encoding.ids, encoding.spans)
         ):
             return marked, found, 0
@@ -109,22 +114,23 @@ def keep_text(
 
 
 @dataclass(frozen=True)
-class Unmarked:
-    """A text without its marks, and the ranges that stood between them; `at` gives a position with marks without."""
+class Stripped:
+    """A text without marks. `ranges`: the text that was between them. `marks`: their positions in the marked text."""
 
     text: str
     ranges: list[Range]
     marks: list[int]
 
     def at(self, position: int) -> int:
+        """Convert a position in the marked text to one in `text`."""
         return position - bisect_left(self.marks, position)
 
 
-def unmark(text: str) -> Unmarked:
-    """RowError where a mark stands alone: a template tore a pair apart, or it was in the text before."""
+def strip_marks(text: str) -> Stripped:
+    """Remove the marks of `protect_controls`. Raises RowError if they are not in pairs."""
     marks = [found.start() for found in re.finditer(f"[{BEGIN}{END}]", text)]
     if [text[mark] for mark in marks] != [BEGIN, END] * (len(marks) // 2):
-        raise RowError("a message holds U+FDD2 or U+FDD3, which Unicode reserves for programs; remove it")
+        raise RowError("a message contains U+FDD2 or U+FDD3, which Unicode reserves for programs; remove it")
     places = [mark - number for number, mark in enumerate(marks)]
     clean = re.sub(f"[{BEGIN}{END}]", "", text)
-    return Unmarked(clean, list(zip(places[::2], places[1::2])), marks)
+    return Stripped(clean, list(zip(places[::2], places[1::2])), marks)

@@ -1,6 +1,6 @@
-"""Instruction data in the formats people have it in, as one: a list of messages with roles.
+"""Reads instruction data in its common formats and converts each row to a list of messages with roles.
 
-Told apart by their keys, row by row: `messages` (OpenAI, TRL), `conversations` (ShareGPT), `instruction` (Alpaca),
+The keys of a row determine its format: `messages` (OpenAI, TRL), `conversations` (ShareGPT), `instruction` (Alpaca),
 `prompt` with `completion`.
 """
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalite.text.messages import RESERVED, Conversation, Message, RowError, conversation, kind_of, parse
-from megalite.text.rows import DEEPEST, NotJSONError, filled_lines, parse_json, text_fault
+from megalite.text.messages import RESERVED, Conversation, Message, RowError, conversation, parse
+from megalite.text.rows import DEEPEST, NotJSONError, json_type, nonblank_lines, parse_json, text_fault
 
-# ShareGPT's names of them
+# ShareGPT's names of roles
 SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -28,14 +28,17 @@ SPEAKERS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file: `where` is file:line; `value` is what JSON or Parquet gave, or why it gave nothing."""
+    """One row of a file: `where` is file:line; `value` is the decoded row, or the error that decoding it raised."""
 
     where: str
     value: Any | RowError
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a .jsonl or .json file (lines, or one array) or a .parquet file, in order."""
+    """Yield the rows of a .jsonl or .json file (lines, or one array) or a .parquet file, in order.
+
+    Raises ValueError if the file cannot be read; a damaged row is a Row whose value is a RowError.
+    """
     file = Path(path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "no such file"
@@ -45,17 +48,17 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     elif file.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{file}: unknown suffix {file.suffix!r}; instruction data is .jsonl, .json or .parquet")
     elif _is_array(file):
-        found = _json(file.read_bytes(), deepest=None)  # the rows are looked at one by one
-        if isinstance(found, RowError):
-            raise ValueError(f"{file}: {found}; it begins with '[', so all of it has to be one JSON array")
-        yield from (Row(f"{file}:row {number}", value) for number, value in enumerate(found, start=1))
+        rows = _json(file.read_bytes(), deepest=None)  # `normalise` checks the depth of each row
+        if isinstance(rows, RowError):
+            raise ValueError(f"{file}: {rows}; it starts with '[', so the whole file must be one JSON array")
+        yield from (Row(f"{file}:row {number}", value) for number, value in enumerate(rows, start=1))
     else:
-        yield from (Row(line.where, _json(line.raw)) for line in filled_lines(file))
+        yield from (Row(line.where, _json(line.raw)) for line in nonblank_lines(file))
 
 
 def _is_array(file: Path) -> bool:
-    """Whether a file is one JSON array; a .jsonl whose first row is an array by mistake is not."""
-    first = next(filled_lines(file), None)
+    """Whether a file is one JSON array. A .jsonl file whose first row is an array by mistake is not."""
+    first = next(nonblank_lines(file), None)
     if first is None or not first.raw.lstrip().startswith(b"["):
         return False
     try:
@@ -90,7 +93,7 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 
 
 def _values(batch: Any) -> list[Any]:
-    """The rows of a batch; those whose text is not UTF-8 as RowErrors."""
+    """The rows of a batch; a row whose text is not UTF-8 becomes a RowError."""
     try:
         return list(batch.to_pylist())
     except UnicodeDecodeError as error:
@@ -100,7 +103,7 @@ def _values(batch: Any) -> list[Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Arrow gives every object the keys of all rows: a null is a key that this one does not have."""
+    """Remove nulls: Arrow adds the keys of all rows to every object, so a null is a missing key."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -109,11 +112,11 @@ def _without_nulls(value: Any) -> Any:
 
 
 def normalise(row: Any) -> Conversation:
-    """The conversation of one row; RowError says how the row is wrong."""
+    """Convert one decoded row to a conversation. Raises RowError if the row is malformed."""
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
-        raise RowError(f"is {kind_of(row)}, expected an object")
+        raise RowError(f"is {json_type(row)}, expected an object")
     _check_text(row, "row", 0)
     for key, read in READERS.items():
         if row.get(key) is not None:
@@ -121,25 +124,25 @@ def normalise(row: Any) -> Conversation:
             break
     else:
         keys = ", ".join(map(repr, list(row)[:8])) or "none"
-        raise RowError(f"has none of the keys {', '.join(READERS)} that tell a format; its keys are {keys}")
+        raise RowError(f"has none of the keys {', '.join(READERS)} of the known formats; its keys are {keys}")
     if not found.messages:
-        raise RowError("holds no message")
-    # JSON that stood in a string is read only now
+        raise RowError("has no messages")
+    # JSON inside strings has been decoded since the first check
     _check_text([message.get("tool_calls") for message in found.messages], "a tool call", 0)
     _check_text(found.tools, "'tools'", 0)
     if not any(message["role"] == "assistant" for message in found.messages):
-        raise RowError("has no message of the assistant: there is nothing to train on")
+        raise RowError("has no assistant message, so there is nothing to train on")
     return found
 
 
 def _check_text(value: Any, name: str, depth: int) -> None:
     if depth > DEEPEST:
-        raise RowError(f"{name} is nested more than {DEEPEST} deep")
+        raise RowError(f"{name} is nested more than {DEEPEST} levels deep")
     if isinstance(value, str):
         if fault := text_fault(value):
             raise RowError(f"{name} {fault}")
         if found := RESERVED.search(value):
-            raise RowError(f"{name} holds U+{ord(found[0]):04X}, which Unicode reserves for programs; remove it")
+            raise RowError(f"{name} contains U+{ord(found[0]):04X}, which Unicode reserves for programs; remove it")
     elif isinstance(value, dict):
         for key, item in value.items():
             _check_text(key, f"a key of {name}", depth + 1)
@@ -154,52 +157,51 @@ def _text(row: dict[str, Any], key: str, default: str | None = None) -> str:
     if value is None and default is not None:
         return default
     if not isinstance(value, str):
-        raise RowError(f"{key!r} is " + (f"{kind_of(value)}, expected text" if key in row else "missing"))
+        raise RowError(f"{key!r} is " + (f"{json_type(value)}, expected text" if key in row else "missing"))
     return value
 
 
 def _list(row: dict[str, Any], key: str) -> list[Any]:
     value = row.get(key)
     if not isinstance(value, list):
-        raise RowError(f"{key!r} is " + (f"{kind_of(value)}, expected a list" if key in row else "missing"))
+        raise RowError(f"{key!r} is " + (f"{json_type(value)}, expected a list" if key in row else "missing"))
     return value
 
 
 def _tools(row: dict[str, Any]) -> list[Any] | None:
-    """The row's JSON schemas: `tools`, or OpenAI's older `functions`."""
+    """The JSON schemas of a row: `tools`, or OpenAI's older `functions`."""
     key = "functions" if row.get("tools") is None else "tools"
     tools = row.get(key)
     if isinstance(tools, str):
         tools = parse(tools, f"{key!r}") if tools.strip() else None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowError(f"{key!r} is {kind_of(tools)}, expected a list of JSON schemas")
+        raise RowError(f"{key!r} is {json_type(tools)}, expected a list of JSON schemas")
     if tools and key == "functions":
         tools = [{"type": "function", "function": tool} for tool in tools]
     return tools or None
 
 
 def _messages(row: dict[str, Any]) -> Conversation:
-    given = _list(row, "messages")
-    return conversation("messages", _with_system(row, given), _tools(row))
+    return conversation("messages", _with_system(row, _list(row, "messages")), _tools(row))
 
 
-def _with_system(row: dict[str, Any], given: list[Any]) -> list[Any]:
-    """Messages behind the system text that stands beside them in the row."""
+def _with_system(row: dict[str, Any], messages: list[Any]) -> list[Any]:
+    """Prepend the row's `system` text to its messages."""
     system = _text(row, "system", "")
     if not system:
-        return given
-    if any(isinstance(message, dict) and message.get("role", message.get("from")) == "system" for message in given):
+        return messages
+    if any(isinstance(message, dict) and message.get("role", message.get("from")) == "system" for message in messages):
         raise RowError("has 'system' and also a message of role system; keep one of them")
-    return [{"role": "system", "content": system}, *given]
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _sharegpt(row: dict[str, Any]) -> Conversation:
     messages = []
     for number, turn in enumerate(_list(row, "conversations"), start=1):
         if not isinstance(turn, dict):
-            raise RowError(f"message {number} is {kind_of(turn)}, expected an object with from and value")
+            raise RowError(f"message {number} is {json_type(turn)}, expected an object with from and value")
         if "role" in turn and "from" not in turn:
-            messages.append(turn)  # some name the list conversations and write it as messages
+            messages.append(turn)  # some data sets put OpenAI messages into `conversations`
             continue
         speaker = turn.get("from")
         if not isinstance(speaker, str) or speaker not in SPEAKERS:
@@ -223,12 +225,12 @@ def _alpaca(row: dict[str, Any]) -> Conversation:
         messages.append({"role": "system", "content": system})
     for number, turn in enumerate(_list(row, "history") if row.get("history") else [], start=1):
         if not (isinstance(turn, list) and len(turn) == 2):
-            raise RowError(f"turn {number} of its history is no pair of an instruction and an answer")
+            raise RowError(f"turn {number} of 'history' is not a pair of an instruction and an answer")
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    instruction, given = _text(row, "instruction"), _text(row, "input", "")
-    question: Message = {"role": "user", "content": "\n".join(filter(None, (instruction, given)))}
-    if given:  # apart as well: Alpaca's own prompt has a place for each
-        question |= {"instruction": instruction, "input": given}
+    instruction, extra = _text(row, "instruction"), _text(row, "input", "")
+    question: Message = {"role": "user", "content": "\n".join(filter(None, (instruction, extra)))}
+    if extra:  # Alpaca's own prompt shows the two separately
+        question |= {"instruction": instruction, "input": extra}
     messages += [question, {"role": "assistant", "content": _text(row, "output")}]
     return conversation("Alpaca", messages, None)
 

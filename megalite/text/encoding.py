@@ -1,4 +1,4 @@
-"""What every tokenizer can do, whatever file it comes from."""
+"""The interface of tokenizers: ids, character ranges, control strings, decoding of a stream of ids."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-# Stands before a control string that a template wrote where the same string may also stand in the text as text.
-# Unicode reserves it for programs, so no text holds it.
+# Precedes the control strings of a template, where the text may also contain the same strings as ordinary text.
+# A Unicode noncharacter, so no text contains it.
 ALIAS = "\ufdd2"
 Range = tuple[int, int]
 
 
 class Encoding(NamedTuple):
-    """Ids, and the characters [start, stop) that each stands for; the bytes of one character share its range."""
+    """Token ids, and the characters [start, stop) of each; bytes of one character share its range."""
 
     ids: list[int]
     spans: list[Range]
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back; never adds special tokens by itself.
+    """Converts text to token ids and back; never adds special tokens.
 
-    `vocab_size` is one more than the largest id; `eos_id`, `bos_id`, `pad_id` are None where absent. `controls`: ids by
-    the strings that a chat template writes to begin and end turns (see `is_control`). `named`: the strings of special
-    tokens as templates know them, by names as eos_token. `templates`: chat templates beside the file, by name.
-    `prefix`: what a Hugging Face folder has its own library put before every text, as <s>; `encode` does not. `folds`:
-    whether text that does not hold a control string may become its token, for it is normalised first.
+    `vocab_size`: one more than the largest id. `eos_id`, `bos_id`, `pad_id`: None if absent. `controls`: ids by control
+    string, the strings with which chat templates begin and end turns (see `is_control`). `named`: strings of special
+    tokens by their names in templates, such as eos_token. `templates`: chat templates of the folder, by name.
+    `prefix`: ids that transformers puts before every text, such as <s>; `encode` does not. `folds`: whether text is
+    normalised first, so that other strings may become control tokens too.
     """
 
     path: Path
@@ -46,22 +46,22 @@ class Tokenizer(ABC):
     template_file: str
     prefix: tuple[int, ...]
     folds: bool
-    # what the files beside the tokenizer's own change about it, as text
+    # what the other files of the folder change about the tokenizer, as text
     changes: str
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`."""
+        """Return the ids of `text`."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text."""
+        """Return the ids of each text."""
 
     def encode_chat(self, text: str, plain: Sequence[Range] = ()) -> Encoding:
-        """The ids of a rendered chat with their characters: control strings in it, as `</s>`, are control tokens.
+        """Encode a rendered chat: its control strings, such as `</s>`, become control tokens.
 
-        Not those in the ranges `plain`: they are text, cut as a tokenizer without these tokens would cut it. Behind a
-        control string sentencepiece puts no space of its own: a template writes the one it wants.
+        Those in the ranges `plain` are text and are split as by a tokenizer without control tokens. sentencepiece adds
+        no space after a control string, because the template writes its own.
         """
         if not plain:
             return self._encode_chat(text, False)
@@ -81,16 +81,16 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_chat(self, text: str, aliased: bool) -> Encoding:
-        """As encode_chat; `aliased`: a control string counts only behind ALIAS."""
+        """Implement encode_chat. If `aliased`, only control strings after ALIAS become control tokens."""
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
-        """Finds control strings, at each place the longest."""
+        """Matches control strings, the longest first."""
         longest_first = sorted(self.controls, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def find_controls(self, text: str) -> list[Range]:
-        """Where text would become control tokens, in order and apart from each other."""
+        """Return the ranges of text that would become control tokens, in order and without overlaps."""
         found = [match.span() for match in self.control_pattern.finditer(text)]
         if self.folds:
             ids, spans = self._encode_chat(text, False)
@@ -101,14 +101,17 @@ class Tokenizer(ABC):
         return sorted(found)
 
     def control_string(self, token: int | None) -> str | None:
-        """The string that stands for a control token."""
+        """Return the string of a control token, or None if it is not one."""
         return next((text for text, found in self.controls.items() if found == token), None)
 
     @abstractmethod
     def _decode(self, ids: list[int]) -> str: ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens left out; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of `ids` without special tokens; invalid UTF-8 becomes U+FFFD.
+
+        Raises ValueError for ids outside the vocabulary.
+        """
         known = list(ids)
         for token in known:
             if not 0 <= token < self.vocab_size:
@@ -120,15 +123,15 @@ class Tokenizer(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of the tokenizer file, and of what the files beside it change; hexadecimal."""
+        """sha256 of the tokenizer file and of what the other files of its folder change; hexadecimal."""
         return hashlib.sha256(self.path.read_bytes() + self.changes.encode()).hexdigest()
 
 
 def is_control(content: str, special: bool, named: Iterable[str]) -> bool:
-    """Whether a token that is found in text before anything else can speak for a template.
+    """Whether an added token can begin or end turns in a template.
 
-    All special tokens can, and others that look like marks: punctuation at both ends and a letter or digit between, as
-    <|im_end|> or [/INST]. Runs of spaces and words that were added to the vocabulary are ordinary text.
+    True for special tokens, and for others that look like tags: punctuation at both ends and a letter or digit between,
+    such as <|im_end|> or [/INST]. Added runs of spaces and added words are ordinary text.
     """
     if special or content in named:
         return True
@@ -137,28 +140,28 @@ def is_control(content: str, special: bool, named: Iterable[str]) -> bool:
 
 
 def describe_changes(*changes: object) -> str:
-    """`changes` as text, and "" where there is none."""
+    """Return `changes` as JSON, or "" if all are empty."""
     return json.dumps(changes, ensure_ascii=False) if any(changes) else ""
 
 
 class StreamDecoder:
-    """Text piece by piece as ids arrive; an unfinished UTF-8 character is held back until its bytes are there.
+    """Decodes ids as they arrive; an incomplete UTF-8 character is held back until its bytes are complete.
 
-    The pieces joined are `decode` of all ids, as it reads after the ids of `before`.
+    The concatenated pieces equal `decode` of all ids when they follow the ids `before`.
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        # The last finished group is decoded again with the new ids: alone, a piece may lose its leading space.
+        # The last complete group is decoded again with new ids, because a lone piece may lose its leading space.
         self._context, self._pending = list(before), list[int]()
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, "" in the middle of a character."""
+        """Return the text that `token` completes, "" inside a character."""
         self._pending.append(token)
         return "" if (text := self._text()).endswith("\ufffd") else self._take(text)
 
     def finish(self) -> str:
-        """What was held back; bytes that no character came of are U+FFFD."""
+        """Return the text still held back; incomplete bytes become U+FFFD."""
         return self._take(self._text()) if self._pending else ""
 
     def _text(self) -> str:

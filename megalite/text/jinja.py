@@ -1,7 +1,7 @@
-"""Jinja as Hugging Face's chat templates expect it, in a sandbox and within limits of work and size.
+"""Jinja with Hugging Face's extensions for chat templates, in a sandbox with limits on work and size.
 
-The sandbox keeps a template from reaching Python, not from running for ever or building a text that fills the memory.
-Both are stopped here by counting, so that it is the same row on every machine, in every thread.
+Jinja's sandbox keeps a template away from Python, but does not stop endless loops or huge texts. The limits here count
+steps instead of time, so that they stop the same row on every machine and in every thread.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-# around what the assistant says, by the generation tag
+# written around the body of a generation block
 OPEN, CLOSE = "\ufdd0", "\ufdd1"
-# work of one rendering: a round of a loop is one step, a call CALL of them; real templates take some hundreds a message
+# steps allowed for one rendering: a loop iteration costs 1, a call CALL; real templates need some hundreds per message
 STEPS, CALL = 2_000_000, 20
-# characters of one text, and elements of one list
+# allowed characters of one text, and elements of one list
 LARGEST = 1 << 24
-# methods, filters and functions that take the size of what they give
+# methods, filters and functions that have the size of their result as an argument
 WIDTHS: tuple[str, ...] = (
     "batch",
     "center",
@@ -35,11 +35,11 @@ WIDTHS += ("width", "wordwrap", "zfill")
 
 
 class LimitError(ValueError):
-    """A template that does more than any real one; of whatever row, so no row is skipped for it."""
+    """A template exceeded the limits. Ends the run even if bad rows are skipped, since the template is at fault."""
 
 
 class Template:
-    """A compiled template. ValueError with the line where it is no valid Jinja."""
+    """A compiled template. Raises ValueError with the line number if it is not valid Jinja."""
 
     def __init__(self, name: str, source: str) -> None:
         self._name, self._limits = name, Limits(name)
@@ -53,14 +53,16 @@ class Template:
             raise ValueError(f"chat template {name}, line {error.lineno}: {error.message}") from None
         except (RecursionError, SyntaxError, MemoryError, OverflowError) as error:
             raise ValueError(f"chat template {name} is nested too deeply ({error})") from None
-        # whether it has the generation tag
+        # whether the template has a generation tag
         self.marked = any(tree.find_all(jinja2.nodes.ExtensionAttribute))
 
     def render(self, now: datetime.datetime, marks: bool, scale: tuple[int, int], **names: Any) -> str:
-        """The text; jinja2.TemplateError or whatever an expression of it raises, LimitError beyond the limits.
+        """Render the template with the variables `names`.
 
-        `now`: of strftime_now. `marks`: OPEN and CLOSE around each generation block. `scale`: of how many messages and
-        characters; a template may compare each message with each.
+        now: the time for strftime_now. marks: whether to write OPEN and CLOSE around each generation block. scale: the
+        numbers of messages and characters, which raise the limits, as a template may compare all pairs of messages.
+
+        Raises LimitError beyond the limits, else jinja2.TemplateError or whatever an expression raises.
         """
         limits = self._limits
         limits.now, limits.marks = now, marks
@@ -75,7 +77,7 @@ class Template:
 
 
 class Limits:
-    """What one rendering has left, and what its globals depend on."""
+    """The remaining budget of one rendering, and the state of its globals."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -87,36 +89,36 @@ class Limits:
         self.left -= steps
         if self.left < 0:
             raise LimitError(
-                f"chat template {self.name}: stopped after {STEPS} steps of one rendering; it loops without an end, or "
-                f"almost; mend its loops"
+                f"chat template {self.name}: stopped after {STEPS} steps of one rendering; its loops never end or take "
+                f"far too long; fix them"
             )
 
     def counted(self, values: Iterable[Any]) -> Iterator[Any]:
-        """The same values, for a loop."""
+        """Yield `values` and count them, for loops."""
         for value in values:
             self.count()
             yield value
 
     def refuse_size(self) -> NoReturn:
         raise LimitError(
-            f"chat template {self.name}: stopped at a text or list of more than {self.largest} elements; mend what "
-            f"makes it so large"
+            f"chat template {self.name}: stopped at a text or list of more than {self.largest} elements; fix the "
+            f"expression that makes it"
         )
 
     def sized(self, value: Any) -> Any:
-        """`value`, if it is not too large."""
+        """Return `value`. Raises LimitError if it is too large."""
         if isinstance(value, (str, bytes, list, tuple)) and len(value) > self.largest:
             self.refuse_size()
         if isinstance(value, int) and value.bit_length() > 4096:
             self.refuse_size()
         return value
 
-    def method(self, name: str, value: Any, args: Sequence[Any], options: Mapping[str, Any]) -> None:
-        """Methods and filters whose result may be far larger than what they are given."""
+    def check_method(self, name: str, value: Any, args: Sequence[Any], options: Mapping[str, Any]) -> None:
+        """Check a method or filter whose result may be far larger than its arguments."""
         if name in WIDTHS and any(isinstance(x, int) and x > self.largest for x in (*args, *options.values())):
             self.refuse_size()
         if name == "format":
-            self.form(value, args)
+            self.check_format(value, args)
         texts = [text for text in (value, *args, *options.values()) if isinstance(text, str)]
         if name == "replace" and len(texts) == 3 and texts[0].count(texts[1]) * len(texts[2]) > self.largest:
             self.refuse_size()
@@ -124,20 +126,20 @@ class Limits:
         if len(joined) and len(texts[0]) * len(joined) > self.largest:
             self.refuse_size()
 
-    def form(self, text: Any, values: Any) -> None:
-        """A format string, with widths of its own or, by a star, among the values."""
+    def check_format(self, text: Any, values: Any) -> None:
+        """Check the widths of a format string, in the string or, for `*`, among the values."""
         if isinstance(text, str):
             if re.search(r"[%{][^%{}]*\d{7}", text):
                 self.refuse_size()
             if "*" in text or "{" in text:
-                self.method("width", "", values if isinstance(values, (list, tuple)) else [values], {})
+                self.check_method("width", "", values if isinstance(values, (list, tuple)) else [values], {})
 
     def join(self, parts: Iterable[Any]) -> str:
-        """Jinja's `~`."""
+        """Implement Jinja's `~`."""
         return str(self.sized("".join(map(str, parts))))
 
-    def operate(self, operator: str, left: Any, right: Any) -> None:
-        """Operators whose result may be far larger than what they are given."""
+    def check_operator(self, operator: str, left: Any, right: Any) -> None:
+        """Check an operator whose result may be far larger than its operands."""
         long = next((len(x) for x in (left, right) if isinstance(x, (str, bytes, list, tuple))), None)
         number = next((x for x in (left, right) if isinstance(x, int)), None)
         if operator == "*" and long and number and long * number > self.largest:
@@ -146,11 +148,11 @@ class Limits:
         if operator == "**" and both and left.bit_length() * abs(right) > 4096:
             self.refuse_size()
         if operator == "%":
-            self.form(left, right)
+            self.check_format(left, right)
 
 
 def _environment(limits: Limits) -> Any:
-    """Jinja as Hugging Face configures it, and the generation tag."""
+    """A Jinja environment as Hugging Face configures it, with the generation tag."""
     try:
         from jinja2 import TemplateError, nodes
         from jinja2.ext import Extension
@@ -174,12 +176,12 @@ def _environment(limits: Limits) -> Any:
         intercepted_binops = frozenset({"+", "*", "**", "%"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            limits.operate(operator, left, right)
+            limits.check_operator(operator, left, right)
             return limits.sized(super().call_binop(context, operator, left, right))
 
         def call(__self, __context: Any, __obj: Any, *args: Any, **options: Any) -> Any:
             limits.count(CALL)
-            limits.method(getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None), args, options)
+            limits.check_method(getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None), args, options)
             return limits.sized(super().call(__context, __obj, *args, **options))
 
         def wrap_str_format(self, value: Any) -> Any:
@@ -188,7 +190,7 @@ def _environment(limits: Limits) -> Any:
                 return None
 
             def checked(*args: Any, **options: Any) -> Any:
-                limits.form(value.__self__, [*args, *options.values()])
+                limits.check_format(value.__self__, [*args, *options.values()])
                 return found(*args, **options)
 
             return checked
@@ -203,30 +205,30 @@ def _environment(limits: Limits) -> Any:
 
     environment = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loops])
     environment.filters["tojson"] = tojson
-    environment.filters = {name: _within(limits, name, each) for name, each in environment.filters.items()}
+    environment.filters = {name: _limited(limits, name, each) for name, each in environment.filters.items()}
     environment.filters |= {"_counted": limits.counted, "_join": limits.join, "_sized": limits.sized}
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: limits.now.strftime(form)
     return environment
 
 
-def _within(limits: Limits, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _limited(limits: Limits, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def checked(*args: Any, **options: Any) -> Any:
-        # some take Jinja's own context first
+        # the first argument of some filters is Jinja's context
         value, *rest = args[1:] if hasattr(function, "jinja_pass_arg") else args
         limits.count(CALL)
         if name == "join":
-            limits.method(name, rest[0] if rest else "", [value], options)
+            limits.check_method(name, rest[0] if rest else "", [value], options)
         else:
-            limits.method(name, value, rest, options)
+            limits.check_method(name, value, rest, options)
         return limits.sized(function(*args, **options))
 
     return checked
 
 
 def _counting(tree: Any) -> Any:
-    """The template with counting in each of its loops, joins and block assignments."""
+    """Add counting to the loops, joins and block assignments of a syntax tree."""
     from jinja2 import nodes
     from jinja2.visitor import NodeTransformer
 

@@ -1,4 +1,4 @@
-"""How much each token of a rendered conversation counts in the loss, from the characters it stands for."""
+"""The loss weight of each token of a rendered conversation, from the characters that the token covers."""
 
 from collections.abc import Sequence
 
@@ -9,35 +9,37 @@ from megalite.text.chat import Rendered
 from megalite.text.messages import Conversation, RowError
 from megalite.text.tokenizer import Encoding
 
-Weighted = tuple[int, int, float]
+# (start, stop, weight): characters [start, stop) and the loss weight of their tokens
+WeightedSpan = tuple[int, int, float]
 
 
-def weighted_spans(conversation: Conversation, rendered: Rendered, train_on: str) -> list[Weighted]:
-    """Spans of characters and what each of their tokens counts.
+def weighted_spans(conversation: Conversation, rendered: Rendered, train_on: str) -> list[WeightedSpan]:
+    """Return the trained spans of a rendered conversation and their weights.
 
-    train_on: `assistant`, all its messages, each by its own weight where the row gives one; `last`, of these the last
-    message alone; `all`, the whole text evenly. RowError where a message that is asked for is not shown as it is, or
-    cannot be told from the rest.
+    train_on: `assistant` trains all its messages, with the row's weights; `last` trains the last of these; `all`
+    trains the whole text with weight 1.
+
+    Raises RowError if the text drops or changes a trained message, or if its characters are unknown.
     """
     messages, weights = conversation.messages, [_or_one(weight) for weight in conversation.weights]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    asked = answers[-1:] if train_on == "last" else answers
-    for answer in asked:
+    selected = answers[-1:] if train_on == "last" else answers
+    for answer in selected:
         if weights[answer] or train_on == "all":
             reason = rendered.changed.get(answer) or (train_on != "all" and rendered.refused.get(answer))
             if reason:
                 raise RowError(reason)
     if train_on == "all":
         return [(0, len(rendered.text), 1.0)]
-    found = list[Weighted]()
+    found = list[WeightedSpan]()
     for span in rendered.spans:
-        if span.message not in asked:
+        if span.message not in selected:
             continue
         inside = [answer for answer in answers if span.since <= answer <= span.message]
-        if len({weights[answer] if answer in asked else 0.0 for answer in inside}) > 1:
+        if len({weights[answer] if answer in selected else 0.0 for answer in inside}) > 1:
             raise RowError(
-                f"the template marks messages {span.since + 1} to {span.message + 1} as one block of generation; they "
-                f"cannot count differently"
+                f"the template puts messages {span.since + 1} to {span.message + 1} into one generation block, so they "
+                f"cannot have different weights"
             )
         if found and found[-1][1] == span.start and found[-1][2] == weights[span.message]:
             found[-1] = (found[-1][0], span.stop, found[-1][2])
@@ -50,11 +52,11 @@ def _or_one(weight: float | None) -> float:
     return 1.0 if weight is None else weight
 
 
-def token_weights(text: str, encoding: Encoding, spans: Sequence[Weighted]) -> NDArray[np.float64]:
-    """The weight of each token, [tokens]: that of the span in which all its characters lie, else 0.
+def token_weights(text: str, encoding: Encoding, spans: Sequence[WeightedSpan]) -> NDArray[np.float64]:
+    """Return the weight of each token, [tokens]: that of the span that contains all its characters, else 0.
 
-    Whitespace at the beginning of a token does not count: tokenizers put the space before a word into the word's
-    token, and the space may stand before the span.
+    Leading whitespace of a token is ignored: tokenizers put the space before a word into the word's token, and that
+    space may be outside the span.
     """
     weights = np.zeros(len(encoding.ids))
     current = 0
@@ -68,17 +70,17 @@ def token_weights(text: str, encoding: Encoding, spans: Sequence[Weighted]) -> N
         while inner < stop and text[inner].isspace():
             inner += 1
         begins = inner if inner < stop else start
-        # a token without characters, as a space that a tokenizer puts in, counts within a span and not at its border
+        # a token without characters, such as a dummy prefix space, counts inside a span but not at its border
         if first <= begins < stop <= last or first < start == stop < last:
             weights[i] = weight
     return weights
 
 
 class UntrainedError(RowError):
-    """A row that is well formed and of which no token counts in the loss."""
+    """A valid row that has no trained token."""
 
 
 def require_trained(weights: NDArray[np.float64]) -> None:
-    """UntrainedError where no token but the first, which nothing predicts, counts."""
+    """Raise UntrainedError if all weights [tokens] but the first, which is never predicted, are 0."""
     if not weights[1:].any():
-        raise UntrainedError("no token of it is trained: its answers are empty or have weight 0")
+        raise UntrainedError("has no trained token: its answers are empty or have weight 0")

@@ -1,4 +1,4 @@
-"""The messages of one conversation as every reader and template of the project knows them."""
+"""The one form of a conversation's messages, and the conversion of OpenAI's spellings into it."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from megalite.text.rows import NotJSONError, parse_json
+from megalite.text.rows import NotJSONError, json_type, parse_json
 
 Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant", "tool")
 MOST = 10_000  # messages of a row, and tool calls of a message
-# noncharacters of Unicode that no text may hold: chat templates are rendered with them around what is looked for
+# Unicode noncharacters, which no text may contain: they serve as marks while chat templates render
 RESERVED = re.compile("[\ufdd0-\ufdef]")
-# names under which chat templates and data sets keep what the model thinks before it answers
+# keys for the model's reasoning before its answer, in templates and data sets
 REASONING = ("reasoning_content", "thinking", "reasoning")
-# true or false, one or zero: whether a message is trained (Hugging Face and axolotl, ms-swift)
+# boolean keys that say whether a message is trained (Hugging Face and axolotl, ms-swift)
 TRAINED = ("train", "training", "loss")
 
 
 class RowError(ValueError):
-    """What is wrong with one row, without where it stands."""
+    """What is wrong with one row. The caller adds file and line."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """`messages`: each with a role of ROLES and `content`, text; those of the assistant may have `tool_calls`.
+    """One conversation.
 
-    `weights`: of each message in the loss, None where the row says nothing. `tools`: JSON schemas, as given.
+    `messages`: dicts with a `role` from ROLES and a `content` string; the assistant's may have `tool_calls`.
+    `weights`: the loss weight of each message, None if the row sets none. `tools`: JSON schemas, unchanged.
     """
 
     format: str
@@ -37,20 +38,20 @@ class Conversation:
     tools: list[Any] | None = field(default=None)
 
 
-def conversation(name: str, given: list[Any], tools: list[Any] | None) -> Conversation:
-    """Messages in OpenAI's form, old or new, checked and brought into one; RowError says which is wrong."""
-    if len(given) > MOST:
-        raise RowError(f"has {len(given)} messages; more than {MOST} in one row are not supported")
+def conversation(name: str, raw: list[Any], tools: list[Any] | None) -> Conversation:
+    """Check messages in OpenAI's current or older form and convert them. Raises RowError with the message's number."""
+    if len(raw) > MOST:
+        raise RowError(f"has {len(raw)} messages; more than {MOST} in one row are not supported")
     messages, weights = [], []
-    for number, message in enumerate(given, start=1):
+    for number, message in enumerate(raw, start=1):
         where = f"message {number}"
         if not isinstance(message, dict):
-            raise RowError(f"{where} is {kind_of(message)}, expected an object with role and content")
+            raise RowError(f"{where} is {json_type(message)}, expected an object with role and content")
         kept = {key: value for key, value in message.items() if value is not None}
         weights.append(_weight(kept, where))
         role = "tool" if kept.get("role") == "function" else kept.get("role")
         if role not in ROLES:
-            shown = f"{role[:40]!r}" if isinstance(role, str) else "missing" if role is None else kind_of(role)
+            shown = f"{role[:40]!r}" if isinstance(role, str) else "missing" if role is None else json_type(role)
             raise RowError(f"{where}: its role is {shown}, expected {', '.join(ROLES)}")
         calls = _calls(kept, role, where)
         kept |= {"role": role, "content": _content(kept, where, may_lack=bool(calls))}
@@ -60,13 +61,8 @@ def conversation(name: str, given: list[Any], tools: list[Any] | None) -> Conver
     return Conversation(name, messages, weights, tools)
 
 
-def kind_of(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
 def parse(text: str, what: str) -> Any:
-    """The value of JSON that stands in a string; RowError names `what` it is."""
+    """Parse JSON inside a string. Raises RowError that begins with `what`."""
     try:
         return parse_json(text.encode())
     except NotJSONError:
@@ -76,7 +72,7 @@ def parse(text: str, what: str) -> Any:
 
 
 def _weight(message: Message, where: str) -> float | None:
-    """What a message counts in the loss, taken out of it."""
+    """Remove the weight keys from a message and return its loss weight."""
     weight = message.pop("weight", None)
     if weight is not None:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e6:
@@ -95,33 +91,35 @@ def _weight(message: Message, where: str) -> float | None:
     for key in message:
         if re.search("mask|train|loss|weight|ignore", key, re.IGNORECASE):
             raise RowError(
-                f"{where}: what {key!r} means for training is not known; write 'weight', 0 for a message that is not "
-                f"trained"
+                f"{where}: the key {key!r} is unknown and may affect training; use 'weight' instead, 0 for a message "
+                f"that is not trained"
             )
     return weight
 
 
 def _calls(message: Message, role: str, where: str) -> list[Message]:
-    """The tool calls of a message, taken out of it: OpenAI's list, or the one `function_call` before it."""
+    """Remove the tool calls from a message and return them: `tool_calls`, or OpenAI's older `function_call`."""
     calls = message.pop("tool_calls", None) or []
     if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise RowError(f"{where}: 'tool_calls' is no list of objects")
+        raise RowError(f"{where}: 'tool_calls' is not a list of objects")
     if len(calls) > MOST:
         raise RowError(f"{where} has {len(calls)} tool calls; more than {MOST} are not supported")
     older = message.pop("function_call", None)
     if older is not None:
         if not isinstance(older, dict):
-            raise RowError(f"{where}: 'function_call' is {kind_of(older)}, expected an object with name and arguments")
+            raise RowError(
+                f"{where}: 'function_call' is {json_type(older)}, expected an object with name and arguments"
+            )
         if calls:
             raise RowError(f"{where} has both 'function_call' and 'tool_calls'; keep one of them")
         calls = [{"type": "function", "function": older}]
     if calls and role != "assistant":
-        raise RowError(f"{where}: a message of role {role} has tool calls; only the assistant can call a tool")
+        raise RowError(f"{where}: role {role} has tool calls; only the assistant can call a tool")
     return [_call(call, where) for call in calls]
 
 
 def _call(call: Message, where: str) -> Message:
-    """A tool call with its name before its arguments, and these an object: OpenAI writes them as JSON in a string."""
+    """Put a tool call's name before its arguments, and decode arguments that are JSON in a string, as OpenAI's are."""
     inner = call.get("function")
     if isinstance(inner, dict):
         return {**call, "function": _call(inner, where)}
@@ -133,7 +131,7 @@ def _call(call: Message, where: str) -> Message:
             raise RowError(f"{where}: a tool call has 'parameters'; rename them to 'arguments'")
         arguments = {}
     if not isinstance(arguments, dict):
-        raise RowError(f"{where}: the arguments of a tool call are {kind_of(arguments)}, expected an object")
+        raise RowError(f"{where}: the arguments of a tool call are {json_type(arguments)}, expected an object")
     if not isinstance(name, str) or not name.strip():
         raise RowError(f"{where}: a tool call has no name")
     rest = {key: value for key, value in call.items() if key not in ("name", "arguments") and value is not None}
@@ -142,31 +140,33 @@ def _call(call: Message, where: str) -> Message:
 
 def _content(message: Message, where: str, may_lack: bool) -> str:
     content = message.get("content")
-    if isinstance(content, list):  # OpenAI's parts, of which text is the kind a language model reads
+    if isinstance(content, list):  # OpenAI's content parts, of which only text is supported
         parts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
         if len(parts) < len(content):
-            raise RowError(f"{where}: a part of its content is no text")
+            raise RowError(f"{where}: a part of its content is not text")
         return "".join(parts)
     if content is None and may_lack:
         return ""
     if not isinstance(content, str):
         raise RowError(
-            f"{where}: its content is {kind_of(content) if content is not None else 'missing'}, expected text"
+            f"{where}: its content is {json_type(content) if content is not None else 'missing'}, expected text"
         )
     return content
 
 
 def _with_reasoning(message: Message, where: str) -> Message:
-    """Templates read reasoning under one of two names; both are filled from whichever the row has."""
-    given = {key: message[key] for key in REASONING if key in message}
-    if not given:
+    """Copy reasoning to both keys that templates read, from whichever key the row has."""
+    by_key = {key: message[key] for key in REASONING if key in message}
+    if not by_key:
         return message
-    texts = {text for text in given.values() if text != ""} if all(isinstance(x, str) for x in given.values()) else None
+    is_text = all(isinstance(value, str) for value in by_key.values())
+    texts = {text for text in by_key.values() if text != ""} if is_text else None
     if texts is None or len(texts) > 1:
-        raise RowError(f"{where}: {' and '.join(given)} must be one and the same text")
+        raise RowError(f"{where}: {' and '.join(by_key)} must be text, and the same text in each key")
     reasoning = next(iter(texts), "")
     return {**message, "reasoning_content": reasoning, "thinking": reasoning}
 
 
 def has_reasoning(message: Message) -> bool:
+    """Whether a converted message has reasoning that is not blank."""
     return bool(str(message.get("reasoning_content", "")).strip())

@@ -1,4 +1,4 @@
-"""sentencepiece models; how text is cut is the library's own, tokens that files beside the model add go before it."""
+"""sentencepiece models. The library splits the text, after the tokens that other files of the folder add are found."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from megalite.text.encoding import ALIAS, Encoding, Range, Tokenizer, describe_changes, is_control
-from megalite.text.tokenizer_files import Added, read_beside, to_add
+from megalite.text.tokenizer_files import Added, read_side_files, tokens_to_add
 
-# Serialized protobuf messages merge when joined: this one says normalizer_spec { add_dummy_prefix: false }.
+# Concatenated protobuf messages merge. This one is normalizer_spec { add_dummy_prefix: false }.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-# of sentencepiece_model.proto: ModelProto.pieces; SentencePiece.piece, .type and its value USER_DEFINED
+# sentencepiece_model.proto: ModelProto.pieces; SentencePiece.piece, SentencePiece.type and its value USER_DEFINED
 PIECES, PIECE, TYPE, USER_DEFINED = 1, 1, 3, 4
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model` file with the files beside it; `add`: control tokens that are added to it.
+    """A sentencepiece `.model` file with the files next to it, and the added control tokens `add`.
 
-    `defined`: user-defined symbols of the model. `added`: tokens that are not its own, `ordinary` those of them that
-    are not special. `prefixes`: whether it puts a space before a text.
+    `defined`: ids of the model's user-defined symbols. `added`: ids of tokens that the model lacks; `ordinary`: those
+    of them that are not special. `prefixes`: whether the model adds a space before a text.
+
+    Raises ValueError if a file is damaged or not supported.
     """
 
     folds = False
@@ -31,21 +33,21 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self.path = path
-        beside = read_beside(path)
+        side = read_side_files(path)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes() + NO_DUMMY_PREFIX)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: not a sentencepiece model; give a .model file or tokenizer.json") from error
+            raise ValueError(f"{path}: not a sentencepiece model; name a .model file or a tokenizer.json") from error
         processor, size = self._processor, self._processor.vocab_size()
-        # bytes and pieces with a meaning are never replaced; what is found first in text, by its string
+        # ids by string of all tokens; an added token never replaces a control piece
         numbers = {processor.id_to_piece(i): i for i in range(size)}
         self._controls = {piece: i for piece, i in numbers.items() if processor.is_control(i)}
         self.defined = {piece: i for piece, i in numbers.items() if self._is_defined(i)}
         self.added: dict[str, int] = {}
         self.ordinary = set[str]()
-        declared = {token.content: number for number, token in beside.added.items()}
-        new = [*to_add(beside, {}), *(Added(content, special=True, normalized=False) for content in add)]
+        declared = {token.content: number for number, token in side.added.items()}
+        new = [*tokens_to_add(side, {}), *(Added(content, special=True, normalized=False) for content in add)]
         for token in new:
             if token.content in numbers and (token.content in self._controls or not token.special):
                 continue
@@ -61,27 +63,27 @@ class SentencePieceTokenizer(Tokenizer):
             for kind, number in (("bos", processor.bos_id()), ("eos", processor.eos_id()), ("pad", processor.pad_id()))
             if number >= 0
         }
-        strings = {name: token if isinstance(token, str) else token.content for name, token in beside.named.items()}
+        strings = {name: token if isinstance(token, str) else token.content for name, token in side.named.items()}
         self.named |= {name: text for name, text in strings.items() if name != "unk_token" and text in numbers}
         self.eos_id, self.bos_id, self.pad_id = (
             numbers.get(self.named.get(name, "")) for name in ("eos_token", "bos_token", "pad_token")
         )
-        marks = set(self.named.values())
+        named = set(self.named.values())
         self.controls = {
             text: number
             for text, number in (self._controls | self.defined | self.added).items()
-            if is_control(text, text in self._controls or text in self.added.keys() - self.ordinary, marks)
+            if is_control(text, text in self._controls or text in self.added.keys() - self.ordinary, named)
         }
         self.folds = any(text in self.defined for text in self.controls)
-        self.templates, self.template_file = beside.templates, beside.template_file
-        # LlamaTokenizer of old: a space before what follows a control token, as at the beginning of a text
-        self._spaced = beside.options.get("legacy") is True and beside.kind == "LlamaTokenizer"
-        self.changes = describe_changes(self.added, self.named if beside.named else {}, self._spaced)
-        adds = beside.options.get("add_bos_token", True)
+        self.templates, self.template_file = side.templates, side.template_file
+        # a legacy LlamaTokenizer also adds a space to text after a control token
+        self._spaced = side.options.get("legacy") is True and side.kind == "LlamaTokenizer"
+        self.changes = describe_changes(self.added, self.named if side.named else {}, self._spaced)
+        adds = side.options.get("add_bos_token", True)
         self.prefix = (self.bos_id,) if adds and self.bos_id is not None else ()
 
     def _is_defined(self, number: int) -> bool:
-        # the library tells all types but this one from the others
+        # the library has no test for USER_DEFINED, so exclude the other types first
         p = self._processor
         if p.is_control(number) or p.is_unknown(number) or p.is_byte(number) or p.is_unused(number):
             return False
@@ -107,14 +109,14 @@ class SentencePieceTokenizer(Tokenizer):
         return list(self._processor.encode(list(texts), num_threads=1))
 
     def _encode_chat(self, text: str, aliased: bool) -> Encoding:
-        apart = self._controls | self.added
+        tokens = self._controls | self.added
         if not aliased:
-            return self._split(text, apart, self._processor, self._inner)
-        return self._split(text, {ALIAS + piece: number for piece, number in apart.items()}, *self._aliased)
+            return self._split(text, tokens, self._processor, self._inner)
+        return self._split(text, {ALIAS + piece: number for piece, number in tokens.items()}, *self._aliased)
 
     @cached_property
     def _aliased(self) -> tuple[Any, Any]:
-        """The model with ALIAS before its user-defined symbols, and the same without a space before the text."""
+        """The model with ALIAS before its user-defined symbols, and the same without the dummy prefix."""
         from sentencepiece import SentencePieceProcessor
 
         proto = b""
@@ -128,15 +130,15 @@ class SentencePieceTokenizer(Tokenizer):
             proto += raw
         return SentencePieceProcessor(model_proto=proto), SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
 
-    def _split(self, text: str, apart: dict[str, int], first: Any, later: Any) -> Encoding:
-        """Text cut at the strings of `apart`; what stands before the first of them by `first`, the rest by `later`."""
+    def _split(self, text: str, tokens: dict[str, int], first: Any, later: Any) -> Encoding:
+        """Split text at the strings of `tokens`; encode text before the first of them with `first`, else `later`."""
         ids: list[int] = []
         spans: list[Range] = []
-        longest_first = sorted(apart, key=len, reverse=True)
+        longest_first = sorted(tokens, key=len, reverse=True)
         start = 0
         for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if longest_first else [text]:
-            if part in apart:
-                ids.append(apart[part])
+            if part in tokens:
+                ids.append(tokens[part])
                 spans.append((start, start + len(part)))
             elif part:
                 spaced = start == 0 or (self._spaced and not part.startswith(" "))
@@ -162,10 +164,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _with_offsets(processor: Any, text: str) -> Encoding:
-    """sentencepiece's ids with character ranges.
+    """Encode text with character ranges.
 
-    Its serialized answer (sentencepiece.proto, SentencePieceText) is the one form that all its versions give, and is
-    read here without protobuf. Ranges in it are of UTF-8 bytes; of the bytes of one character the last alone has one.
+    Only the serialized result (sentencepiece.proto, SentencePieceText) exists in all versions of the library; it is
+    parsed here without protobuf. Its ranges count UTF-8 bytes; of the bytes of a character, only the last has one.
     """
     ids: list[int] = []
     spans: list[Range] = []
@@ -185,12 +187,12 @@ def _with_offsets(processor: Any, text: str) -> Encoding:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of each field of a protobuf message."""
+    """Yield (number, value) of each field of a protobuf message."""
     return ((number, value) for number, value, _ in _raw_fields(message))
 
 
 def _raw_fields(message: bytes) -> Iterator[tuple[int, Any, bytes]]:
-    """(number, value, all its bytes) of each field of a protobuf message; of fixed width, the bytes are the value."""
+    """Yield (number, value, encoded field) of a protobuf message; the value of a fixed-width field is its bytes."""
     position = 0
 
     def varint() -> int:
@@ -217,7 +219,7 @@ def _raw_fields(message: bytes) -> Iterator[tuple[int, Any, bytes]]:
 
 
 def _bytes_field(number: int, value: bytes) -> bytes:
-    """A protobuf field of bytes."""
+    """Encode a protobuf field of bytes."""
     size, rest = bytearray(), len(value)
     while rest > 127:
         size.append(rest & 127 | 128)

@@ -216,10 +216,12 @@ def save_untrained(argv: Sequence[str], source: Path | None = None) -> int:
     from megalite.config import parse_command_line
     from megalite.engine import restore
     from megalite.engine.engine import build
-    from megalite.run.entry import configure
+    from megalite.plan.topology import lay_out
+    from megalite.run.entry import machine_of
     from megalite.run.world import start_world
 
-    config, _ = configure(parse_command_line(argv, default_preset="tiny", prog="test"))
+    request = parse_command_line(argv, default_preset="tiny", prog="test")
+    config, _ = lay_out(request.config, machine_of(request), request.explicit)
     with start_world(config) as world:
         engine = build(config, world)
         state = restore.State() if source is None else restore.load(engine, source, restore.State(), True)

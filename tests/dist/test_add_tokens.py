@@ -111,7 +111,7 @@ def test_what_is_refused(made: Path, tmp_path: Path) -> None:
     common = [*sft(made, tmp_path / "run"), "train.steps=4"]
     one = ["parallel.tp=1", "parallel.pp=1"]
     for argv, words in (
-        ([*common, *one], "the tokenizer has no such token"),
+        ([*common, *one], "are not tokens of the tokenizer"),
         ([*common, *one, ADD, "checkpoint.load_optim=true"], "checkpoint.load_optim=false"),
         ([*common, *one, ADD, "tune.mode=lora"], "tune.mode=lora does not train the embeddings"),
         ([*common, *one, "model.add_tokens=[' a']"], "begins or ends with a space"),

@@ -21,8 +21,8 @@ from megalite.watch.metrics import read_metrics
 TIMEOUT_S, STEPS = 10.0, 6
 # where the signal comes: at the first call, or that of a later step, of a function
 PHASES = {
-    "command line": ("megalite.run.entry", "parse_command_line", 1),
-    "data": ("megalite.data.pretraining", "_windows", 1),
+    "command line": ("megalite.run.command", "parse_command_line", 1),
+    "data": ("megalite.data.pretraining", "open_stream", 1),
     "meeting": ("megalite.run.together", "join", 1),
     "reports": ("megalite.run.together", "settle", 1),
     "run folder": ("megalite.run.agree", "_problem", 1),

@@ -111,7 +111,7 @@ def test_every_layout_measures_the_same(run_dir: Path, tmp_path: Path) -> None:
     [
         ("generate.py", ["--prompt", "x", "--top-p", "2"], "top_p=2.0 must be greater than 0"),
         ("generate.py", ["--prompt", "x", "--chat", "y"], "cannot be combined with --prompt or --prompts"),
-        ("generate.py", ["--chat", "y"], "has no chat template beside it"),
+        ("generate.py", ["--chat", "y"], "has no chat template next to it"),
         ("generate.py", ["--prompts", "{tmp}/none.txt"], "none.txt"),
         ("generate.py", ["--prompts", "{tmp}/bad.jsonl"], 'bad.jsonl:2: expected a JSON object with a text "prompt"'),
         ("evaluate.py", ["{tmp}/bad.jsonl", "--shots", "9"], 'bad.jsonl:1: expected {"prompt": text, "choices"'),

@@ -127,7 +127,7 @@ def test_a_finished_run_is_left_alone(settings, half: Callable[[str], Path]) -> 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("model.ffn_hidden_size=96", "is of another model: model.ffn_hidden_size is 64 there and 96 here"),
+        ("model.ffn_hidden_size=96", "holds another model: model.ffn_hidden_size is 64 there and 96 here"),
         ("checkpoint.resume=never", "is not empty and checkpoint.resume=never"),
         ("checkpoint.resume=must train.run_dir=/nonexistent", "checkpoint.resume=must, but /nonexistent has no"),
     ],
@@ -198,7 +198,7 @@ def test_unverified_blocks_are_loaded_as_they_are(settings, half: Callable[[str]
     run_dir = half("single")
     damage(checkpoint(run_dir, 10), "00000")
     argv = settings(run_dir, *CURVE, "train.steps=12")
-    refused(argv, "another checksum", ranks=1)
+    refused(argv, "do not match their checksum", ranks=1)
     run_ranks(1, pretrain, [*argv, "checkpoint.verify=false"])
 
 

@@ -39,7 +39,7 @@ def test_of_two_starts_one_runs_and_one_is_told(settings, straight: Path, tmp_pa
     (told,) = (ended for ended in both if ended.codes == [2])
     (line,) = told.err[0].splitlines()
     assert line.startswith(f"error: {run_dir} is in use by "), line
-    assert "STOP` asks a run to), or take another folder" in line
+    assert "STOP` asks a run to), or use another folder" in line
     print(f"delay {delay:.3f} s: the {'second' if told is both[1] else 'first'} was told")
     rows = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, STEPS + 1))

@@ -116,10 +116,10 @@ def test_lora(settings, train: Train, base: Path, tmp_path: Path) -> None:
 
     more = [*MODEL, "train.steps=30"]
     refused(settings(cut, *more, *lora, "tune.lora_alpha=4"), "holds adapters of tune.lora_alpha=8.0, not 4.0", ranks=1)
-    refused(settings(cut, *more), "holds LoRA factors alone, and tune.mode=full", ranks=1)
+    refused(settings(cut, *more), "holds LoRA factors only, tune.mode=full", ranks=1)
     full = (f"checkpoint.load={cut}", "tune.mode=full")
-    refused(settings(tmp_path, *more, *full), "holds LoRA factors alone", ranks=1)
-    refused(settings(base, *more, *lora), "holds whole weights and tune.mode=lora writes adapters", ranks=1)
+    refused(settings(tmp_path, *more, *full), "holds LoRA factors only", ranks=1)
+    refused(settings(base, *more, *lora), "holds whole weights, tune.mode=lora writes adapters", ranks=1)
     refused(settings(tmp_path, *more, *LORA), "name it with checkpoint.load=RUN or model.from_hf=DIR", ranks=1)
 
 

@@ -43,6 +43,8 @@ NEVER = [
             "pipeline.schedule",
             "pipeline.simulate",
             "pipeline.lower",
+            "data.demo",
+            "data.origin",
             "pipeline.forecast",
             "checkpoint.folder",
             "checkpoint.describe",
@@ -59,10 +61,12 @@ NEVER = [
             "inference.reply",
             "inference.source",
             "run.agree",
-            "run.loaded",
+            "run.command",
+            "run.inherit",
+            "run.length",
             "run.objective",
-            "run.request",
             "run.resume",
+            "run.run_folder",
         )
     ),
 ]

@@ -112,7 +112,7 @@ def test_a_tensor_that_is_not_as_announced_leaves_nothing(tmp_path: Path) -> Non
             tmp_path / "w", Config(), {"weight.a": (torch.float32, (2,))}, lambda _: torch.zeros(2).double(), STATE
         )
     assert os.listdir(tmp_path) == []
-    with pytest.raises(ValueError, match=r"weight\.a is int64; checkpoints hold float64, float32"):
+    with pytest.raises(ValueError, match=r"weight\.a: int64 is not supported; use float32, bfloat16"):
         write_whole(tmp_path / "w", Config(), {"weight.a": (torch.int64, (2,))}, lambda _: torch.zeros(2), STATE)
     folder = write(tmp_path / "w")
     with pytest.raises(ValueError, match="exists; name a new folder"):
@@ -156,9 +156,9 @@ def rename_file(manifest: dict[str, Any], name: str) -> None:
             r"the elements from \[0, 0\] are stored twice",
         ),
         (edit(lambda m: embed(m)[0].update(size=[19, 30])), "570 of 600 elements"),
-        (edit(lambda m: embed(m)[0].update(start=[1, 0])), r"\[1, 0\] to \[21, 30\] leave \[20, 30\]"),
+        (edit(lambda m: embed(m)[0].update(start=[1, 0])), r"from \[1, 0\] to \[21, 30\] is outside \[20, 30\]"),
         (edit(lambda m: embed(m)[0].update(start=[-1, 0])), "a block has no start or size"),
-        (edit(lambda m: embed(m)[0].update(file="other")), "other is not among the files"),
+        (edit(lambda m: embed(m)[0].update(file="other")), "other is not in the list of files"),
         (edit(lambda m: rename_file(m, "../rank")), "'../rank' is not a file name"),
         (edit(lambda m: rename_file(m, "/etc/passwd")), "'/etc/passwd' is not a file name"),
         (edit(lambda m: rename_file(m, ".hidden")), "'.hidden' is not a file name"),
@@ -185,7 +185,7 @@ def test_another_format_is_not_damage(tmp_path: Path) -> None:
     folder = write(tmp_path / "w")
     (folder / "manifest.json").write_text('{"format": 2, "step": 3}')
     with pytest.raises(
-        ValueError, match="is of format 2, this megalite reads format 3; use the one that wrote it"
+        ValueError, match="has format 2, this megalite reads format 3; use the version that wrote it"
     ) as e:
         read_manifest(folder)
     assert not isinstance(e.value, Damaged)
@@ -253,5 +253,5 @@ def test_two_blocks_that_change_places_are_noticed(tmp_path: Path) -> None:
     folder = write(tmp_path / "w", {"weight.a": torch.zeros(4), "weight.b": torch.ones(4)})
     raw = data_file(folder).read_bytes()
     data_file(folder).write_bytes(raw[:-32] + raw[-16:] + raw[-32:-16])
-    with pytest.raises(Damaged, match=r"tensor weight\.a .* another checksum"):
+    with pytest.raises(Damaged, match=r"tensor weight\.a .* do not match their checksum"):
         read_tensor(folder, read_manifest(folder), "weight.a")

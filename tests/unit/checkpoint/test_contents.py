@@ -131,7 +131,7 @@ def test_nothing_is_published_without_every_ranks_part(
     ranks = (t.tp or 1) * (t.pp or 1) * (t.dp or 1)
     folders = [tmp_path / f"node-{rank}" for rank in range(ranks)]
     missing = ", ".join(str(rank) for rank in range(1, ranks))
-    says = rf"rank 0 cannot write the checkpoint of step 3: rank {missing} of {ranks} has written its part, and rank 0"
+    says = rf"rank 0 cannot write the checkpoint of step 3: rank {missing} of {ranks} has written its part, but rank 0"
     with pytest.raises(SaveFailed, match=says) as error:
         write(folders, "llama", topology)
     assert error.value.remedy == "Put train.run_dir on a file system that all nodes share"

@@ -40,7 +40,7 @@ def test_a_running_process_has_its_folder(tmp_path: Path) -> None:
     text = says(tmp_path)
     assert f"{tmp_path} is in use by " in text
     assert f"(process {os.getpid()}, since 20" in text
-    assert f"wait for it to end (`touch {tmp_path}/STOP` asks a run to), or take another folder" in text
+    assert f"wait for it to end (`touch {tmp_path}/STOP` asks a run to), or use another folder" in text
     lock.release(tmp_path)
 
 
@@ -105,7 +105,9 @@ def test_a_lock_that_says_nothing_is_left_to_the_user(
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     (tmp_path / lock.NAME).write_text(text)
-    with pytest.raises(ConfigError, match=r"LOCK does not say which run has the folder; if none has, delete it"):
+    with pytest.raises(
+        ConfigError, match=r"LOCK does not name the run that uses the folder; if no run does, delete it"
+    ):
         lock.hold(tmp_path)
 
 

@@ -346,26 +346,6 @@ def test_the_remedies_work(ranks: int, keys: dict[str, Any]) -> None:
     check(resolve(make(**keys), ranks), ranks)
 
 
-def test_resolve() -> None:
-    config = resolve(make(parallel__tp=2, parallel__pp=2, train__steps=10, train__global_batch_size=16), 8)
-    assert (config.parallel.tp, config.parallel.pp, config.parallel.dp) == (2, 2, 2)
-    assert (config.model.num_kv_heads, config.model.head_dim) == (4, 32)
-    assert config.optim.decay_samples == 160
-    assert config.parallel.sp
-    assert not resolve(Config(), 1).parallel.sp  # of one rank there is nothing to shard over
-    assert resolve(config, 8) == config
-    # what the user has set stays
-    kept = make(
-        model__num_kv_heads=2, model__head_dim=10, optim__decay_samples=7, parallel__dp=1, optim__warmup_samples=3
-    )
-    kept = resolve(kept, 1)
-    assert (kept.model.num_kv_heads, kept.model.head_dim) == (2, 10)
-    assert (kept.optim.decay_samples, kept.parallel.dp) == (7, 1)
-    # a decay never ends before the warm-up
-    assert resolve(make(optim__warmup_samples=10**6), 1).optim.decay_samples == 10**6
-    assert None not in dataclasses.astuple(dataclasses.replace(resolve(Config(), 1).parallel, stages=()))
-
-
 @pytest.mark.parametrize(
     ("heads", "kv", "ffn", "expected"),
     [

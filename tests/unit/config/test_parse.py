@@ -1,27 +1,22 @@
 """From YAML and the command line to typed values: no guess of YAML's gets through, and mistakes name the remedy."""
 
-import dataclasses
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from megalite.config import (
     Config,
     ConfigError,
-    DataConfig,
     Request,
     check,
     from_mapping,
-    key_help,
     parse_command_line,
     resolve,
-    to_yaml,
 )
-from megalite.config.parse import SECTIONS, preset_names
+from megalite.config.parse import preset_names
 
 
 def parse(*argv: str, default_preset: str | None = None) -> Request:
@@ -32,94 +27,6 @@ def from_yaml(text: str, tmp_path: Path) -> Config:
     file = tmp_path / "run.yaml"
     file.write_text(text)
     return parse("--config", str(file)).config
-
-
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("train.steps=20", 20),
-        ("train.steps=1_000", 1000),
-        ("train.steps=1e3", 1000),
-        ("train.steps=2.5e2", 250),
-        ("train.steps=+7", 7),
-        ("train.seed=9007199254740993e0", 9007199254740993),  # not by way of a float
-        ("optim.lr=1e-3", 1e-3),
-        ("optim.lr=1E-3", 1e-3),
-        ("optim.lr=.5", 0.5),
-        ("optim.lr=3", 3.0),
-        ("optim.lr=010", 10.0),
-        ("parallel.sp=true", True),
-        ("parallel.sp=False", False),
-        ("parallel.tp=null", None),
-        ("parallel.tp=~", None),
-        ("parallel.tp=auto", None),
-        ("parallel.tp=", None),
-        ("parallel.stages=[2, 3, 2]", (2, 3, 2)),
-        ("parallel.stages=2,3,2", (2, 3, 2)),
-        ("parallel.stages=7", (7,)),
-        ("train.run_dir=no", "no"),
-        ("train.run_dir=12:30:45", "12:30:45"),
-        ("train.run_dir=2024-01-01", "2024-01-01"),
-        ("train.run_dir=010", "010"),
-        ("train.run_dir='a b: c'", "a b: c"),
-        ('train.run_dir="1e-3"', "1e-3"),
-        ("train.run_dir=a=b", "a=b"),
-        ("data.valid={en: a/b, zh: c}", {"en": "a/b", "zh": "c"}),
-        ("data.valid=", {}),
-    ],
-)
-def test_values(override: str, expected: object) -> None:
-    request = parse(override)
-    key = override.partition("=")[0]
-    section, name = key.split(".")
-    value = getattr(getattr(request.config, section), name)
-    assert value == expected
-    assert type(value) is type(expected)
-    assert request.explicit == {key}
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("train.steps=2.5", "train.steps=2.5: expected int; write a whole number, e.g. 8"),
-        ("train.steps=010", "train.steps=010: expected int; a leading zero is octal to some readers; write it without"),
-        ("train.steps=0x10", "train.steps=0x10: expected int; write a whole number, e.g. 8"),
-        ("train.steps=12:30:45", "train.steps=12:30:45: expected int; write a whole number, e.g. 8"),
-        ("train.steps=true", "train.steps=true: expected int; write a whole number, e.g. 8"),
-        ("train.steps=null", "train.steps=null: expected int; write a whole number, e.g. 8"),
-        ("train.steps=1e-3", "train.steps=1e-3: expected int; write a whole number, e.g. 8"),
-        ("train.steps=[1, 2]", "train.steps=['1', '2']: expected int, not a list or mapping"),
-        ("optim.lr=fast", "optim.lr=fast: expected float; write a number, e.g. 3e-4"),
-        ("optim.lr=nan", "optim.lr=nan: expected float; write a number, e.g. 3e-4"),
-        ("optim.lr=inf", "optim.lr=inf: expected float; write a number, e.g. 3e-4"),
-        ("optim.lr=1,5", "optim.lr=1,5: expected float; write a number, e.g. 3e-4"),
-        ("parallel.sp=no", "parallel.sp=no: expected bool; write true or false"),
-        ("parallel.sp=on", "parallel.sp=on: expected bool; write true or false"),
-        ("parallel.sp=1", "parallel.sp=1: expected bool; write true or false"),
-        ("parallel.tp=two", "parallel.tp=two: expected int; write a whole number, e.g. 8"),
-        ("parallel.stages=[1, x]", "parallel.stages=x: expected int; write a whole number, e.g. 8"),
-        *(
-            (
-                f"parallel.schedule={name}",
-                f"parallel.schedule={name}: must be one of 1f1b, gpipe, interleaved, zb-h1; did you mean {meant}?",
-            )
-            for name, meant in [
-                ("gpip", "gpipe"),
-                ("interleaved_1f1b", "interleaved"),
-                ("zero_bubble", "zb-h1"),
-                ("zbh1", "zb-h1"),
-            ]
-        ),
-        ("parallel.schedule=xyz", "parallel.schedule=xyz: must be one of 1f1b, gpipe, interleaved, zb-h1"),
-        ("train.dtype=xyz", "train.dtype=xyz: must be one of fp32, bf16, fp16, fp64"),
-        ("data.valid=en", "data.valid='en': expected NAME: PREFIX pairs, e.g. data.valid.en=data/en_text_document"),
-        ("train.run_dir=[a]", "train.run_dir=['a']: expected text, not a list or mapping"),
-    ],
-)
-def test_wrong_types(override: str, message: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        parse(override)
-    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
@@ -143,58 +50,6 @@ def test_an_unknown_key_names_the_nearest(override: str, nearest: str) -> None:
     assert "unknown key " + override.partition("=")[0] in str(error.value)
     assert nearest in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_yaml_guesses_are_off(tmp_path: Path) -> None:
-    config = from_yaml(
-        """
-        optim: {lr: 1e-3, weight_decay: 1}
-        train: {run_dir: 12:30:45, steps: 1e2}
-        data: {path: no, tokenizer: 2024-01-01, valid: {on: 0o10, no: "1e-3x"}, cache_dir: 'yes'}
-        parallel: {stages: [2, 2], tp: null, sp: false}
-        """,
-        tmp_path,
-    )
-    assert (config.optim.lr, config.optim.weight_decay) == (1e-3, 1.0)
-    assert (config.train.run_dir, config.train.steps) == ("12:30:45", 100)
-    assert (config.data.path, config.data.tokenizer, config.data.cache_dir) == ("no", "2024-01-01", "yes")
-    assert config.data.valid == {"on": "0o10", "no": "1e-3x"}
-    assert (config.parallel.stages, config.parallel.tp, config.parallel.sp) == ((2, 2), None, False)
-    # and what PyYAML would have made of the same words
-    assert yaml.safe_load("[1e-3, no, 12:30:45, 010]") == ["1e-3", False, 45045, 8]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("train:\n  steps: 1\n  seq_len: 8\n  steps: 2\n", "line 4: key 'steps' is written twice; keep one of them"),
-        ("train: {steps: 1}\nmodel: {}\ntrain: {seq_len: 2}\n", "line 3: key 'train' is written twice"),
-        ("train: {steps: no}\n", "train.steps=no: expected int"),
-        ("parallel: {sp: yes}\n", "parallel.sp=yes: expected bool; write true or false"),
-        ("train: {steps: 12:30:45}\n", "train.steps=12:30:45: expected int"),
-        ("train: {steps: 010}\n", "train.steps=010: expected int; a leading zero"),
-        ("train: {step: 1}\n", "unknown key train.step; did you mean train.steps?"),
-        ("trian: {steps: 1}\n", "unknown key trian"),
-        ("train: 3\n", "train is a section; write e.g. train.run_dir=..."),
-        ("- train\n", "list"),
-        ("train: {steps: 1\n", "line 2: not valid YAML"),
-        ("[a, b]: 1\n", "a key must be plain text"),
-        ("train: {<<: {steps: 1}}\n", "unknown key train.<<"),
-        ("data: {valid: {en: [a, b]}}\n", "expected NAME: PREFIX pairs"),
-        ("train: {run_dir: {a: b}}\n", "expected text, not a list or mapping"),
-    ],
-)
-def test_mistakes_in_a_file(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as error:
-        from_yaml(text, tmp_path)
-    assert message in str(error.value)
-    assert "run.yaml" in str(error.value) or "line" not in message
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"missing\.yaml"):
-        parse("--config", str(tmp_path / "missing.yaml"))
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
@@ -279,49 +134,6 @@ def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(*argv)
     assert message in str(error.value)
-
-
-def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        parse("--help")
-    assert end.value.code == 0
-    printed = capsys.readouterr().out
-    for section, cls in SECTIONS.items():
-        for f in dataclasses.fields(cls):
-            assert f"{section}.{f.name}  (" in printed
-            assert f.metadata["help"]
-    assert "train.steps  (int 1 to 1e9, default 100)" in key_help()
-    assert "model.dropout  (float 0 to < 1, default 0.0)" in key_help()
-    assert "optim.clip_grad  (float 0, 1e-6 to 1e6, default 1.0)" in key_help()
-    assert "parallel.schedule  (1f1b|gpipe|interleaved|zb-h1, default 1f1b)" in key_help()
-    assert "parallel.tp  (int or null 1 to 10000, default null)" in key_help()
-    with pytest.raises(SystemExit):
-        parse("--version")
-    assert capsys.readouterr().out.startswith("megalite ")
-
-
-def odd() -> Config:
-    return Config(
-        data=DataConfig(path="a b: #c", valid={"en": "x y", "zh-1": "数据/中文"}, tokenizer="no", cache_dir="'q'\"r\""),
-    )
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        Config(),
-        odd(),
-        parse("--preset", "tiny").config,
-        parse("parallel.stages=[3,1]", "optim.lr=1e-7", "parallel.sp=false", "train.run_dir=12:30:45").config,
-        parse("train.run_dir=nulls", "data.cache_dir=-", "data.tokenizer='a\\b'").config,
-    ],
-)
-def test_to_yaml_reads_back(config: Config, tmp_path: Path) -> None:
-    assert from_yaml(to_yaml(config), tmp_path) == config
-
-
-def test_to_yaml_is_yaml_to_other_readers() -> None:
-    assert yaml.safe_load(to_yaml(odd()))["data"]["valid"] == {"en": "x y", "zh-1": "数据/中文"}
 
 
 def test_from_mapping() -> None:

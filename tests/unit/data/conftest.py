@@ -1,54 +1,22 @@
-import importlib.util
-from collections.abc import Callable
-from pathlib import Path
+"""Conversations that several tests of this folder share."""
 
-import numpy as np
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from megalite.data.corpus import Corpus, prepare
-from megalite.data.indexed import IndexedDataset, IndexedWriter
-from megalite.text.tokenizer import Tokenizer, load_tokenizer
 
-CORPUS = Path(__file__).parents[3] / "examples" / "corpus"
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return prepare(CORPUS, tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="session")
-def tokenizer(corpus: Corpus) -> Tokenizer:
-    return load_tokenizer(corpus.tokenizer)
-
-
-@pytest.fixture(scope="session")
-def read_prompts() -> Callable[[Path], list[str]]:
-    """How tools/generate.py reads its file of prompts."""
-    spec = importlib.util.spec_from_file_location("generate_tool", CORPUS.parents[1] / "tools" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    found: Callable[[Path], list[str]] = tool.read_prompts
-    return found
-
-
-@pytest.fixture
-def write(tmp_path: Path):
-    """Writes documents, each one sequence of tokens, and opens them."""
-
-    def _write(*documents: list[int], vocab_size: int = 1000, name: str = "some") -> IndexedDataset:
-        with IndexedWriter(tmp_path / name, vocab_size) as writer:
-            for tokens in documents:
-                writer.add_document(tokens)
-        return IndexedDataset(tmp_path / name)
-
-    return _write
-
-
-@pytest.fixture
-def noise(write) -> IndexedDataset:
-    """30 documents of 0 to 49 random tokens below 40."""
-    random = np.random.default_rng(0)
-    return write(*(random.integers(40, size=random.integers(50)).tolist() for _ in range(30)), name="noise")
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 conversations whose words tell their number; one of weight 0.25 a message, one too long for a row."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = []
+    for i in range(30):
+        answer: dict[str, Any] = {"role": "assistant", "content": chr(97 + i % 26) * (1 + i % 7)}
+        if i == 4:
+            answer["weight"] = 0.25
+        question = "?" * (40 if i == 9 else 1)
+        rows.append({"messages": [{"role": "user", "content": question}, answer]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path

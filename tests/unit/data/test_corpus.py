@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megalite.data.corpus import Corpus, prepare
+from megalite.data.corpus import Corpus, prepare, train_tokenizer
 from megalite.data.indexed import IndexedDataset
 from megalite.text.tokenizer import Tokenizer
 
@@ -92,3 +92,8 @@ def test_a_failed_build_leaves_nothing(small: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="sentencepiece cannot train 600 pieces on this text: Vocabulary size"):
         prepare(small, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_training_is_deterministic():
+    lines = [f"line {i} of some text" for i in range(300)]
+    assert train_tokenizer(lines, 300) == train_tokenizer(lines, 300)

@@ -47,9 +47,9 @@ def test_gzip_reads_the_same(tmp_path: Path):
     ("raw", "message"),
     [
         (b'{"text": ', "not JSON"),
-        (b"[1]", "holds a list, expected a JSON object"),
+        (b"[1]", "is a list, expected a JSON object"),
         (b'{"body": "a"}', "has no key 'text'"),
-        (b'{"text": 3}', "'text' is a int, expected a string"),
+        (b'{"text": 3}', "'text' is a number, expected text"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b'{"text": "\xff"}', r"not UTF-8 \(byte 10\)"),
     ],
@@ -60,7 +60,7 @@ def test_bad_rows(raw: bytes, message: str):
 
 
 def test_plain_text_has_one_key():
-    with pytest.raises(ValueError, match="2 JSON keys"):
+    with pytest.raises(ValueError, match="plain text has no JSON keys, but 2 are given"):
         texts(Row("a.txt:1", b"a", False), ["a", "b"])
 
 

@@ -101,5 +101,5 @@ def test_bigram_beats_unigram_on_the_corpus(corpus: Corpus):
 
 
 def test_one_token_has_no_bigram(write):
-    with pytest.raises(ValueError, match="a bigram needs at least 2 tokens, found 1"):
+    with pytest.raises(ValueError, match="has 1 tokens, but a bigram needs 2"):
         KneserNeyBigram(write([1]), 5)

@@ -1,8 +1,6 @@
-"""tools/data.py as users call it, and what it warns of."""
+"""What a survey of conversations counts, warns of and refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +9,10 @@ from assets import asset
 
 from megalite.data.instructions import Options, Report, examples, write_indexed
 from megalite.data.packing import Conversations
-from megalite.data.survey import Survey, histogram, marked, survey
+from megalite.data.survey import Survey, histogram, mark_trained, survey
 from megalite.text.chat import ChatTemplate, find_template
 from megalite.text.tokenizer import load_tokenizer
 
-TOOL = Path(__file__).parents[3] / "tools" / "data.py"
 SMOLLM2, MISTRAL = "smollm2", "mistral-v1/tokenizer.model"
 
 
@@ -51,7 +48,7 @@ TAIL = "{% endgeneration %}{% elif m.role == 'user' %}{{ m.content }}{% endif %}
             MISTRAL,
             TURNS + TAIL,
             [
-                "the last answer ends without a control token, so that the model does not learn to stop: 1 row "
+                "the last answer ends without a control token, so the model does not learn to stop: 1 row "
                 "(the first: chats.jsonl:1)"
             ],
         ),
@@ -61,14 +58,14 @@ TAIL = "{% endgeneration %}{% elif m.role == 'user' %}{{ m.content }}{% endif %}
             "<s><s>" + TURNS + "</s>" + TAIL,
             [
                 "skipped 1 bad row (data.bad_rows=skip): chats.jsonl:1: is a number, expected an object",
-                "the beginning-of-sequence token stands twice side by side: 2 rows (the first: chats.jsonl:2)",
+                "the beginning-of-sequence token appears twice in a row: 2 rows (the first: chats.jsonl:2)",
             ],
         ),
         (
             [row("q", "a"), {"messages": [{"role": "system", "content": "quiet"}, *row("q", "a")["messages"]]}],
             MISTRAL,
             TURNS + "</s>" + TAIL,
-            ["skipped 1 bad row (data.bad_rows=skip): chats.jsonl:2: message 1: template mine does not show its"],
+            ["skipped 1 bad row (data.bad_rows=skip): chats.jsonl:2: message 1: template mine drops or changes its"],
         ),
         (
             [row("q", "a", tools=[{"name": "weather"}])],
@@ -82,7 +79,7 @@ TAIL = "{% endgeneration %}{% elif m.role == 'user' %}{{ m.content }}{% endif %}
             TURNS + "</s><|im_end|>" + TAIL,
             [
                 "the last answer ends without a control token",
-                "the template writes <|im_end|>, which is no token of this tokenizer: 1 row (the first: chats.jsonl:2)",
+                "the template writes <|im_end|>, which is not a token of this tokenizer: 1 row (the first: chats.j",
             ],
         ),
         ([row("q", "a")], SMOLLM2, built_in("chatml", SMOLLM2), []),
@@ -91,7 +88,7 @@ TAIL = "{% endgeneration %}{% elif m.role == 'user' %}{{ m.content }}{% endif %}
             MISTRAL,
             TURNS + "</s>" + TAIL,
             [
-                "2 conversations are longer than train.seq_len=64 and cut at their end (data.overlong=truncate_right) "
+                "2 conversations are longer than train.seq_len=64 and cut at the end (data.overlong=truncate_right) "
                 "(the first: chats.jsonl:2)",
                 "1 conversation is left out, with no trained token within train.seq_len=64 (the first: chats.jsonl:2)",
             ],
@@ -102,7 +99,7 @@ TAIL = "{% endgeneration %}{% elif m.role == 'user' %}{{ m.content }}{% endif %}
             TURNS + "</s>" + TAIL,
             [
                 "skipped 1 bad row",
-                "1 control strings inside messages were made ordinary text: 1 row (the first: chats.jsonl:1)",
+                "1 control strings inside messages were encoded as ordinary text: 1 row (the first: chats.jsonl:1)",
             ],
         ),
         ([row("q", ""), row("q", "a")], MISTRAL, TURNS + TAIL, ["skipped 1 bad row", "the last answer ends"]),
@@ -135,8 +132,8 @@ def test_what_is_trained_is_counted_after_the_cut(tmp_path: Path, overlong: str)
 def test_nothing_left_to_train_is_refused(tmp_path: Path) -> None:
     rows, source = [row("q " * 99, "a")] * 3, TURNS + "</s>" + TAIL
     message = (
-        r"^data.sft=x: no row is left in which a token is trained: 3 conversations are left out, with no trained token "
-        r"within train.seq_len=64 \(the first: chats.jsonl:1\); raise train.seq_len, or keep the end with "
+        r"^data.sft=x: no row with a trained token is left: 3 conversations are left out, with no trained token "
+        r"within train.seq_len=64 \(the first: chats.jsonl:1\); increase train.seq_len, or keep the end with "
         r"data.overlong=truncate_left$"
     )
     with pytest.raises(ValueError, match=message):
@@ -169,7 +166,7 @@ def test_a_weight_too_small_to_be_trained(tmp_path: Path) -> None:
     small["messages"][1]["weight"] = 1e-50
     found = look(tmp_path, [small, row("q", "a")], MISTRAL, TURNS + "</s>" + TAIL)
     assert next(iter(found.notes())).startswith(
-        "no token is trained, since the answers are empty or have weight 0; left out: 1 row"
+        "skipped rows without a trained token, whose answers are empty or have weight 0: 1 row"
     )
 
 
@@ -189,40 +186,4 @@ def test_marked_text_is_the_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(asset(MISTRAL))
     template = ChatTemplate(*find_template("plain", tokenizer), tokenizer)
     (example,) = examples(path, tokenizer, template, Options(), Report())
-    assert marked(example, "[", "]") == "<s>User: Bell\\x1b[31m?\nAssistant:[ Ding 🧑‍🚀\n dong</s>]\n"
-
-
-def tool(*argv: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, TOOL, *map(str, argv)], capture_output=True, text=True, check=False)
-
-
-def test_command_line(tmp_path: Path) -> None:
-    chats, prefix = tmp_path / "chats.jsonl", tmp_path / "out" / "chats"
-    chats.write_text(json.dumps(row("one", "two")) + "\n{}\n", "utf-8")
-    common = (chats, "--tokenizer", asset(SMOLLM2))
-    result = tool("inspect-sft", *common, "--seq-len", 32)
-    assert result.returncode == 0, result
-    assert "<|im_start|>assistant\n⟦two<|im_end|>⟧\n" in result.stdout
-    assert "1 messages rows, template chat_template.jinja, 6.1 % of 33 tokens trained" in result.stdout
-    assert "warning: skipped 1 bad row " in result.stdout
-    result = tool("sft", *common, "--output-prefix", prefix)
-    assert result.returncode == 2
-    assert result.stderr.startswith(f"error: {chats}:2: has none of the keys")
-    assert list(prefix.parent.iterdir()) == []
-    result = tool("sft", *common, "--output-prefix", prefix, "--bad-rows", "skip")
-    assert result.returncode == 0, result
-    assert f"train on it with data.sft={prefix}" in result.stdout
-    assert "warning: skipped 1 bad row " in result.stderr
-    made = Conversations(prefix)
-    assert made.lengths.tolist() == [34]
-    assert [made.table[w] for w in made.weights[0]].count(1) == 2
-    result = tool("sft", *common, "--output-prefix", prefix)
-    assert (result.returncode, "exists; pass --overwrite" in result.stderr) == (2, True)
-    for argv, message in (
-        (("inspect-sft", *common, "--template", "x"), "no chat template x"),
-        (("inspect-sft", tmp_path / "no.jsonl", "--tokenizer", asset(SMOLLM2)), "no such file"),
-        (("inspect-sft", *common[:2], tmp_path), "holds neither a tokenizer.json nor a .model"),
-    ):
-        result = tool(*argv)
-        assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
-        assert message in result.stderr
+    assert mark_trained(example, "[", "]") == "<s>User: Bell\\x1b[31m?\nAssistant:[ Ding 🧑‍🚀\n dong</s>]\n"

@@ -118,7 +118,7 @@ def test_missing_extra_and_misshapen(folder: Path) -> None:
 def test_quantised_weights_and_settings(folder: Path) -> None:
     whole = tensors(folder)
     save_file(whole | {"model.norm.weight": torch.zeros(32, dtype=torch.int8)}, folder / SINGLE)
-    refused(folder, "tensor model.norm.weight is I8; megalite reads F64, F32, BF16, F16, not quantised weights")
+    refused(folder, "tensor model.norm.weight is I8; megalite reads F32, BF16, F16, F64, not quantised weights")
     change(folder, "config.json", quantization_config={"quant_method": "gptq"})
     refused(folder, 'quantization_config={"quant_method": "gptq"} is not supported')
 

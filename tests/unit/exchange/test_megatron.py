@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from megalite.checkpoint.contents import config_of
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
 from megalite.config import Config, ModelConfig, resolve
 from megalite.config.shapes import shapes
-from megalite.exchange.convert import saved_config
 from megalite.exchange.megatron import from_megatron
 
 MODEL = resolve(
@@ -99,8 +99,8 @@ def test_every_split_comes_in_as_the_same_weights(tp: int, pp: int, tied: bool, 
     write(tmp_path / "old" / "iter_0000005", whole, tp, pp, untie_embeddings_and_output_weights=not tied)
     (tmp_path / "old" / "latest_checkpointed_iteration.txt").write_text("5\n")
     run = from_megatron(tmp_path / "old", tmp_path / "run", allow_pickle=True)
-    assert saved_config(find(run)).model == model
     manifest = read_manifest(find(run))
+    assert config_of(manifest).model == model
     assert manifest["tensors"].keys() == {f"weight.{name}" for name in whole}
     for name, expected in whole.items():
         assert torch.equal(read_tensor(find(run), manifest, f"weight.{name}"), expected), name

@@ -11,7 +11,7 @@ import torch
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
 from megalite.engine.stage import build_stage
 from megalite.inference import decode as decode_module
-from megalite.inference.decode import CachedCore, decode, share_text
+from megalite.inference.decode import CachedCore, decode
 from megalite.inference.reply import Settings
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
@@ -122,12 +122,3 @@ def test_the_model_is_left_as_it_was() -> None:
     logits = stage.logits(torch.tensor([PROMPTS[0]]), torch.arange(7).unsqueeze(0), None)
     assert logits is not None
     assert logits.shape == (1, 7, 101)
-
-
-@pytest.mark.parametrize("text", ["", "In the beginning", "床前明月光\n😀", None])
-def test_every_rank_reads_what_the_first_one_has(text: str | None) -> None:
-    def read(world: World) -> str | None:
-        group = world.split([[0, 1, 2]])
-        return share_text(text if world.rank == 0 else None, group, world.device)
-
-    assert run_threads(3, read) == [text] * 3

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.parallel.groups import DistGroup, DistWorld, Group, SoloWorld
+from megalite.parallel.groups import DistGroup, DistWorld, Group, SoloWorld, World, share_text
+from megalite.parallel.threads import run_threads
 
 
 @pytest.fixture
@@ -52,3 +53,26 @@ def test_a_world_of_one_has_no_peer() -> None:
         SoloWorld().send(torch.zeros(1), 1)
     with pytest.raises(AssertionError):
         SoloWorld().receive(torch.zeros(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("texts", "shared"),
+    [
+        (["", "second", None], ""),
+        ([None, "床前明月光\n😀", "third"], "床前明月光\n😀"),
+        ([None, None, "x" * 10_000], "x" * 10_000),
+        ([None, None, None], None),
+    ],
+)
+def test_every_rank_gets_the_text_of_the_first_that_has_one(texts: list[str | None], shared: str | None) -> None:
+    def share(world: World) -> str | None:
+        return share_text(world.split([[0, 1, 2]]), texts[world.rank], world.device)
+
+    assert run_threads(3, share) == [shared] * 3
+
+
+def test_a_text_on_a_distributed_group(one_rank: DistWorld) -> None:
+    assert dist.group.WORLD is not None
+    group = DistGroup([0], 0, dist.group.WORLD)
+    assert share_text(group, "alone", one_rank.device) == "alone"
+    assert share_text(group, None, one_rank.device) is None

@@ -15,17 +15,18 @@ from megalite.config import (
     ConfigError,
     ModelConfig,
     ParallelConfig,
+    Resolved,
     TrainConfig,
     check,
     parse_command_line,
+    reopen,
     resolve,
 )
 from megalite.config.schema import MOST_LAYERS
 from megalite.plan import topology
 from megalite.plan.costs import GIB, memory
-from megalite.plan.hardware import GPUS, gpu_gib
-from megalite.plan.topology import Machine, check_memory, choose_topology, memory_table, other_machine
-from megalite.run import entry
+from megalite.plan.describe import describe
+from megalite.plan.topology import Machine, check_memory, choose_topology, lay_out, memory_table, other_machine
 
 LLAMA_7B = ModelConfig(
     vocab_size=32000,
@@ -43,7 +44,7 @@ def machine(gib: float, ranks: int, local: int = 8) -> Machine:
     return Machine(ranks, local, "cuda", int(gib * GIB), "GPUs of a test")
 
 
-def make(ranks: int, train: dict[str, Any] | None = None, **parallel: Any) -> Config:
+def make(ranks: int, train: dict[str, Any] | None = None, **parallel: Any) -> Resolved:
     config = Config(
         model=LLAMA_7B, parallel=ParallelConfig(**parallel), train=dataclasses.replace(TRAIN, **(train or {}))
     )
@@ -58,11 +59,13 @@ def chosen(
     return (config.parallel.tp, config.parallel.pp), said
 
 
-def planned(*argv: str) -> tuple[Config, Machine, str]:
+def planned(*argv: str) -> tuple[Resolved, Machine, str]:
     """What `--dry-run` of the example plans."""
     request = parse_command_line([*argv, "--dry-run"], default_preset="llama2-7b", prog="")
-    made = entry.machine_of(request)
-    config, why = entry.configure(request, made)
+    asked = request.hardware
+    assert asked is not None
+    made = other_machine(request.config.train.device, asked.world or 1, asked.per_node, asked.gpu)
+    config, why = lay_out(request.config, made, request.explicit)
     return config, made, why
 
 
@@ -156,8 +159,7 @@ def test_every_remedy_that_it_names_would_do(gib: float, keys: dict[str, int], m
             larger = int(found[1]) * 0.94
         changed = config
         if "parallel.tp=" in remedy:
-            open_ = dataclasses.replace(config.parallel, tp=None, pp=None, dp=None)
-            changed = dataclasses.replace(config, parallel=open_)
+            changed = reopen(config, "parallel.tp", "parallel.pp", "parallel.dp")
         for key, value in re.findall(r"([a-z]+\.\w+)=(\w+)", remedy):
             section, name = key.split(".")
             part = dataclasses.replace(getattr(changed, section), **{name: int(value) if value.isdigit() else value})
@@ -213,7 +215,7 @@ def test_a_plan_for_hardware_that_is_not_here() -> None:
     assert (config.parallel.tp, config.parallel.pp, config.parallel.dp) == (2, 1, 32)
     assert "on 64 ranks (the smallest that fits" in why
     assert (made.ranks, made.local, made.device) == (64, 8, "cuda")
-    text = entry.describe(config, made)
+    text = describe(config, made)
     assert "hardware: 64 ranks, 8 a node; GPUs of 79.6 GiB (gpu=h100)" in text
     assert "fits: the fullest rank needs" in text
     check_memory(config, made)
@@ -278,24 +280,6 @@ def test_hardware_is_for_plans() -> None:
     assert other_machine("cpu", 64, None, None).name == "nodes like this one"
 
 
-@pytest.mark.parametrize(
-    ("text", "gib"),
-    [
-        ("80", 80), ("23.5", 23.5), ("80GB", 80), ("40 GiB", 40), ("h100", 79.6), ("H100-80GB", 79.6),
-        ("NVIDIA H100 80GB HBM3", 79.6), ("a100-40", 40), ("A100-SXM4-80GB", 80), ("rtx 4090", 24), ("4090", 24),
-        ("h200", 140.4), ("H200-141GB", 140.4), ("l40s", 45), ("V100-32GB", 32), ("b200", 179), ("l4", 22.5),
-    ],
-)  # fmt: skip
-def test_gpus_by_name(text: str, gib: float) -> None:
-    assert gpu_gib(text) == gib
-
-
-def test_every_gpu_of_the_table_can_be_named() -> None:
-    for name, (sizes, _) in GPUS.items():
-        for size in sizes:
-            assert gpu_gib(f"{name}-{size:g}" if len(sizes) > 1 else name) == size
-
-
 @pytest.mark.parametrize("argv", [[], ["parallel.pp=100"], ["tune.freeze=layers.*"], ["train.ramp_start=1"]])
 def test_the_deepest_model_is_planned_at_once(argv: list[str]) -> None:
     """Planning grows with the layers, not with their square."""
@@ -303,7 +287,7 @@ def test_the_deepest_model_is_planned_at_once(argv: list[str]) -> None:
     began = time.process_time()
     argv = [*argv, *(ramp if "train.ramp_start=1" in argv else []), f"model.num_layers={MOST_LAYERS}", "gpu=80"]
     config, made, _ = planned(*argv, "world=800", "train.global_batch_size=65600")
-    entry.describe(config, made)
+    describe(config, made)
     with contextlib.suppress(ConfigError):
         check_memory(config, made)
     assert time.process_time() - began < 5

@@ -15,12 +15,14 @@ from assets import asset
 
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
-from megalite.config import ConfigError, Request, parse_command_line, resolve
+from megalite.config import parse_command_line
 from megalite.config.shapes import shapes
 from megalite.data.indexed import IndexedWriter
-from megalite.run.entry import configure
-from megalite.run.request import apart, one_length, with_tokenizer
-from megalite.run.resume import PROBE, resume_from, with_epochs
+from megalite.data.preprocess import preprocess
+from megalite.plan.topology import lay_out
+from megalite.run.entry import machine_of
+from megalite.text.tokenizer import load_tokenizer
+from megalite.watch.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCRIPT = REPOSITORY / "examples" / "pretrain_7b.py"
@@ -154,7 +156,7 @@ def test_the_run_folder_is_somebody_elses(tmp_path: Path, data: Path) -> None:
 
 def test_the_checkpoint_is_of_another_model(tmp_path: Path, data: Path) -> None:
     request = parse_command_line(["model.num_layers=9"], default_preset="tiny", prog="test")
-    config = configure(request)[0]
+    config = lay_out(request.config, machine_of(request), request.explicit)[0]
     described = {f"weight.{name}": (torch.bfloat16, shape) for name, shape in shapes(config.model).items()}
     folder = write_whole(
         tmp_path / "run" / "checkpoints" / "step-00000010",
@@ -164,7 +166,7 @@ def test_the_checkpoint_is_of_another_model(tmp_path: Path, data: Path) -> None:
         dataclasses.asdict(State(step=10, consumed_samples=320)),
     )
     text = (folder / "manifest.json").read_text()
-    words = f"{folder} is of another model: model.num_layers is 9 there and 4 here"
+    words = f"{folder} holds another model: model.num_layers is 9 there and 4 here"
     assert words in refusal(tmp_path, *ONE, f"data.path={data}")
     elsewhere = [f"train.run_dir={tmp_path / 'new'}", f"checkpoint.load={tmp_path / 'run'}"]
     assert words in refusal(tmp_path, *ONE, f"data.path={data}", *elsewhere)
@@ -191,66 +193,17 @@ def test_mistakes_in_tuning(tmp_path: Path, argv: list[str], words: str) -> None
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_or_epochs_and_a_folder_of_its_own() -> None:
-    def asked(*argv: str) -> Request:
-        return apart(one_length(parse_command_line(argv, default_preset="sft-7b", prog="test")))
-
-    assert asked().config.train.epochs == 3
-    assert asked("train.steps=5").config.train.epochs is None
-    assert asked("--preset", "tiny", "train.epochs=0.5").config.train.epochs == 0.5
-    assert asked().config.train.run_dir == "runs/sft-7b"
-    assert asked("--preset", "tiny").config.train.run_dir == "runs/sft-tiny"
-    assert asked("--preset", "tiny", "train.run_dir=here").config.train.run_dir == "here"
-
-
-def test_epochs_that_never_end(capsys: pytest.CaptureFixture[str]) -> None:
-    request = parse_command_line(["train.epochs=1000000"], default_preset="tiny", prog="test")
-    config = resolve(request.config, 4)
-    with pytest.raises(
-        ConfigError, match=r"train\.epochs=1e\+06 of 1000000 samples are 31250000000 steps, more than 1e\+09"
-    ):
-        with_epochs(config, request, 10**6, 4, print)
-    assert with_epochs(config, request, 64, 4, print).train.steps == 2 * 10**6
-
-
 def test_a_bad_row_is_named(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": 7}]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = f"data.tokenizer={asset('mistral-v1/tokenizer.model')}"
     argv = [*ONE, tokenizer, "data.sft=chats.jsonl", "model.vocab_size=32000"]
     said = refusal(tmp_path, *argv, "data.template=plain", seconds=30, script=SFT)
-    assert said == "chats.jsonl:2: 'completion' is a number, expected text (data.bad_rows=skip leaves such rows out)"
-    assert "has no chat template beside it" in refusal(tmp_path, *argv, seconds=30, script=SFT)
+    assert said == "chats.jsonl:2: 'completion' is a number, expected text (data.bad_rows=skip skips such rows)"
+    assert "has no chat template next to it" in refusal(tmp_path, *argv, seconds=30, script=SFT)
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(rows[0]) + "\n" for _ in range(9)))
     said = refusal(tmp_path, *argv[:4], "data.template=plain", seconds=30, script=SFT)
     assert "has 32000 tokens, model.vocab_size=600; name the tokenizer that the model was made with" in said
-
-
-def test_a_run_lends_its_tokenizer_and_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir = tmp_path / "pretrained"
-    (run_dir / "checkpoints" / "step-00000003").mkdir(parents=True)
-    (run_dir / "checkpoints" / "step-00000003" / "manifest.json").touch()
-
-    def tokenizer(*argv: str) -> str | None:
-        words = ["data.sft=chats.jsonl", f"checkpoint.load={run_dir}", *argv]
-        return with_tokenizer(
-            parse_command_line(words, default_preset="sft-7b", prog="test"), print
-        ).config.data.tokenizer
-
-    assert tokenizer() is None
-    (run_dir / "tokenizer.model").touch()
-    assert tokenizer("data.tokenizer=mine.json") == "mine.json"
-    assert capsys.readouterr().out == ""
-    assert tokenizer() == str(run_dir / "tokenizer.model")
-    assert capsys.readouterr().out == f"data.tokenizer={run_dir}/tokenizer.model\n"
-    (run_dir / "chat_template.jinja").touch()
-    told = f"data.tokenizer={run_dir}/tokenizer.model, data.template={run_dir}/chat_template.jinja\n"
-    assert tokenizer(f"checkpoint.load={run_dir}/checkpoints/step-00000003") == str(run_dir / "tokenizer.model")
-    assert capsys.readouterr().out == told
-    assert tokenizer("data.template=plain") == str(run_dir / "tokenizer.model")
-    assert "data.template" not in capsys.readouterr().out
-    assert tokenizer("--print-config") == str(run_dir / "tokenizer.model")
-    assert capsys.readouterr().out == ""
 
 
 def test_the_plan_of_lora_beside_a_hugging_face_folder(tmp_path: Path) -> None:
@@ -273,12 +226,93 @@ def test_the_plan_of_lora_beside_a_hugging_face_folder(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["chats.jsonl"]
 
 
-def test_the_probe_of_another_rank_is_no_file_of_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / PROBE).touch()
-    words = [f"train.run_dir={tmp_path / 'run'}"]
-    config = parse_command_line(words, default_preset="tiny", prog="test").config
-    assert resume_from(config, print) is None
-    (tmp_path / "run" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="holds other files"):
-        resume_from(config, print)
+def command(script: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, REPOSITORY / script, *argv], capture_output=True, text=True, timeout=240, env=env, check=False
+    )
+
+
+def test_from_data_to_an_answer_without_naming_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretrain, tune, generate and export: the tokenizer follows from the sidecar of the data."""
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text("\n\n".join(f"the {i}th line of a small text" for i in range(99)))
+    Path("tok.model").write_bytes(asset("mistral-v1/tokenizer.model").read_bytes())
+    preprocess(["t.txt"], "data/t", load_tokenizer("tok.model"), append_eod=True)
+    shape = ["model.vocab_size=32000", "model.hidden_size=8", "model.num_layers=1", "model.ffn_hidden_size=8"]
+    small = [
+        "train.device=cpu",
+        "train.seq_len=32",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=4",
+        "log.plot=false",
+    ]
+    words = [
+        "--preset",
+        "tiny",
+        "data.path=data/t_text_document",
+        "train.steps=2",
+        "train.run_dir=runs/mine",
+        *shape,
+        *small,
+    ]
+    ended = command("examples/pretrain_7b.py", *words)
+    assert ended.returncode == 0, ended.stderr
+    assert f"data.tokenizer={tmp_path / 'tok.model'}: data/t_text_document was made with it" in ended.stdout
+    assert Path("runs/mine/tokenizer.model").read_bytes() == Path("tok.model").read_bytes()
+    Path("chats.jsonl").write_text('{"prompt": "who?", "completion": "I"}\n' * 40)
+    ended = command(
+        "examples/sft_7b.py", "checkpoint.load=runs/mine", "data.sft=chats.jsonl", *small[:1], "train.epochs=1"
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "loaded runs/mine/checkpoints/step-00000002, weights only" in ended.stdout
+    assert len(read_metrics(Path("runs/sft-7b"))["train"]) >= 1
+    # a run that kept no tokenizer: it is found by its data
+    Path("runs/mine/tokenizer.model").unlink()
+    ended = command("tools/generate.py", "runs/mine", "--prompt", "the", "--max-new-tokens", "2")
+    assert ended.returncode == 0, ended.stderr
+    ended = command("tools/checkpoint.py", "convert", "--from", "megalite", "runs/mine", "--to", "hf", "out")
+    assert ended.returncode == 0, ended.stderr
+    assert Path("out/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["data.path=data/*"],
+            "data.path=data/*: names several files, and a run reads one; make one of them with tools/",
+        ),
+        (["data.path=data/t_text_document,data/u"], "names several files"),
+        (["data.path=0.5 data/t_text_document 0.5 data/u"], "names several files"),
+        (["data.path=data/t_text_document.bin"], "name the prefix, data.path=data/t_text_document"),
+        (["data.path=data"], "is a folder; name the prefix"),
+        (["data.path=data/t"], "data.path=data/t: no such file; did you mean data/t_text_document?"),
+        (["data.path=t.txt"], "is text; make tokens of it with tools/preprocess_data.py first"),
+        (["data.path=data/none"], "data.path=data/none: data/none.idx: no such file"),
+        (["data.path=data/t_text_document", "data.valid.x=data/*"], "data.valid.x=data/*: names several files"),
+        (["data.path=data/t_text_document", "model.vocab_size=600"], "has 32000 tokens, model.vocab_size=600"),
+        (["data.path=data/t_text_document", "train.seq_len=4096"], "tokens, but one sample of train.seq_len=4096"),
+        (
+            ["data.sft=*.jsonl", "data.tokenizer=tok.model"],
+            "names several files, and a run reads one; make one of them with cat",
+        ),
+        (["data.sft=a.jsonl b.jsonl", "data.tokenizer=tok.model"], "names several files"),
+        (["data.sft=chats.jsonl", "data.tokenizer=tok.model", "data.template=chatml"], "model.add_tokens"),
+    ],
+)
+def test_a_dry_run_looks_at_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text("\n\n".join(f"the {i}th line of a small text" for i in range(99)))
+    Path("tok.model").write_bytes(asset("mistral-v1/tokenizer.model").read_bytes())
+    Path("chats.jsonl").write_text('{"prompt": "who?", "completion": "I"}\n' * 9)
+    preprocess(["t.txt"], "data/t", load_tokenizer("tok.model"), append_eod=True)
+    before = sorted(Path().rglob("*"))
+    words = ["train.device=cpu", "train.seq_len=32", "model.vocab_size=32000", *words, "--dry-run", "--preset", "tiny"]
+    script = "examples/sft_7b.py" if any("data.sft" in word for word in words) else "examples/pretrain_7b.py"
+    ended = command(script, *words)
+    assert (ended.returncode, message in ended.stderr) == (2, True), ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert sorted(Path().rglob("*")) == before

@@ -132,5 +132,5 @@ def test_data_cut_short_while_training(make: Make, data: Path, tmp_path: Path, r
     config = make(data__path=str(prefix), data__valid={}, data__valid_fraction=0.0, data__reader=reader)
     opened = open_data(config)
     os.truncate(f"{prefix}.bin", 40)
-    with pytest.raises(ValueError, match=r"cut\.bin: ends at byte \d+, it was cut short while in use"):
+    with pytest.raises(ValueError, match=r"cut\.bin: ends at byte \d+, it was truncated while in use"):
         train_on(config, opened)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import sentencepiece
 from assets import asset
+from chats import TOKENIZERS, template, tokenizer
 
-from megalite.data.instructions import Example, Options, Report, _example
+from megalite.data.instructions import Example, Options, Report, build_example, examples
 from megalite.inference.chat import Chat
-from megalite.text.chat import ChatTemplate, control_pattern, find_template
-from megalite.text.controls import Controls, keep_text, unmark
+from megalite.text.chat import ChatTemplate, find_template
+from megalite.text.controls import Controls, controls_of, escape_controls, protect_controls, strip_marks
 from megalite.text.conversations import Conversation, RowError
-from megalite.text.encoding import Tokenizer, is_control
+from megalite.text.encoding import Tokenizer
 from megalite.text.tokenizer import load_tokenizer
 
 CHATML = (
@@ -30,7 +31,7 @@ def chat(user: str, assistant: str = "ok") -> dict[str, Any]:
 
 def read(tokenizer: Tokenizer, row: dict[str, Any], source: str = CHATML, **options: Any) -> tuple[Example, Report]:
     report, template = Report(), ChatTemplate("mine", source, tokenizer)
-    made = _example("row", row, tokenizer, template, Options(**options), report, control_pattern(tokenizer))
+    made = build_example("row", row, tokenizer, template, Options(**options), report, controls_of(tokenizer))
     return made, report
 
 
@@ -118,19 +119,6 @@ def test_symbols_that_text_is_folded_into(tmp_path: Path) -> None:
     assert wide in found.text
 
 
-def test_ordinary_added_tokens_are_left_alone(tmp_path: Path) -> None:
-    """Runs of spaces and words that were added to the vocabulary are no control strings."""
-    tokenizer = smollm2(tmp_path, extra=("    ", "\n\n", "chloroform", "</think>", "<think>", "<|sys|>"))
-    assert set(tokenizer.controls) >= {"<think>", "</think>", "<|sys|>", "<|im_end|>"}
-    found, report = read(tokenizer, chat("a    b\n\nchloroform"))
-    assert report.controls == 0
-    assert {49152, 49153, 49154} <= set(found.encoding.ids)
-    assert is_control("[INST]", False, ())
-    assert not any(is_control(text, False, ()) for text in (" ", "▁▁", "\n\n", "a_b", "---", "covid-19"))
-    assert is_control("Human:", True, ())
-    assert is_control("Human:", False, ["Human:"])
-
-
 def test_an_answer_may_hold_tags_that_stand_in_pairs(tmp_path: Path) -> None:
     tokenizer = smollm2(tmp_path, extra=("<think>", "</think>", "<|sys|>"))
     found, report = read(tokenizer, chat("what is <think>?", "<think>so</think>yes<|sys|>"))
@@ -158,12 +146,12 @@ def test_modes(tmp_path: Path) -> None:
 
 
 def test_marks_come_out_again() -> None:
-    there = unmark("a\ufdd2<s>\ufdd3b\ufdd2x\ufdd3")
+    there = strip_marks("a\ufdd2<s>\ufdd3b\ufdd2x\ufdd3")
     assert (there.text, there.ranges) == ("a<s>bx", [(1, 4), (5, 6)])
     assert [there.at(i) for i in (0, 1, 2, 5, 6, 9)] == [0, 1, 1, 4, 4, 6]
     for torn in ("\ufdd2", "\ufdd3a\ufdd2", "\ufdd2\ufdd2\ufdd3\ufdd3"):
         with pytest.raises(RowError, match=r"U\+FDD2 or U\+FDD3"):
-            unmark(torn)
+            strip_marks(torn)
 
 
 @pytest.mark.parametrize("which", ["smollm2", "deepseek/tokenizer.json", "mistral-v1/tokenizer.model"])
@@ -178,9 +166,46 @@ def test_real_tokenizers_and_templates(which: str) -> None:
         both = []
         for row in rows:
             given = Conversation("messages", row["messages"], [None, None])
-            kept, _, changed = keep_text(given, lambda c, t=template: t.render(c).text, tokenizer, Controls(tokenizer))
+            kept, _, changed = protect_controls(
+                given, lambda c, t=template: t.render(c).text, tokenizer, Controls(tokenizer)
+            )
             assert not changed
-            there = unmark(template.render(kept).text)
+            there = strip_marks(template.render(kept).text)
             ids, _ = tokenizer.encode_chat(there.text, there.ranges)
             both.append(ids.count(tokenizer.eos_id))
         assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("which", TOKENIZERS)
+def test_control_strings_in_a_message(which: str, tmp_path: Path) -> None:
+    """Typed by a user, the end of a turn must not end it."""
+    eos_id = tokenizer(which).eos_id
+    eos = tokenizer(which).control_string(eos_id)
+    row = {"messages": [{"role": "user", "content": f"what is {eos}?"}, {"role": "assistant", "content": "an end"}]}
+    clean = {"messages": [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "an end"}]}
+    (tmp_path / "chats.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(clean) + "\n", "utf-8")
+    chat = template("plain", which)
+    count = {}
+    for mode in ("escape", "warn", "allow"):
+        report = Report()
+        found = [
+            x.encoding.ids.count(eos_id)
+            for x in examples(tmp_path / "chats.jsonl", tokenizer(which), chat, Options(control_tokens=mode), report)
+        ]
+        count[mode] = (found, len(list(report.lines(mode))))
+    assert count == {"escape": ([1, 1], 1), "warn": ([2, 1], 1), "allow": ([2, 1], 0)}
+    controls = controls_of(tokenizer(which))
+    assert controls is not None
+    assert escape_controls({"a": [f"x{eos}y{eos}", 1, None]}, controls.find) == (
+        {"a": [f"x{eos[0]}\u200b{eos[1:]}y{eos[0]}\u200b{eos[1:]}", 1, None]},
+        2,
+    )
+
+
+def test_ordinary_added_tokens_are_left_alone(tmp_path: Path) -> None:
+    """Runs of spaces and words that were added to the vocabulary are no control strings."""
+    tokenizer = smollm2(tmp_path, extra=("    ", "\n\n", "chloroform", "</think>", "<think>", "<|sys|>"))
+    assert set(tokenizer.controls) >= {"<think>", "</think>", "<|sys|>", "<|im_end|>"}
+    found, report = read(tokenizer, chat("a    b\n\nchloroform"))
+    assert report.controls == 0
+    assert {49152, 49153, 49154} <= set(found.encoding.ids)

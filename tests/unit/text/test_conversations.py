@@ -89,11 +89,11 @@ def test_function_calls_tools_and_weights() -> None:
     ("row", "message"),
     [
         (7, "is a number, expected an object"),
-        ({}, "none of the keys messages, conversations, instruction, prompt that tell a format; its keys are none"),
+        ({}, "none of the keys messages, conversations, instruction, prompt of the known formats; its keys are none"),
         ({"text": "x"}, "its keys are 'text'"),
         ({"messages": "x"}, "'messages' is text, expected a list"),
-        ({"messages": []}, "holds no message"),
-        ({"messages": [USER]}, "no message of the assistant"),
+        ({"messages": []}, "has no messages"),
+        ({"messages": [USER]}, "has no assistant message, so there is nothing to train on"),
         ({"messages": [3]}, "message 1 is a number, expected an object"),
         (
             {"messages": [USER, {"content": "b"}]},
@@ -110,18 +110,18 @@ def test_function_calls_tools_and_weights() -> None:
         ({"messages": [USER, {**ANSWER, "weight": "1"}]}, "message 2: its weight is '1', expected a number"),
         ({"messages": [USER, {**ANSWER, "weight": -1}]}, "message 2: its weight is -1"),
         ({"messages": [USER, {**ANSWER, "weight": float("nan")}]}, "message 2: its weight is nan"),
-        ({"messages": [USER, {**ANSWER, "tool_calls": "f"}]}, "message 2: 'tool_calls' is no list"),
+        ({"messages": [USER, {**ANSWER, "tool_calls": "f"}]}, "message 2: 'tool_calls' is not a list"),
         ({"messages": [USER, {**ANSWER, "tool_calls": [{"arguments": "{"}]}]}, "arguments of a tool call is not JSON"),
         ({"instruction": "i"}, "'output' is missing"),
         ({"instruction": "i", "output": 5}, "'output' is a number, expected text"),
-        ({"instruction": "i", "output": "o", "history": [["x"]]}, "turn 1 of its history is no pair"),
+        ({"instruction": "i", "output": "o", "history": [["x"]]}, "turn 1 of 'history' is not a pair"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "message 1: 'from' is 'alien', expected human"),
         ({"conversations": [{"from": "function_call", "value": "{"}]}, "message 1: the function call is not JSON"),
         ({"conversations": [{"from": "gpt", "value": "x"}], "tools": 5}, "'tools' is a number, expected a list"),
         ({"prompt": "p"}, "'completion' is missing"),
-        ({"prompt": "p\0", "completion": "c"}, "prompt holds a NUL character"),
-        ({"prompt": "p", "completion": "\ufdd0"}, "completion holds U+FDD0"),
-        ({"prompt": "p", "completion": "\ud800"}, "completion holds half a surrogate pair"),
+        ({"prompt": "p\0", "completion": "c"}, "prompt contains a NUL character"),
+        ({"prompt": "p", "completion": "\ufdd0"}, "completion contains U+FDD0"),
+        ({"prompt": "p", "completion": "\ud800"}, "completion contains half a surrogate pair"),
     ],
 )
 def test_bad_rows_say_why(row: Any, message: str) -> None:
@@ -258,5 +258,5 @@ def test_a_thousand_fuzzed_rows(tmp_path: Path) -> None:
             turns = len(example.conversation.messages)
             extra = name is None and example.conversation.messages[0]["role"] != "system"
             assert example.encoding.ids.count(tokenizer.eos_id) == turns + extra
-    with pytest.raises(ValueError, match=r"fuzz\.jsonl:\d+: .* \(data\.bad_rows=skip leaves such rows out\)"):
+    with pytest.raises(ValueError, match=r"fuzz\.jsonl:\d+: .* \(data\.bad_rows=skip skips such rows\)"):
         list(examples(path, tokenizer, chat, Options(), Report()))

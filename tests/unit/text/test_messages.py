@@ -55,7 +55,7 @@ def test_whether_a_message_is_trained(given: Any, weight: float | None) -> None:
         ({"train": 2}, "'train' is '2'"),
         ({"weight": True}, "its weight is True"),
         *(
-            ({key: value}, f"message 2: what {key!r} means for training is not known; write 'weight'")
+            ({key: value}, f"message 2: the key {key!r} is unknown and may affect training; use 'weight'")
             for key, value in (
                 ("mask", 1),
                 ("loss_mask", 0),
@@ -107,10 +107,13 @@ def test_tool_calls_old_and_new_are_one(message: Any) -> None:
         ({"tool_calls": [CALL], "function_call": CALL["function"]}, "has both 'function_call' and 'tool_calls'"),
         ({"tool_calls": [{"name": "f", "parameters": {}}]}, "rename them to 'arguments'"),
         ({"tool_calls": [{"name": "f", "arguments": [1]}]}, "the arguments of a tool call are a list"),
-        ({"tool_calls": [{"name": "f", "arguments": '{"x": "\\ufdd0"}'}]}, "holds U+FDD0"),
-        ({"role": "user", "tool_calls": [CALL]}, "a message of role user has tool calls"),
-        ({"reasoning_content": ["x"]}, "reasoning_content must be one and the same text"),
-        ({"reasoning_content": "x", "thinking": "y"}, "reasoning_content and thinking must be one and the same text"),
+        ({"tool_calls": [{"name": "f", "arguments": '{"x": "\\ufdd0"}'}]}, "contains U+FDD0"),
+        ({"role": "user", "tool_calls": [CALL]}, "role user has tool calls"),
+        ({"reasoning_content": ["x"]}, "reasoning_content must be text, and the same text in each key"),
+        (
+            {"reasoning_content": "x", "thinking": "y"},
+            "reasoning_content and thinking must be text, and the same text in each key",
+        ),
     ],
 )
 def test_bad_calls_and_reasoning_say_why(message: Any, reason: str) -> None:
@@ -148,33 +151,6 @@ def test_nulls_of_other_rows_in_parquet_and_meant_ones_in_json(tmp_path: Path) -
     (found,) = [normalise(each.value) for each in read_rows(tmp_path / "t.jsonl")]
     assert found.tools == meant["tools"]
     assert found.messages[1]["tool_calls"] == meant["messages"][1]["tool_calls"]
-
-
-def test_alpaca_has_a_prompt_for_rows_with_an_input() -> None:
-    row = {"instruction": "Translate to English.", "input": "Bonjour", "output": "Hello"}
-    right = (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nTranslate to English.\n\n### Input:\n"
-        "Bonjour\n\n### Response:"
-    )
-    assert text(row, "alpaca").removeprefix("<|im_start|>").startswith(right)
-    assert "### Input" not in text({**row, "input": ""}, "alpaca")
-    assert "<|im_start|>user\nTranslate to English.\nBonjour<|im_end|>" in text(row, "chatml")
-
-
-@pytest.mark.parametrize("name", ["llama2", "mistral"])
-@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Answer in French."}]])
-def test_the_assistant_may_not_speak_first_where_the_template_has_no_place_for_it(name: str, system: Any) -> None:
-    with pytest.raises(RowError, match="no place for a message of role assistant before the first one of role user"):
-        text({"messages": [*system, ANSWER, USER, ANSWER]}, name)
-
-
-@pytest.mark.parametrize("name", ["llama2", "mistral"])
-@pytest.mark.parametrize("turns", [[USER, USER, ANSWER], [USER, ANSWER, ANSWER], [USER, ANSWER, USER, ANSWER, ANSWER]])
-def test_turns_alternate_where_the_template_has_no_place_for_two_in_a_row(name: str, turns: Any) -> None:
-    with pytest.raises(RowError, match=f"{name} has no place for two messages of role (user|assistant) in a row"):
-        text({"messages": turns}, name)
-    assert text({"messages": [USER, ANSWER, USER, ANSWER]}, name)
 
 
 def test_a_system_text_beside_the_messages() -> None:

@@ -11,7 +11,7 @@ from megalite.data.preprocess import preprocess
 from megalite.inference.eval_rows import read_clozes, read_questions
 from megalite.text.conversations import read_rows as read_conversations
 from megalite.text.messages import RowError
-from megalite.text.rows import filled_lines, parse_json, read_lines, text_fault
+from megalite.text.rows import nonblank_lines, parse_json, read_lines, text_fault
 from megalite.text.tokenizer import Tokenizer
 
 NOT_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
@@ -23,7 +23,7 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
     path.write_bytes(f"\ufeffone{NOT_ENDS}two\r\n\n \t\rthree\n\ufefffour".encode())
     whole = [f"one{NOT_ENDS}two\r\n", "\n", " \t\rthree\n", "\ufefffour"]
     assert [line.raw.decode() for line in read_lines(path)] == whole
-    assert [line.where for line in filled_lines(path)] == [f"{path}:{n}" for n in (1, 3, 4)]
+    assert [line.where for line in nonblank_lines(path)] == [f"{path}:{n}" for n in (1, 3, 4)]
     packed = tmp_path / "b.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert [line.raw for line in read_lines(packed)] == [line.raw for line in read_lines(path)]
@@ -39,8 +39,8 @@ def test_lines_end_at_a_line_feed_alone(tmp_path: Path) -> None:
         (b"", "not JSON (Expecting value at column 1)"),
         (b"[1,\n 2,\n x]", "not JSON (Expecting value at line 3 column 2)"),
         (b'"\xff"', "not UTF-8 (byte 1); convert"),
-        (b'{"a": 1, "b": 2, "a": 1}', "key 'a' is written twice in one object"),
-        (b'{"b": {"a": 1, "a": 2}}', "key 'a' is written twice in one object"),
+        (b'{"a": 1, "b": 2, "a": 1}', "key 'a' appears twice in one object"),
+        (b'{"b": {"a": 1, "a": 2}}', "key 'a' appears twice in one object"),
         (b"1" * 5000, "not JSON (a number has thousands of digits)"),
         (DEEP, "not JSON (nested too deeply)"),
         (b"[" * 65 + b"1" + b"]" * 65, "not JSON (nested too deeply: more than 64 levels)"),
@@ -75,9 +75,9 @@ def test_rows_of_an_evaluation(tmp_path: Path) -> None:
     path.write_text('\n\ufeff{"prompt": "a", "answer": ["b\u2029", "c"]}', "utf-8")
     assert read_questions(path)[0].answers == ("b\u2029", "c")
     for text, message in (
-        ('{"prompt": "\\ud800", "answer": "b"}', "1: a text in it holds half a surrogate pair"),
-        ('{"prompt": "a", "answer": "\\u0000"}', "1: a text in it holds a NUL"),
-        ('{"prompt": "a", "prompt": "b", "answer": "c"}', "1: key 'prompt' is written twice"),
+        ('{"prompt": "\\ud800", "answer": "b"}', "1: a text in it contains half a surrogate pair"),
+        ('{"prompt": "a", "answer": "\\u0000"}', "1: a text in it contains a NUL"),
+        ('{"prompt": "a", "prompt": "b", "answer": "c"}', "1: key 'prompt' appears twice"),
     ):
         path.write_text(text, "utf-8")
         with pytest.raises(ValueError, match=message):
@@ -107,7 +107,7 @@ def test_a_deep_conversation(tmp_path: Path) -> None:
         assert second == {"prompt": "p", "completion": "c"}
     array = tmp_path / "in.json"
     array.write_bytes(b"[" + DEEP + b"]")
-    with pytest.raises(ValueError, match=r"in\.json: not JSON \(nested too deeply\); it begins with"):
+    with pytest.raises(ValueError, match=r"in\.json: not JSON \(nested too deeply\); it starts with"):
         list(read_conversations(array))
 
 
@@ -121,5 +121,5 @@ def test_prompts_of_a_generation(tmp_path: Path, read_prompts: Callable[[Path], 
         with pytest.raises(ValueError, match=message):
             read_prompts(path)
     lines.write_bytes(b"a\n\0\n")
-    with pytest.raises(ValueError, match=r"prompts\.txt:2: the prompt holds a NUL"):
+    with pytest.raises(ValueError, match=r"prompts\.txt:2: the prompt contains a NUL"):
         read_prompts(lines)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import transformers
 from assets import asset
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from megalite.data.instructions import Example, Options, Report, _example
-from megalite.text.chat import ChatTemplate, control_pattern, find_template
+from megalite.data.instructions import Example, Options, Report, build_example
+from megalite.text.chat import ChatTemplate, find_template
+from megalite.text.controls import controls_of
 from megalite.text.tokenizer import load_tokenizer
 from megalite.text.tokenizer_files import copy_files
 
@@ -43,7 +43,7 @@ def smollm2(
 def read(folder: Path, row: dict[str, Any]) -> Example:
     tokenizer = load_tokenizer(folder)
     template = ChatTemplate(*find_template(None, tokenizer), tokenizer)
-    return _example("row", row, tokenizer, template, Options(), Report(), control_pattern(tokenizer))
+    return build_example("row", row, tokenizer, template, Options(), Report(), controls_of(tokenizer))
 
 
 def check(folder: Path, row: dict[str, Any]) -> None:
@@ -122,16 +122,20 @@ def test_an_end_token_that_takes_the_spaces_beside_it_is_trained(tmp_path: Path)
     ("name", "text", "words"),
     [
         ("tokenizer_config.json", "{", r"tokenizer_config\.json: not JSON"),
-        ("tokenizer_config.json", "[]", "holds a list, expected a JSON object"),
+        ("tokenizer_config.json", "[]", "is a list, expected a JSON object"),
         ("tokenizer_config.json", "[" * 100000, "not JSON"),
         ("tokenizer_config.json", '{"eos_token": 3}', "eos_token is 3, expected the string of a token"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "no object of tokens by id"),
-        ("tokenizer_config.json", '{"added_tokens_decoder": {"1": {"content": 5}}}', "added token is not right"),
-        ("tokenizer_config.json", '{"extra_special_tokens": 5}', "extra_special_tokens is no list of tokens"),
-        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template is int, expected text or a list"),
-        ("tokenizer_config.json", '{"chat_template": [{"name": "a"}]}', "has no name and template"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "is not an object with ids as keys"),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"1": {"content": 5}}}',
+            "added token has an invalid content",
+        ),
+        ("tokenizer_config.json", '{"extra_special_tokens": 5}', "extra_special_tokens is not a list of tokens"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template is a number, expected text or a list"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "a"}]}', "lacks name or template"),
         ("tokenizer_config.json", '{"tokenizer_class": "BertTokenizer"}', "tokenizer_class=BertTokenizer is not supp"),
-        ("added_tokens.json", '{"<a>": "5"}', "is no id"),
+        ("added_tokens.json", '{"<a>": "5"}', "is not an id"),
         ("special_tokens_map.json", "nonsense", "not JSON"),
     ],
 )
@@ -141,18 +145,6 @@ def test_files_that_cannot_be_followed_are_refused_by_name(tmp_path: Path, name:
     with pytest.raises(ValueError, match=words) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_a_pattern_that_panics_is_one_line(tmp_path: Path) -> None:
-    made = Tokenizer(models.BPE({"a": 0}, []))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
-    made.save(str(tmp_path / "tokenizer.json"))
-    tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("aaa") == [0, 0, 0]
-    for cut in (tokenizer.encode, tokenizer.encode_chat, lambda text: tokenizer.encode_batch([text])):
-        with pytest.raises(ValueError, match=r"tokenizer\.json: the tokenizers library cannot cut this text") as caught:
-            cut("a" * 40 + "!")
-        assert "\n" not in str(caught.value)
 
 
 def test_a_copy_is_the_same_tokenizer_and_can_have_more_tokens(tmp_path: Path) -> None:
@@ -167,19 +159,3 @@ def test_a_copy_is_the_same_tokenizer_and_can_have_more_tokens(tmp_path: Path) -
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "to")
     assert theirs("<newer>", add_special_tokens=False)["input_ids"] == [49154]
     assert before.fingerprint != load_tokenizer(tmp_path / "from", ["<new>"]).fingerprint
-
-
-def test_tokens_added_beside_a_sentencepiece_model(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(asset("mistral-v1/tokenizer.model").read_bytes())
-    plain = load_tokenizer(tmp_path)
-    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>"}
-    config["added_tokens_decoder"] = {  # type: ignore[assignment]
-        str(32000 + i): {"content": text, "special": True} for i, text in enumerate(("<|im_start|>", "<|im_end|>"))
-    }
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (tokenizer.eos_id, tokenizer.vocab_size) == (32001, 32002)
-    text = "<|im_start|>user\nhi there<|im_end|>\n<s> a"
-    assert tokenizer.encode_chat(text).ids == theirs(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.encode("a<|im_end|>") == [*plain.encode("a"), 32001]
-    assert tokenizer.decode(tokenizer.encode("hi <|im_end|>there")) == "hi there"

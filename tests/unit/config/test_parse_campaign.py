@@ -15,14 +15,15 @@ import pytest
 import yaml
 from campaign import rounds
 
-from megalite.config import Config, ConfigError, from_mapping, parse_command_line, to_yaml
+from megalite.config import Config, ConfigError, from_mapping, parse_command_line, resolve, to_yaml
 from megalite.config.flags import SPECIAL, _table
 from megalite.config.parse import PRESETS, preset_names
 from megalite.config.read import read_yaml
 from megalite.config.schema import SECTIONS
 from megalite.config.values import number
 from megalite.plan import topology
-from megalite.run import entry
+from megalite.plan.describe import describe
+from megalite.run.command import understand
 
 KEYS = {f"{section}.{f.name}": f for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
 SECONDS = 2.0
@@ -222,17 +223,17 @@ def plan(argv: list[str], drawn: random.Random) -> Config:
     """All that `--dry-run` does with a command line, for ranks and memory that are drawn."""
     preset = drawn.choice(preset_names())
     told = parse_command_line(argv, default_preset=preset, prog="fuzz").config
-    request = entry.understand(argv, preset, drawn.random() < 0.5)
+    request = understand(argv, preset, drawn.random() < 0.5, print)
     ranks, gib = drawn.choice((1, 2, 6, 8, 64)), drawn.choice((8, 24, 80, 10**6))
     machine = topology.Machine(ranks, min(8, ranks), "cuda", gib * 2**30)
     try:
-        config, _ = entry.configure(request, machine)
-        assert entry.describe(config, machine)
+        config, _ = topology.lay_out(request.config, machine, request.explicit)
+        assert describe(config, machine)
         topology.check_memory(config, machine)
     except ConfigError as error:
         assert_one_line(error)
         return told
-    assert from_mapping(read_yaml(to_yaml(config), "again")) == config
+    assert resolve(from_mapping(read_yaml(to_yaml(config), "again")), ranks) == config
     return told
 
 

@@ -1,4 +1,4 @@
-"""Keys are an interface: old configurations have to go on working, so none changes its name, type or default unseen."""
+"""Keys are an interface: old configurations must go on working, so no name, type or default changes unnoticed."""
 
 import dataclasses
 from pathlib import Path
