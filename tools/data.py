@@ -30,21 +30,31 @@ TRAINED, PLAIN = "\033[32m", "\033[0m"
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    make = commands.add_parser("sft", help="render, tokenize and mask a file once, for data.sft=PREFIX")
-    look = commands.add_parser("inspect-sft", help="show trained text, lengths, packing and likely mistakes")
-    train = commands.add_parser("tokenizer", help="train a tokenizer on text files, for data.tokenizer=FOLDER")
-    train.add_argument("files", nargs="+", metavar="FILE", help=".jsonl (see --json-keys) or .txt, optionally with .gz")
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="tokens, including control tokens")
-    train.add_argument(
+    sft = commands.add_parser("sft", help="render, tokenize and mask a file once, for data.sft=PREFIX")
+    inspection = commands.add_parser("inspect-sft", help="show trained text, lengths, packing and likely mistakes")
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer on text files, for data.tokenizer=FOLDER")
+    tokenizer.add_argument(
+        "files", nargs="+", metavar="FILE", help=".jsonl (see --json-keys) or .txt, optionally with .gz"
+    )
+    tokenizer.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="tokens, including control tokens"
+    )
+    tokenizer.add_argument(
         "--type",
         choices=["sentencepiece", "bpe"],
         default="sentencepiece",
         help="sentencepiece: byte-pair .model; bpe: byte-level tokenizer.json (default: %(default)s)",
     )
-    train.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of texts (default: text)")
-    train.add_argument("--chat", action="store_true", help="add the tokens of the chatml template, and the template")
-    train.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the tokenizer")
-    for command in (make, look):
+    tokenizer.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys of texts (default: text)"
+    )
+    tokenizer.add_argument(
+        "--chat", action="store_true", help="add the tokens of the chatml template, and the template"
+    )
+    tokenizer.add_argument("--output", required=True, metavar="FOLDER", help="new folder for the tokenizer")
+    of_key = "see data.{} (default: %(default)s)"
+    roles, modes = ["assistant", "last", "all"], ["escape", "warn", "allow"]
+    for command in (sft, inspection):
         add = command.add_argument
         add("file", help=".jsonl, .json or .parquet with messages, ShareGPT, Alpaca or prompt/completion rows")
         add(
@@ -53,27 +63,28 @@ def parse() -> argparse.Namespace:
             metavar="PATH",
             help="sentencepiece .model, tokenizer.json, or a folder with one",
         )
-        add("--template", metavar="NAME", help=f"{', '.join(template_names())} or a .jinja file; default: tokenizer's")
-        add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help="as model.add_tokens")
-        add("--train-on", choices=["assistant", "last", "all"], default="assistant", help="as data.train_on")
-        add("--control-tokens", choices=["escape", "warn", "allow"], default="escape", help="as data.control_tokens")
-    make.add_argument("--bad-rows", choices=["stop", "skip"], default="stop", help="as data.bad_rows")
-    make.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX and PREFIX_weights")
-    make.add_argument("--overwrite", action="store_true", help="replace existing output")
-    look.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print in full (default: 3)")
-    look.add_argument("--seq-len", type=int, default=4096, metavar="N", help="as train.seq_len (default: 4096)")
+        names = ", ".join(template_names())
+        add("--template", metavar="NAME", help=f"{names} or a .jinja file (default: the tokenizer's)")
+        add("--add-tokens", nargs="+", default=[], metavar="TOKEN", help="see model.add_tokens")
+        add("--train-on", choices=roles, default="assistant", help=of_key.format("train_on"))
+        add("--control-tokens", choices=modes, default="escape", help=of_key.format("control_tokens"))
+    sft.add_argument("--bad-rows", choices=["stop", "skip"], default="stop", help=of_key.format("bad_rows"))
+    sft.add_argument("--output-prefix", required=True, metavar="PREFIX", help="writes PREFIX and PREFIX_weights")
+    sft.add_argument("--overwrite", action="store_true", help="replace existing output")
+    inspection.add_argument("--rows", type=int, default=3, metavar="N", help="rows to print in full (default: 3)")
+    inspection.add_argument("--seq-len", type=int, default=4096, metavar="N", help="see train.seq_len (default: 4096)")
     cut = ["truncate_right", "truncate_left", "drop"]
-    look.add_argument("--overlong", choices=cut, default=cut[0], help="as data.overlong (default: %(default)s)")
+    inspection.add_argument("--overlong", choices=cut, default=cut[0], help=of_key.format("overlong"))
     return parser.parse_args()
 
 
-def train(args: argparse.Namespace) -> None:
+def train_tokenizer(args: argparse.Namespace) -> None:
     made = new_tokenizer(args.files, Path(args.output), args.vocab_size, args.type, args.chat, args.json_keys)
     print(f"{args.output}: {made.vocab_size} tokens, control tokens {', '.join(made.controls)}")
     print(f"use it with --tokenizer-model {args.output}, data.tokenizer={args.output}")
 
 
-def make(args: argparse.Namespace) -> None:
+def convert(args: argparse.Namespace) -> None:
     prefix = Path(args.output_prefix)
     existing = [path for path in paths(prefix) if path.exists()]
     if existing and not args.overwrite:
@@ -84,8 +95,9 @@ def make(args: argparse.Namespace) -> None:
     report = write_indexed(args.file, prefix, tokenizer, template, options)
     for line in report.lines(args.control_tokens):
         print(f"warning: {line}", file=sys.stderr)
-    side = json.loads(paths(prefix)[2].read_text("utf-8"))
-    print(f"{prefix}: {side['documents']} conversations, {side['tokens']} tokens, {side['trained_tokens']} trained")
+    sidecar = json.loads(paths(prefix)[2].read_text("utf-8"))
+    conversations, tokens, trained = (sidecar[key] for key in ("documents", "tokens", "trained_tokens"))
+    print(f"{prefix}: {conversations} conversations, {tokens} tokens, {trained} trained")
     print(f"train on it with data.sft={prefix}")
 
 
@@ -117,7 +129,7 @@ def inspect(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         arguments = parse()
-        {"tokenizer": train, "sft": make, "inspect-sft": inspect}[arguments.command](arguments)
+        {"tokenizer": train_tokenizer, "sft": convert, "inspect-sft": inspect}[arguments.command](arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from megalite.text.rows import Line, decode, file_suffix, json_type, parse_json, read_lines, text_fault
 
 
-class Row(NamedTuple):
+class Document(NamedTuple):
     """One undecoded document, a JSON object or plain text; `where` is file:line."""
 
     where: str
@@ -15,7 +15,7 @@ class Row(NamedTuple):
     is_json: bool
 
 
-def read_rows(files: Sequence[str | Path], document_per: str = "paragraph") -> Iterator[Row]:
+def read_documents(files: Sequence[str | Path], document_per: str = "paragraph") -> Iterator[Document]:
     """Yield the documents of .jsonl and .txt files, gzipped or not, in order.
 
     document_per: what a document is in plain text: `file`, `line`, or `paragraph`, which ends at a blank line.
@@ -29,14 +29,14 @@ def read_rows(files: Sequence[str | Path], document_per: str = "paragraph") -> I
             )
         lines = read_lines(file)
         if file_suffix(file) == ".txt":
-            yield from _text_rows(file, lines, document_per)
+            yield from _text_documents(file, lines, document_per)
         else:
-            yield from (Row(*line, is_json=True) for line in lines if line.raw.strip())
+            yield from (Document(*line, is_json=True) for line in lines if line.raw.strip())
 
 
-def _text_rows(file: str | Path, lines: Iterable[Line], document_per: str) -> Iterator[Row]:
+def _text_documents(file: str | Path, lines: Iterable[Line], document_per: str) -> Iterator[Document]:
     if document_per == "file":
-        yield Row(f"{file}:1", b"".join(line.raw for line in lines), False)
+        yield Document(f"{file}:1", b"".join(line.raw for line in lines), False)
         return
     first, paragraph = "", list[bytes]()
     for where, raw in lines:
@@ -45,18 +45,18 @@ def _text_rows(file: str | Path, lines: Iterable[Line], document_per: str) -> It
             first = first if paragraph else where
             paragraph.append(raw)
         if paragraph and (blank or document_per == "line"):
-            yield Row(first, b"".join(paragraph).rstrip(b"\r\n"), False)
+            yield Document(first, b"".join(paragraph).rstrip(b"\r\n"), False)
             paragraph = []
     if paragraph:
-        yield Row(first, b"".join(paragraph).rstrip(b"\r\n"), False)
+        yield Document(first, b"".join(paragraph).rstrip(b"\r\n"), False)
 
 
-def texts(row: Row, keys: Sequence[str]) -> list[str]:
+def texts(document: Document, keys: Sequence[str]) -> list[str]:
     """Return the text of each key of a row. Raises ValueError with file, line and reason if the row is malformed."""
     try:
-        return _from_json(row.raw, keys) if row.is_json else [_plain(row.raw, keys)]
+        return _from_json(document.raw, keys) if document.is_json else [_plain(document.raw, keys)]
     except ValueError as error:
-        raise ValueError(f"{row.where}: {error}") from None
+        raise ValueError(f"{document.where}: {error}") from None
 
 
 def _plain(raw: bytes, keys: Sequence[str]) -> str:

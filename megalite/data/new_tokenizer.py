@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megalite.data.corpus import build_once, train_tokenizer
-from megalite.data.documents import read_rows, texts
+from megalite.data.documents import read_documents, texts
 from megalite.text.chat import BUILT_IN
 from megalite.text.tokenizer import Tokenizer, load_tokenizer
 from megalite.text.tokenizer_files import CONFIG, TEMPLATE
@@ -58,8 +58,8 @@ def new_tokenizer(
 
 def _documents(files: Sequence[str | Path], keys: Sequence[str]) -> Iterator[str]:
     found = False
-    for row in read_rows(files):
-        for text in texts(row, keys if row.is_json else keys[:1]):
+    for document in read_documents(files):
+        for text in texts(document, keys if document.is_json else keys[:1]):
             found = found or bool(text.strip())
             yield text
     if not found:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalite.data.documents import Row, read_rows
+from megalite.data.documents import Document, read_documents
 from megalite.data.indexed import IndexedWriter, paths
 from megalite.data.origin import describe_tokenizer
 from megalite.data.workers import Encoder, Result, Worker, encode_parallel
@@ -76,7 +76,7 @@ def preprocess(
     with ExitStack() as stack:
         writers = [stack.enter_context(IndexedWriter(each.prefix, tokenizer.vocab_size)) for each in written]
         bar = stack.enter_context(Bar("preprocessing", _total_size(files), shows=log_interval > 0))
-        batches = _batches(_with_progress(read_rows(files, document_per), bar))
+        batches = _batches(_with_progress(read_documents(files, document_per), bar))
         settings = (keys, bos_id, eod_id, skip_bad_rows)
         if workers == 1:
             results: Iterator[Result] = map(Encoder(tokenizer, *settings), batches)
@@ -112,12 +112,12 @@ def _added_tokens(tokenizer: Tokenizer, prepend_bos: bool, append_eod: bool) -> 
     return tokenizer.bos_id if prepend_bos else None, tokenizer.eos_id if append_eod else None
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     size = 0
-    for row in rows:
-        batch.append(row)
-        size += len(row.raw)
+    for document in documents:
+        batch.append(document)
+        size += len(document.raw)
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
@@ -160,7 +160,7 @@ def _total_size(files: Sequence[str | Path]) -> int | None:
         return None
 
 
-def _with_progress(rows: Iterable[Row], bar: Bar) -> Iterator[Row]:
-    for row in rows:
-        bar.done += len(row.raw)
-        yield row
+def _with_progress(documents: Iterable[Document], bar: Bar) -> Iterator[Document]:
+    for document in documents:
+        bar.done += len(document.raw)
+        yield document

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megalite.data.documents import Row, texts
+from megalite.data.documents import Document, texts
 from megalite.data.indexed import token_dtype
 from megalite.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -31,7 +31,7 @@ Result = tuple[list[Encoded], list[str]]
 
 
 class Encoder:
-    """Encodes batches of rows; each worker process has its own.
+    """Encodes batches of documents; each worker process has its own.
 
     bos_id, eod_id: tokens to add before and after each document, None for none.
     """
@@ -50,13 +50,13 @@ class Encoder:
         self.end = [] if eod_id is None else [eod_id]
         self.skip_bad_rows = skip_bad_rows
 
-    def __call__(self, rows: Sequence[Row]) -> Result:
+    def __call__(self, documents: Sequence[Document]) -> Result:
         """Encode a batch. Raises ValueError at the first bad row unless bad rows are skipped."""
         good: list[tuple[str, list[str]]] = []
         bad = []
-        for row in rows:
+        for document in documents:
             try:
-                good.append((row.where, texts(row, self.keys)))
+                good.append((document.where, texts(document, self.keys)))
             except ValueError as error:
                 if not self.skip_bad_rows:
                     raise
@@ -64,7 +64,7 @@ class Encoder:
         try:
             return [self._encode([found[i] for _, found in good]) for i in range(len(self.keys))], bad
         except ValueError:
-            # the tokenizer failed on the batch: find the row
+            # the tokenizer failed on the batch: find the document
             kept = []
             for where, found in good:
                 try:
@@ -93,9 +93,9 @@ def _serve(connection: Connection, tokenizer: Path, *settings: Any) -> None:
     encode = Encoder(load_tokenizer(tokenizer), *settings)
     try:
         while True:
-            rows = connection.recv()
+            documents = connection.recv()
             try:
-                connection.send(encode(rows))
+                connection.send(encode(documents))
             except ValueError as error:
                 connection.send(error)
     except (EOFError, OSError, KeyboardInterrupt):
@@ -124,7 +124,7 @@ class Worker:
         # Only the worker may hold its end, or we would not notice its death.
         theirs.close()
 
-    def send(self, batch: list[Row]) -> None:
+    def send(self, batch: list[Document]) -> None:
         """Send a batch to encode. Raises ValueError if the worker has died."""
         try:
             self.pipe.send(batch)
@@ -155,7 +155,7 @@ class Worker:
         self.process.join()
 
 
-def encode_parallel(batches: Iterable[list[Row]], workers: Sequence[Worker]) -> Iterator[Result]:
+def encode_parallel(batches: Iterable[list[Document]], workers: Sequence[Worker]) -> Iterator[Result]:
     """Yield the results in the order of the batches, which go to the workers in turn."""
     idle, busy = deque(workers), deque[Worker]()
     for batch in batches:

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from megalite.config import Resolved
 from megalite.config.param_groups import check_groups
 from megalite.config.parameters import has_kv_rows, is_decayed, is_factor, is_partial
-from megalite.config.shapes import shapes
-from megalite.config.trained import adapter_shapes, hidden_matrices, trained
 from megalite.engine.batches import Microbatch
 from megalite.engine.stage import Stage, build_stage
 from megalite.optim.adamw import AdamW
@@ -29,10 +27,10 @@ from megalite.parallel.param_buffers import ParamBuffers
 
 @dataclass
 class Engine(Stage):
-    """A stage that learns. Gradients go by global parameter names too.
+    """A stage with gradients and an optimizer, by the same global parameter names.
 
-    `buffers`: where parameters are gathered from the replicas that update them; None: each replica updates all.
-    `microbatch_losses`: of the last forward_backward, on every tp rank of the last stage.
+    buffers: gathers each parameter from the replica that updates it; None: every replica updates all.
+    microbatch_losses: of the last forward_backward, on every tp rank of the last stage.
     """
 
     grads: GradBuffers
@@ -60,9 +58,9 @@ class Engine(Stage):
         return self._totals(results, microbatches)
 
     def reduce_gradients(self) -> None:
-        """Finish all sums that a gradient is owed: replicas, partial tp gradients, kv replicas, tied ends."""
+        """Complete the sums of each gradient: over replicas, partial tp gradients, kv replicas, tied ends."""
         self.grads.finish()
-        # ranks that share a sum hold alike parameters, so their shares of them are alike too
+        # ranks that sum together hold the same parameters, so their shares match
         reduced, sp = self.grads.reduced, self.config.parallel.sp
         all_reduce_together([g for name, g in reduced.items() if is_partial(name, sp)], self.mesh.tp)
         if self.mesh.kv.size > 1:
@@ -85,10 +83,9 @@ class Engine(Stage):
         return float(sum(squares, torch.tensor(0.0)))
 
     def spans(self) -> dict[str, range]:
-        """The elements of each flattened local parameter that this rank answers for in norms and checkpoints.
+        """The elements of each flattened local parameter that this rank counts in norms and writes to checkpoints.
 
-        A tied matrix belongs to the first stage: the last one's copy is not among them. What is not trained belongs to
-        the first replica.
+        A tied matrix belongs to the first rank of the pipeline, a frozen parameter to the first replica.
         """
         copy = self.config.model.tie_embeddings and not self.mesh.is_first_stage
         first = self.mesh.group("dp", "cp").rank == 0
@@ -97,12 +94,12 @@ class Engine(Stage):
         return {n: spans[n] for n in self.stored() if not (copy and n == "embed.weight")}
 
     def stored(self) -> dict[str, Tensor]:
-        """The parameters that a checkpoint keeps: all, or with LoRA the factors, beside a base that stays as it is."""
+        """The parameters that a checkpoint stores: all, or with LoRA the factors."""
         lora = self.config.tune.mode == "lora"
         return {n: p for n, p in self.parameters.items() if not lora or is_factor(n)}
 
     def base(self) -> dict[str, Tensor]:
-        """The parameters that a checkpoint does not keep."""
+        """The parameters that a checkpoint does not store."""
         stored = self.stored()
         return {n: p for n, p in self.parameters.items() if n not in stored}
 
@@ -114,7 +111,7 @@ class Engine(Stage):
             self.buffers.gather()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """{kind: {parameter name: tensor}} of what a checkpoint keeps, kinds as `weight` and `exp_avg`.
+        """{kind: {parameter name: tensor}} for a checkpoint; kinds such as `weight` and `exp_avg`.
 
         Weights are whole local tensors; the others may be the part `grads.spans[name]` of the flattened one.
         """
@@ -131,8 +128,8 @@ def build(
 ) -> Engine:
     """This rank's engine for a resolved, checked `config`; `value` and `head` as in `build_stage`."""
     m, p = config.model, config.parallel
-    chosen = trained(config)
-    check_groups(config.optim, [*shapes(m), *adapter_shapes(config)])
+    chosen = config.shapes.trained
+    check_groups(config.optim, [*config.shapes.model, *config.shapes.factors])
     stage = build_stage(config, world, value, head)
     mesh, models, parameters, shards = stage.mesh, stage.models, stage.parameters, stage.shards
     for name, parameter in parameters.items():
@@ -175,7 +172,7 @@ def make_optimizer(
         updated,
         gradients,
         matrices,
-        hidden=hidden_matrices(config),
+        hidden=config.shapes.hidden,
         model=config.model,
         shards={name: shards[name] for name in parameters},
         held=grads.held,

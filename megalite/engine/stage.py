@@ -1,4 +1,4 @@
-"""What runs forward on one rank: its stages of the cut model, and the schedule that they run under."""
+"""One rank's stages of the cut model, run forward under a schedule."""
 
 from __future__ import annotations
 
@@ -60,11 +60,10 @@ class StageChunk:
 
 @dataclass
 class Stage:
-    """One rank's part of the model, for forwards alone.
+    """One rank's part of the model, without gradients or optimizer.
 
-    `models`: the rank's stages by their global number. `parameters` and `shards` of all of them together go by global
-    parameter names. `sums`: the names of what the model's head sums over a batch, and `tokens`, the sum of the loss
-    mask; the same on every rank.
+    models: the rank's stages by global number. parameters, shards: of all its stages, by global parameter name.
+    sums: the names of what the model's head sums over a batch, and `tokens`, the sum of the loss mask.
     """
 
     config: Resolved
@@ -119,7 +118,7 @@ class Stage:
         )
 
     def _hidden(self, b: int, s: int) -> Spec:
-        """What travels between stages: [b, s, h], or [b, s/tp, h] under sequence parallelism."""
+        """Hidden states between stages: [b, s, h], or [b, s/tp, h] under sequence parallelism."""
         c = self.config
         shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
         return Spec(shape, DTYPES[c.train.dtype], self.mesh.device)
@@ -146,7 +145,7 @@ class Stage:
 
 
 def stage_costs(config: Resolved) -> Costs:
-    """How long a stage's forward takes beside an average one's, for the schedule."""
+    """Costs of each stage relative to the average one; the head counts as FLOPs."""
     m, seq_len = config.model, config.train.seq_len
     head = head_flops(m) / layer_flops(m, seq_len)
     layers = [float(len(r)) for r in stage_layers(config)]
@@ -166,11 +165,6 @@ def build_stage(
     model, a key of HEADS.
     """
     m, p, t = config.model, config.parallel, config.train
-    assert None not in (p.tp, p.pp, p.dp, m.num_kv_heads), "resolve the configuration first"
-    assert p.tp is not None
-    assert p.pp is not None
-    assert p.dp is not None
-    assert m.num_kv_heads is not None
     mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
     models: dict[int, Decoder] = {}
     parameters: dict[str, nn.Parameter] = {}

@@ -7,16 +7,16 @@ change no digit of what neither overflows nor vanishes.
 
 from __future__ import annotations
 
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.schema import LARGEST_LOSS_SCALE
 
 
-def first_scale(config: Config) -> float:
+def first_scale(config: Resolved) -> float:
     """The loss scale of the first step: 1 where nothing is scaled."""
     return config.optim.loss_scale_initial if config.train.dtype == "fp16" else 1.0
 
 
-def exhausted(config: Config, scale: float) -> str:
+def exhausted(config: Resolved, scale: float) -> str:
     """Why training cannot go on after an overflow at `scale`; "" if the scale can still be halved."""
     c = config.optim
     if scale / 2 >= c.loss_scale_min:
@@ -27,7 +27,7 @@ def exhausted(config: Config, scale: float) -> str:
     )
 
 
-def next_scale(config: Config, scale: float, steps: int, finite: bool) -> tuple[float, int]:
+def next_scale(config: Resolved, scale: float, steps: int, finite: bool) -> tuple[float, int]:
     """(loss scale, steps since it changed) after a step at `scale`, which was already used for `steps` steps.
 
     `finite`: whether the gradients of the step are. If they are not, the caller has asked `exhausted` first.

@@ -1,4 +1,4 @@
-"""Show a played plan: as text for a terminal, and as a picture for a page."""
+"""Draw a simulated plan: as text for a terminal, or as a picture."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def save_png(played: Simulation, path: str | Path, title: str) -> None:
     """Draw the plan with matplotlib: one row per rank, time to the right, the microbatch in every box
     and the peak of live activations behind every row; a rank's later stages are paler.
 
-    The kind of picture follows the ending of `path` (png, svg, pdf). Raises ModuleNotFoundError with the
-    remedy where matplotlib is missing, OSError where `path` cannot be written, ValueError for an ending
-    that matplotlib does not know.
+    The suffix of `path` selects the format (png, svg, pdf). Raises ModuleNotFoundError with the remedy if
+    matplotlib is missing, OSError if `path` cannot be written, ValueError for a suffix that matplotlib does
+    not support.
     """
     try:
         from matplotlib.figure import Figure
@@ -101,7 +101,7 @@ def _computations(played: Simulation) -> list[Event]:
 
 
 def _chunks(played: Simulation) -> dict[int, int]:
-    """Of each stage, how many stages before it stand on its rank."""
+    """The chunk that each stage is: how many earlier stages its rank holds."""
     stages = [sorted({event.action.stage for event in timeline}) for timeline in played.timelines]
     return {stage: chunk for own in stages for chunk, stage in enumerate(own)}
 

@@ -22,8 +22,8 @@ from typing import NamedTuple
 class Action:
     """One step of one rank. `str` gives the short form of schedules: `2F1`, `2RECV_B1`, `2REDUCE`.
 
-    A SEND and its RECV are named by the stage on whose rank they stand, so `1SEND_F0` (stage 1 gives its
-    activation away) is met by `2RECV_F0` (stage 2 takes it as its input).
+    A SEND and its RECV are each named by the stage on whose rank they run, so `1SEND_F0` (stage 1 sends its
+    activation) is met by `2RECV_F0` (stage 2 receives it as its input).
     """
 
     stage: int
@@ -210,23 +210,22 @@ def _require_one(num_ranks: int, num_microbatches: int, chunks: int) -> None:
 
 
 def rank_of_stage(plan: Plan) -> dict[int, int]:
-    """The rank on which each stage lives. Raises ValueError if a stage stands on two ranks."""
+    """The rank of each stage. Raises ValueError if a stage is on two ranks."""
     ranks: dict[int, int] = {}
     for rank, actions in enumerate(plan):
         for action in actions:
             home = ranks.setdefault(action.stage, rank)
             if home != rank:
                 raise ValueError(
-                    f"{action} stands on rank {rank}, but stage {action.stage} lives on rank {home}: "
-                    "a stage has one rank"
+                    f"{action} is on rank {rank}, but stage {action.stage} is on rank {home}: a stage has one rank"
                 )
     return ranks
 
 
 def transfer(action: Action, ranks: Mapping[int, int]) -> tuple[Action, Action] | None:
-    """The SEND and the RECV that take what `action` computes to the stage that needs it.
+    """The SEND and the RECV that carry the result of `action` to the stage that needs it.
 
-    None where nothing crosses ranks: at the ends of the pipeline, between two stages of one rank, and for
+    None if nothing crosses ranks: at the ends of the pipeline, between two stages of one rank, and for
     actions without an output. `ranks` is `rank_of_stage` of the plan.
     """
     if action.op not in ("F", "B", "I"):

@@ -1,13 +1,13 @@
-"""Play a plan on paper: when every action runs, how long the pipeline idles, what it keeps alive.
+"""Simulate a plan: when every action runs, how long the pipeline idles, which activations stay alive.
 
-A plan is a graph. An action waits for the one before it in its rank's list and for its inputs: a forward
-F(s, m) for F(s-1, m), a backward B(s, m) (or I) for F(s, m) and B(s+1, m), a weight gradient W(s, m) for
-I(s, m). Playing walks that graph in order of time, and a deadlock is a cycle in it.
+A plan is a graph. An action waits for the previous one of its rank and for its inputs: a forward F(s, m) for
+F(s-1, m), a backward B(s, m) (or I) for F(s, m) and B(s+1, m), a weight gradient W(s, m) for I(s, m). The
+simulation walks that graph in order of time; a deadlock is a cycle in it.
 
 In a lowered plan (see `lower`) a value reaches another rank through SEND and RECV instead. By default both
 return at once, as isend and irecv do, and the action that uses the value waits for it to arrive. With
-`blocking_sends` they are a rendezvous: both ranks stand still until both are there. Every real transport
-waits for no more than that, so a plan that plays with blocking sends deadlocks on none.
+`blocking_sends` they are a rendezvous: each rank waits until the other has reached its half. No real transport
+waits for more than that, so a plan that completes with blocking sends deadlocks on none.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Costs:
         costs = [(name, getattr(self, name)) for name in names]
         for name, cost in costs + [("stage_factors", factor) for factor in self.stage_factors]:
             if not (math.isfinite(cost) and cost >= 0):
-                raise ValueError(f"{name}={cost} is no cost; use a finite number, 0 or more")
+                raise ValueError(f"{name}={cost} is not a cost; use a finite number, 0 or more")
 
     def of(self, action: Action) -> float:
         """How long `action` keeps its rank computing."""
@@ -71,7 +71,7 @@ DEFAULT_COSTS = Costs()
 
 
 class Event(NamedTuple):
-    """One action as played, from `start` to `end` in the unit of the costs."""
+    """One action, from `start` to `end` in the unit of the costs."""
 
     rank: int
     action: Action
@@ -81,7 +81,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Simulation:
-    """A plan as played."""
+    """The result of `simulate`."""
 
     events: list[Event]
     """Every action of every rank in one global order: by start, and never before what it waits for."""
@@ -98,9 +98,9 @@ class Simulation:
 
 
 def simulate(plan: Plan, costs: Costs = DEFAULT_COSTS, blocking_sends: bool = False) -> Simulation:
-    """Play `plan`, lowered or not, with the given costs.
+    """Simulate `plan`, lowered or not, with the given costs.
 
-    Raises Deadlock if some action never gets what it waits for, ValueError if an action stands twice or
+    Raises Deadlock if some action never gets its inputs, ValueError if an action is listed twice or
     `costs.stage_factors` is too short.
     """
     graph = _Graph(plan, costs, blocking_sends)
@@ -140,7 +140,7 @@ def simulate(plan: Plan, costs: Costs = DEFAULT_COSTS, blocking_sends: bool = Fa
     if waiting:
         stuck = {rank: needed for needed, ranks in waiting.items() for rank in ranks}
         reasons = [graph.reason(rank, len(timelines[rank]), stuck[rank]) for rank in sorted(stuck)]
-        raise Deadlock("\n".join([f"deadlock: {len(stuck)} of {len(plan)} ranks wait for ever", *reasons]))
+        raise Deadlock("\n".join([f"deadlock: {len(stuck)} of {len(plan)} ranks wait forever", *reasons]))
     makespan = max((event.end for event in events), default=0)
     busy = sum(costs.of(event.action) for event in events)
     area = len(plan) * makespan
@@ -167,14 +167,14 @@ def check_complete(plan: Plan, num_microbatches: int) -> None:
     if graph.lowered:
         wanted.update(*filter(None, [transfer(action, graph.ranks) for action in wanted]))
     wrong = [f"{action} is missing" for action in wanted - graph.places.keys()]
-    wrong += [f"{action} does not belong there" for action in graph.places.keys() - wanted]
+    wrong += [f"{action} is unexpected" for action in graph.places.keys() - wanted]
     for rank, actions in enumerate(plan):
         done: set[Action] = set()
         for action in actions:
-            late = [n for n, _ in graph.needs(action) if n not in done and graph.stands_on(rank, n)]
-            wrong += [f"{action} stands before {needed}" for needed in late]
+            late = [n for n, _ in graph.needs(action) if n not in done and graph.runs_on(rank, n)]
+            wrong += [f"{action} comes before {needed}" for needed in late]
             if Action(action.stage, "REDUCE") in done:
-                wrong.append(f"{action} stands after {action.stage}REDUCE")
+                wrong.append(f"{action} comes after {action.stage}REDUCE")
             done.add(action)
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -192,7 +192,7 @@ class _Graph:
         for rank, actions in enumerate(plan):
             for index, action in enumerate(actions):
                 if self.places.setdefault(action, (rank, index)) != (rank, index):
-                    raise ValueError(f"{action} stands twice on rank {rank}")
+                    raise ValueError(f"{action} is listed twice on rank {rank}")
         self.lowered = any(action.op in TRANSFER for action in self.places)
         self.splits = any(action.op == "I" for action in self.places)
         self.rendezvous = self.lowered and blocking_sends
@@ -217,16 +217,16 @@ class _Graph:
         if action.op == "F" and stage > 0:
             yield from self._arrival(action, "F", stage - 1)
 
-    def stands_on(self, rank: int, action: Action) -> bool:
+    def runs_on(self, rank: int, action: Action) -> bool:
         return self.places.get(action, (-1, 0))[0] == rank
 
     def reason(self, rank: int, index: int, needed: Action) -> str:
-        """Why `rank` stands still at its action number `index`, in words."""
+        """Why `rank` cannot run its action number `index`."""
         action = self.plan[rank][index]
         if needed not in self.places:
-            what = f"{needed}, which stands nowhere in the plan"
-        elif self.stands_on(rank, needed):
-            what = f"{needed}, which stands later in its own list"
+            what = f"{needed}, which no rank runs"
+        elif self.runs_on(rank, needed):
+            what = f"{needed}, which comes later in its own list"
         elif action.op in TRANSFER:
             what = f"rank {action.peer} to reach {self._partner(action)}"
         else:

@@ -70,7 +70,7 @@ def test_two_callers_at_once(small: Path, tmp_path: Path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_the_same_text_gives_the_same_bytes(small: Path, tmp_path: Path):
+def test_the_same_text_has_the_same_files(small: Path, tmp_path: Path):
     one, two = (prepare(small, tmp_path / name, 400).train.parent for name in "ab")
     assert one.name == two.name
     for path in one.iterdir():

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from megalite.data.documents import Row, read_rows, texts
+from megalite.data.documents import Document, read_documents, texts
 
 
 def read(path: Path, keys: tuple[str, ...] = ("text",), document_per: str = "paragraph") -> list[list[str]]:
-    return [texts(row, keys) for row in read_rows([path], document_per)]
+    return [texts(row, keys) for row in read_documents([path], document_per)]
 
 
 def test_json_lines(tmp_path: Path):
@@ -15,7 +15,7 @@ def test_json_lines(tmp_path: Path):
     path.write_text('\ufeff{"text": "a\\nb", "title": "t"}\n\n{"title": "u", "text": "诗"}', encoding="utf-8")
     assert read(path) == [["a\nb"], ["诗"]]
     assert read(path, ("title", "text")) == [["t", "a\nb"], ["u", "诗"]]
-    assert [row.where for row in read_rows([path])] == [f"{path}:1", f"{path}:3"]
+    assert [row.where for row in read_documents([path])] == [f"{path}:1", f"{path}:3"]
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_plain_text(tmp_path: Path, document_per: str, documents: list[str], lin
     path = tmp_path / "a.txt"
     path.write_text("\na\nb\n \nc\n\n")
     assert read(path, document_per=document_per) == [[each] for each in documents]
-    assert [row.where for row in read_rows([path], document_per)] == [f"{path}:{line}" for line in lines]
+    assert [row.where for row in read_documents([path], document_per)] == [f"{path}:{line}" for line in lines]
 
 
 def test_gzip_reads_the_same(tmp_path: Path):
@@ -56,12 +56,12 @@ def test_gzip_reads_the_same(tmp_path: Path):
 )
 def test_bad_rows(raw: bytes, message: str):
     with pytest.raises(ValueError, match=f"^a.jsonl:7: .*{message}"):
-        texts(Row("a.jsonl:7", raw, True), ["text"])
+        texts(Document("a.jsonl:7", raw, True), ["text"])
 
 
 def test_plain_text_has_one_key():
     with pytest.raises(ValueError, match="plain text has no JSON keys, but 2 are given"):
-        texts(Row("a.txt:1", b"a", False), ["a", "b"])
+        texts(Document("a.txt:1", b"a", False), ["a", "b"])
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):

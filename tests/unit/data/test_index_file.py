@@ -7,25 +7,6 @@ import pytest
 
 from megalite.data.indexed import IndexedDataset
 
-# Documents [[5,6,7],[8]], [[9,10,2]], [] as Megatron-LM's own builder writes them.
-GOLDEN_BIN = bytes.fromhex("0500 0600 0700 0800 0900 0a00 0200")
-GOLDEN_IDX = b"".join(
-    [
-        bytes.fromhex("4d 4d 49 44 49 44 58 00 00"),
-        struct.pack("<QBQQ", 1, 8, 3, 4),
-        struct.pack("<3i", 3, 1, 3),
-        struct.pack("<3q", 0, 6, 8),
-        struct.pack("<4q", 0, 2, 3, 3),
-    ]
-)
-
-
-@pytest.fixture
-def golden(tmp_path: Path) -> Path:
-    (tmp_path / "golden.bin").write_bytes(GOLDEN_BIN)
-    (tmp_path / "golden.idx").write_bytes(GOLDEN_IDX)
-    return tmp_path / "golden"
-
 
 def patch(prefix: Path, at: int, field: bytes) -> None:
     idx = Path(f"{prefix}.idx")
@@ -58,19 +39,22 @@ def test_damaged_index(golden: Path, at: int, field: bytes, message: str):
 
 @pytest.mark.parametrize("size", [0, 10, 33, 34, 60, 101])
 def test_truncated_index(golden: Path, size: int):
-    Path(f"{golden}.idx").write_bytes(GOLDEN_IDX[:size])
+    idx = Path(f"{golden}.idx")
+    idx.write_bytes(idx.read_bytes()[:size])
     with pytest.raises(ValueError, match=rf"golden\.idx: is {size} bytes, (shorter|expected)"):
         IndexedDataset(golden)
 
 
 def test_no_document_boundaries(golden: Path):
-    Path(f"{golden}.idx").write_bytes(GOLDEN_IDX[:9] + struct.pack("<QBQQ", 1, 8, 0, 0))
+    idx = Path(f"{golden}.idx")
+    idx.write_bytes(idx.read_bytes()[:9] + struct.pack("<QBQQ", 1, 8, 0, 0))
     with pytest.raises(ValueError, match="0 document boundaries"):
         IndexedDataset(golden)
 
 
 def test_truncated_or_missing_tokens(golden: Path):
-    Path(f"{golden}.bin").write_bytes(GOLDEN_BIN[:-2])
+    bin_path = Path(f"{golden}.bin")
+    bin_path.write_bytes(bin_path.read_bytes()[:-2])
     with pytest.raises(ValueError, match=r"golden\.bin: is 12 bytes, expected 14"):
         IndexedDataset(golden)
     Path(f"{golden}.bin").unlink()

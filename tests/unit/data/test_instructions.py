@@ -47,7 +47,7 @@ def test_tokens_weights_and_sidecar(tokenizer: Tokenizer, plain: ChatTemplate, t
     assert (side["documents"], side["tokens"]) == (len(tokens), tokens.num_tokens)
     assert (side["template_name"], side["template"], side["train_on"]) == ("plain", plain.source, "assistant")
     assert side["sources"] == ["chats.jsonl"]
-    # the empty answer is trained too: its end is
+    # the empty answer is kept, because its end is trained
     assert (len(tokens), report.bad) == (3, [f"{path}:4: {report.bad[0].partition(': ')[2]}"])
 
 

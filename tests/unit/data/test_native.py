@@ -12,16 +12,6 @@ from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.data.native import open_indexed
 
 
-@pytest.fixture
-def prefix(tmp_path: Path) -> Path:
-    """Documents [[5,6,7],[8]], [[9,10,2]], [] as u16."""
-    with IndexedWriter(tmp_path / "some", vocab_size=600) as writer:
-        writer.add_document([5, 6, 7], [8])
-        writer.add_document([9, 10, 2])
-        writer.add_document()
-    return tmp_path / "some"
-
-
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "int32", "int64", "uint16"])
 def test_readers_agree(tmp_path: Path, dtype: str):
     random = np.random.default_rng(1)
@@ -73,7 +63,7 @@ def test_largest_token_beyond_the_first_chunk(tmp_path: Path):
         (78, struct.pack("<q", 4)),
     ],
 )
-def test_damage_is_told_in_the_same_words(prefix: Path, at: int, field: bytes):
+def test_both_readers_report_damage_in_the_same_words(prefix: Path, at: int, field: bytes):
     idx = Path(f"{prefix}.idx")
     old = idx.read_bytes()
     idx.write_bytes(old[:at] + field + old[at + len(field) :])
@@ -86,7 +76,7 @@ def test_damage_is_told_in_the_same_words(prefix: Path, at: int, field: bytes):
 
 
 def test_no_single_flipped_byte_crashes(prefix: Path):
-    """Every byte of the index, changed: an error, or the same verdict as the numpy reader's."""
+    """With any byte of the index changed, both readers raise an error or return the same."""
     idx = Path(f"{prefix}.idx")
     old = idx.read_bytes()
     for at in range(len(old)):

@@ -8,19 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalite.data.indexed import IndexedWriter
-
 _index = importlib.import_module("megalite._index")  # no stubs: mypy takes it as Any
-
-
-@pytest.fixture
-def prefix(tmp_path: Path) -> Path:
-    """Documents [[5,6,7],[8]], [[9,10,2]], [] as u16."""
-    with IndexedWriter(tmp_path / "some", vocab_size=600) as writer:
-        writer.add_document([5, 6, 7], [8])
-        writer.add_document([9, 10, 2])
-        writer.add_document()
-    return tmp_path / "some"
 
 
 def test_reads_what_was_written(prefix: Path):
@@ -81,7 +69,7 @@ def test_sample_index_of_megatron(settings: dict, rows: list):
 
 @pytest.mark.parametrize("extra", [0, 1])
 def test_samples_cover_the_stream(extra: int):
-    """Walking the rows as Megatron's dataset does gives back the concatenated documents."""
+    """Walking the rows as Megatron-LM's dataset does returns the concatenated documents."""
     random = np.random.default_rng(0)
     lengths = random.integers(0, 9, 40).astype(np.int32)
     documents = [100 * d + np.arange(n) for d, n in enumerate(lengths)]

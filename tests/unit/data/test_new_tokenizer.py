@@ -1,4 +1,4 @@
-"""A tokenizer of one's own in one command: every text comes back, and chats need nothing else."""
+"""A newly trained tokenizer is lossless and complete for chats."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_text_and_chats_come_back(corpus: Path, tmp_path: Path, kind: str) -> No
     found = build_example("row", ROW, made, template, Options(), Report(), controls_of(made))
     assert found.encoding.ids.count(made.controls["<|im_end|>"]) == 2
     assert "hi <|im_end|>" in found.text
-    # exported, it is the same to transformers
+    # transformers reads the export in the same way
     (tmp_path / "out").mkdir()
     write_tokenizer(tmp_path / "own", tmp_path / "out", model_type="llama")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")

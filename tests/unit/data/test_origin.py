@@ -18,7 +18,7 @@ from megalite.text.tokenizer import Tokenizer, load_tokenizer
 
 @pytest.fixture
 def own(tokenizer: Tokenizer, tmp_path: Path) -> Tokenizer:
-    """A tokenizer in a folder `data`, below which the data is."""
+    """A tokenizer in a folder `data`."""
     (tmp_path / "data").mkdir()
     return load_tokenizer(shutil.copy(tokenizer.path, tmp_path / "data" / "tokenizer.model"))
 
@@ -44,7 +44,7 @@ def test_what_a_sidecar_says(own: Tokenizer, tmp_path: Path) -> None:
     assert recorded_tokenizer(prefix) == "tokenizer.model"
     assert made_with(prefix, own)
     assert not made_with(sidecar(tmp_path / "b", tokenizer_sha256="0" * 64), own)
-    # data without a sidecar, or of an older version, says nothing
+    # data without a sidecar, or with an incomplete one
     assert recorded_tokenizer(tmp_path / "none") is None
     assert recorded_tokenizer(sidecar(tmp_path / "c", tokenizer=3)) is None
     assert made_with(tmp_path / "none", own)

@@ -1,4 +1,4 @@
-"""Rows of conversations: what is in them, what sees what, and what a run takes of them."""
+"""Packing: which conversations share a row, and what batches contain."""
 
 import random
 from pathlib import Path
@@ -18,7 +18,7 @@ SEQ = 32
 
 
 def brute_force(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Best fit decreasing as the book has it."""
+    """Best fit decreasing by its definition."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -41,7 +41,7 @@ def test_best_fit_decreasing(seed: int) -> None:
     rows = pack(np.array(lengths, dtype=np.int64), capacity)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
-    # which of several equally full rows takes it is ours to choose: the room that is left is the book's
+    # the choice among equally full rows is free, but the remaining room is not
     left = sorted(capacity - sum(lengths[i] for i in row) for row in rows)
     assert left == sorted(capacity - sum(lengths[i] for i in row) for row in brute_force(lengths, capacity))
     assert rows == pack(np.array(lengths, dtype=np.int64), capacity)

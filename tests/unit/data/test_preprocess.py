@@ -66,7 +66,7 @@ def test_bad_rows_stop_or_are_skipped(bad_source: Path, tokenizer: Tokenizer, tm
     assert (report.written[0].documents, report.empty, len(report.bad_rows)) == (2, 1, 1)
 
 
-def test_existing_output_is_kept_unless_told(source: Path, tokenizer: Tokenizer, tmp_path: Path):
+def test_existing_output_is_kept_without_overwrite(source: Path, tokenizer: Tokenizer, tmp_path: Path):
     preprocess([source], tmp_path / "out", tokenizer)
     with pytest.raises(ValueError, match=r"out_text_document\.bin exists; pass --overwrite"):
         preprocess([source], tmp_path / "out", tokenizer)

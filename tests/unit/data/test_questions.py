@@ -1,4 +1,4 @@
-"""Questions of the demo: right, the same each time, and held out by phrasing and by source."""
+"""The demo's questions are right, reproducible, and held out by phrasing and by source."""
 
 import json
 import re
@@ -13,7 +13,7 @@ CORPUS = Path(__file__).parents[3] / "examples" / "corpus"
 
 
 def phrasing_of(task: str, question: str) -> set[str]:
-    """The phrasings that a question may have been made by."""
+    """The phrasings that may have produced a question."""
     patterns = {each: re.escape(each).replace(r"\{\}", "(.+)") for each in PHRASINGS[task]}
     return {each for each, pattern in patterns.items() if re.fullmatch(pattern, question)}
 

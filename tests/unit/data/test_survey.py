@@ -148,7 +148,7 @@ def test_a_template_of_other_control_tokens_is_refused(tmp_path: Path) -> None:
     """chatml on a tokenizer without its tokens: the model would never learn to stop."""
     with pytest.raises(ValueError, match=r"template mine writes <\|im_end\|>, <\|im_start\|> \(the first in chats"):
         look(tmp_path, [row("q", "a")], MISTRAL, built_in("chatml", MISTRAL)).require_some("data.sft=x")
-    # Zephyr's, of which every answer ends with </s>, is only told of
+    # Zephyr's, whose answers all end with </s>, is only reported
     zephyr = "<|user|>\n{{ messages[0].content }}</s>\n<|assistant|>\n"
     zephyr += "{% generation %}{{ messages[1].content }}</s>{% endgeneration %}\n"
     found = look(tmp_path, [row("q", "a")], MISTRAL, zephyr)
@@ -156,7 +156,7 @@ def test_a_template_of_other_control_tokens_is_refused(tmp_path: Path) -> None:
     assert [line.split(",")[0] for line in found.notes()] == [
         f"the template writes <|{r}|>" for r in ("assistant", "user")
     ]
-    # [INST] is ordinary text to Llama 2 and Mistral; a row that speaks of another model's tokens is no mistake
+    # [INST] is ordinary text to Llama 2 and Mistral; a row may mention another model's tokens
     for which, name in ((MISTRAL, "llama2"), (MISTRAL, "plain"), (SMOLLM2, "chatml")):
         look(tmp_path, [row("<|eot_id|>?", "<|eot_id|>!")], which, built_in(name, which)).require_some("data.sft=x")
 

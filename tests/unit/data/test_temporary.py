@@ -1,4 +1,4 @@
-"""Temporary files of the dead are removed, those of the living are not."""
+"""Temporary files of dead writers are removed, those of live ones are kept."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def test_a_writer_that_was_killed(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 2
     with IndexedWriter(tmp_path / "a", vocab_size=9) as living:
         living.add_document([2, 3])
-        # a second writer does not take the first one's file for a dead one's
+        # a second writer keeps the file of the first one, which is alive
         with IndexedWriter(tmp_path / "b", vocab_size=9) as other:
             other.add_document([4])
         assert len(list(tmp_path.glob("a.bin.tmp-*"))) == 1

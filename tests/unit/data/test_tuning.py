@@ -31,7 +31,7 @@ def sizes(data: DataSets) -> dict[str, int]:
 def test_samples_are_found_in_the_file(chats: Path, corpus: Corpus, tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = chats.read_text("utf-8").splitlines()
     copy = tmp_path / "copy.jsonl"
-    # an empty line and one that is no conversation
+    # with an empty line and one that is not a conversation
     copy.write_text("\n".join([lines[0], "", "{}", *lines[1:]]) + "\n", "utf-8")
     settings = {"bad_rows": "skip", "valid_fraction": 0.0, "packing": False}
     data = open_conversations(config(copy, corpus, tmp_path, **settings)).train
@@ -59,7 +59,7 @@ def test_open_data(chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.L
     assert sizes(open_conversations(config(chats, corpus, tmp_path, valid_fraction=0.3))) == {"train": 20, "valid": 9}
     assert sizes(open_conversations(config(chats, corpus, tmp_path, valid_fraction=0.0))) == {"train": 29}
     assert sizes(open_conversations(config(chats, corpus, tmp_path, valid={"x": str(chats)}))) == {"train": 29, "x": 29}
-    # the second time they are found, not made
+    # the second time the files are found
     made = sorted(tmp_path.glob("sft-*.bin"))
     written = [path.stat().st_mtime_ns for path in made]
     open_conversations(config(chats, corpus, tmp_path))
@@ -91,7 +91,7 @@ def test_mistakes(chats: Path, corpus: Corpus, tmp_path: Path, change: dict[str,
         open_conversations(config(chats, corpus, tmp_path, **change))
 
 
-def test_a_refusal_is_met_once_by_all_ranks(
+def test_all_ranks_raise_an_error_that_one_has_found(
     chats: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = tmp_path / "bad.jsonl"
@@ -104,7 +104,7 @@ def test_a_refusal_is_met_once_by_all_ranks(
         patch.setattr(instructions, "write_indexed", lambda *_: pytest.fail("the file was read again"))
         with pytest.raises(ValueError, match=r"bad\.jsonl:31: has none of the keys"):
             open_conversations(asked)
-    # a later run finds out for itself
+    # a later run reads the file again
     monkeypatch.setattr(instructions, "SAME_RUN_S", 0.0)
     with pytest.raises(ValueError, match=r"bad\.jsonl:31: has none of the keys"):
         open_conversations(asked)
@@ -146,12 +146,12 @@ def test_held_out_files_say_what_was_noticed(
         other = path
 
 
-def test_pretraining_data_is_no_instruction_data(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
+def test_pretraining_data_is_refused_as_instruction_data(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such file|is not instruction data"):
         open_conversations(config(chats, corpus, tmp_path, sft=str(corpus.train)))
 
 
-def test_a_prefix_of_an_older_version_is_told(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
+def test_a_prefix_of_an_older_version_is_refused(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
     open_conversations(config(chats, corpus, tmp_path))
     side = next(path for path in tmp_path.glob("sft-*.json") if "weights" not in path.name)
     values = json.loads(side.read_text("utf-8"))

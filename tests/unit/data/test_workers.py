@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megalite.data import preprocess as module
-from megalite.data.documents import Row
+from megalite.data.documents import Document
 from megalite.data.preprocess import preprocess
 from megalite.data.workers import Encoder, Worker, encode_parallel
 from megalite.text.tokenizer import Tokenizer
@@ -18,8 +18,8 @@ from megalite.text.tokenizer import Tokenizer
 TOOL = Path(__file__).parents[3] / "tools" / "preprocess_data.py"
 
 
-def rows(*texts: str) -> list[Row]:
-    return [Row(f"f:{number}", text.encode(), True) for number, text in enumerate(texts, start=1)]
+def rows(*texts: str) -> list[Document]:
+    return [Document(f"f:{number}", text.encode(), True) for number, text in enumerate(texts, start=1)]
 
 
 def test_an_encoder_adds_tokens_and_counts_what_it_leaves_out(tokenizer: Tokenizer):
@@ -61,13 +61,13 @@ def test_an_error_of_a_worker_is_raised_here(tokenizer: Tokenizer):
 
 
 def test_a_killed_worker_is_noticed(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def rows_and_a_kill(*_: object) -> Iterator[Row]:
+    def rows_and_a_kill(*_: object) -> Iterator[Document]:
         for number in range(5000):
             if number == 2000:
                 multiprocessing.active_children()[-1].kill()
-            yield Row(f"x:{number}", b"some words " * 100, False)
+            yield Document(f"x:{number}", b"some words " * 100, False)
 
-    monkeypatch.setattr(module, "read_rows", rows_and_a_kill)
+    monkeypatch.setattr(module, "read_documents", rows_and_a_kill)
     with pytest.raises(ValueError, match=r"a worker process died \(exit code -9\).*use fewer workers"):
         preprocess(["x"], tmp_path / "out", tokenizer, workers=2)
     assert list(tmp_path.iterdir()) == []
@@ -75,7 +75,7 @@ def test_a_killed_worker_is_noticed(tokenizer: Tokenizer, tmp_path: Path, monkey
 
 
 def test_workers_end_with_their_parent_and_its_files_are_swept(tokenizer: Tokenizer, tmp_path: Path):
-    """SIGKILL of the parent: all workers end, and the next start removes what was being written."""
+    """After SIGKILL of the parent all workers end, and the next start removes its temporary files."""
     source = tmp_path / "in.txt"
     source.write_text("some words of a text that takes a while\n\n" * 500_000)
     command = [sys.executable, TOOL, "--input", source, "--output-prefix", tmp_path / "my"]

@@ -227,7 +227,7 @@ LEVERS: dict[str, tuple] = {
     "pp": (1, 2),
     "dp": (1, 2),
     "zero": (0, 1),
-    "schedule": ("1f1b", "gpipe"),
+    "schedule": ("1f1b", "gpipe", "interleaved", "zb-h1"),
     "recompute": ("none", "selective", "full"),
     "isolated": (False, True),
     "label_smoothing": (0.0, 0.1),
@@ -300,6 +300,8 @@ def config_of(case: Case) -> Config:
     model = {lever: v for lever, v in case.items() if lever not in (*PARALLEL, "isolated", "label_smoothing")}
     model |= {"linear": {"rope_factor": 3.0}, "llama3": LLAMA3, "yarn": YARN}.get(case["rope_scaling"], {})
     parallel = {lever: case[lever] for lever in PARALLEL}
+    if case["schedule"] == "interleaved":
+        parallel["chunks"], model["num_layers"] = 2, 2 * case["pp"]
     return make_config(model, parallel, smoothing=case["label_smoothing"])
 
 

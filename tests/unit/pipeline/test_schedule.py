@@ -265,11 +265,11 @@ def test_a_deadlock_is_told_rank_by_rank() -> None:
     with pytest.raises(Deadlock) as caught:
         simulate(plan)
     assert str(caught.value).splitlines() == [
-        "deadlock: 2 of 2 ranks wait for ever",
+        "deadlock: 2 of 2 ranks wait forever",
         "rank 0 waits at 0B1 for the gradient of 1B1 from rank 1",
-        "rank 1 waits at 1B1 for 1F1, which stands later in its own list",
+        "rank 1 waits at 1B1 for 1F1, which comes later in its own list",
     ]
-    with pytest.raises(Deadlock, match="rank 1 waits at 1F0 for 0F0, which stands nowhere in the plan"):
+    with pytest.raises(Deadlock, match="rank 1 waits at 1F0 for 0F0, which no rank runs"):
         simulate([parse("0F1"), parse("1F0")])
     with pytest.raises(Deadlock, match="rank 1 waits at 1F0 for the activation of 0F0 from rank 0"):
         simulate([parse("0W0 0F0"), parse("1F0")])
@@ -298,13 +298,13 @@ def test_naive_communication_deadlocks_where_lowering_does_not() -> None:
     ("lists", "fault"),
     [
         (["0F0 0B0 0REDUCE", "1F0 1REDUCE"], "1B0 is missing"),
-        (["0F0 0B0 0REDUCE", "1F0 1B0 1F0 1REDUCE"], "1F0 stands twice on rank 1"),
-        (["0F0 0B0 0REDUCE", "1F0 1B0 1F1 1B1 1REDUCE"], "1B1 does not belong there, 1F1 does not belong"),
-        (["0F0 0B0 0REDUCE", "1B0 1F0 1REDUCE"], "1B0 stands before 1F0"),
-        (["0F0 0B0 1B0 0REDUCE", "1F0 1REDUCE"], "1F0 stands on rank 1, but stage 1 lives on rank 0"),
+        (["0F0 0B0 0REDUCE", "1F0 1B0 1F0 1REDUCE"], "1F0 is listed twice on rank 1"),
+        (["0F0 0B0 0REDUCE", "1F0 1B0 1F1 1B1 1REDUCE"], "1B1 is unexpected, 1F1 is unexpected"),
+        (["0F0 0B0 0REDUCE", "1B0 1F0 1REDUCE"], "1B0 comes before 1F0"),
+        (["0F0 0B0 1B0 0REDUCE", "1F0 1REDUCE"], "1F0 is on rank 1, but stage 1 is on rank 0"),
         (["0F0 0B0 0REDUCE", "1F0 1B0"], "1REDUCE is missing"),
-        (["0F0 0B0 0REDUCE", "1F0 1REDUCE 1B0"], "1B0 stands after 1REDUCE"),
-        (["0F0 0B0 0REDUCE", "1F0 1B0 1I0 1W0 1REDUCE"], "1I0 does not belong there, 1W0 does not"),
+        (["0F0 0B0 0REDUCE", "1F0 1REDUCE 1B0"], "1B0 comes after 1REDUCE"),
+        (["0F0 0B0 0REDUCE", "1F0 1B0 1I0 1W0 1REDUCE"], "1I0 is unexpected, 1W0 is unexpected"),
         (["0F0", "2F0"], "1F0 is missing"),
     ],
 )
@@ -320,9 +320,9 @@ def test_incomplete_communication() -> None:
     with pytest.raises(ValueError, match="1RECV_F0 is missing"):
         check_complete([rank0, [forward, *rest]], 1)
     late = [rank0, [forward, receive, *rest]]
-    with pytest.raises(ValueError, match="1F0 stands before 1RECV_F0"):
+    with pytest.raises(ValueError, match="1F0 comes before 1RECV_F0"):
         check_complete(late, 1)
-    with pytest.raises(Deadlock, match="rank 1 waits at 1F0 for 1RECV_F0, which stands later in its own list"):
+    with pytest.raises(Deadlock, match="rank 1 waits at 1F0 for 1RECV_F0, which comes later in its own list"):
         simulate(late)
 
 

@@ -132,7 +132,7 @@ def too_large(prefix: Path) -> None:
         (truncate, "text.bin: is 11993 bytes, expected 12000"),
         (cut_index, "text.idx: is 20 bytes, shorter than"),
         (empty, "text: the data has 0 tokens"),
-        (too_large, "token 700 at position 3 (document 0) is not in 0..599 as model.vocab_size=600 asks"),
+        (too_large, "token 700 at position 3 (document 0) is outside 0..599"),
     ],
 )
 def test_damaged_data(tmp_path: Path, data: Path, damage: Callable[[Path], None], words: str) -> None:

@@ -70,7 +70,7 @@ def test_a_run_that_starts_from_a_checkpoint_has_steps_left(config: Config, run:
 def test_another_model_is_refused(config: Config, run: str) -> None:
     other = changed(config, model__dropout=0.5, model__num_layers=4)
     for start in (other, changed(other, train__run_dir="runs/new", checkpoint__load=run)):
-        with pytest.raises(ValueError, match=r"is of another model: model.num_layers is 3 there and 4 here"):
+        with pytest.raises(ValueError, match=r"holds another model: model.num_layers is 3 there and 4 here"):
             resume_from(start, print)
     with pytest.raises(ConfigError, match=rf"was trained with model.add_tokens=\[\]; .* with checkpoint.load={run}$"):
         resume_from(changed(config, model__add_tokens=("<|x|>",)), print)

@@ -14,6 +14,8 @@ from megalite.text.tokenizer import Encoding, Tokenizer, load_tokenizer
 
 GOLDEN = Path(__file__).with_name("golden")
 TOKENIZERS = {"smollm2": "smollm2", "deepseek": "deepseek/tokenizer.json", "mistral-v3": "mistral-v3/tokenizer.model"}
+# texts that every lossless tokenizer returns unchanged
+TEXTS = ["In the beginning", "", "  two  spaces\n\n a new line\t", "床前明月光，疑是地上霜。\n", "naïve 😀 mix 山"]
 ROWS: dict[str, Any] = json.loads((GOLDEN / "conversations.json").read_text("utf-8"))
 
 
@@ -65,7 +67,7 @@ def trained(source: str, messages: list[Any], train_on: str = "assistant", **row
 
 E = "<|im_end|>"
 HEAD = "<|im_start|>{{ m.role }}\n"
-# thinking is cut out of every turn, while the prompt opens it; calls concatenate text; results share one block
+# reasoning is cut from every turn although the prompt opens it; calls concatenate text; results share one block
 CUT = (
     "{% set ns = namespace(open=false) %}{% for m in messages %}"
     "{% if m.role == 'user' %}{{ '<U>' + m.content }}"
@@ -76,7 +78,7 @@ CUT = (
     "<|im_end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '</R>' if ns.open else '<A><think>\n' }}{% elif ns.open %}</R>{% endif %}"
 )
-# the result of a tool is introduced by the name of the call
+# the header of a tool's result is the name of the call
 QUOTING = (
     "{% set ns = namespace(name='') %}{% for m in messages %}"
     "{% if m.role == 'tool' %}<|im_start|>{{ ns.name }}\n{{ m.content }}<|im_end|>{% else %}" + HEAD + "{{ m.content }}"

@@ -44,7 +44,7 @@ class Draw(NamedTuple):
         return f"{{% generation %}}{source}{{% endgeneration %}}" if self.mark == name else source
 
     def answer(self, closing: str) -> str:
-        """How the template writes a message of the assistant, up to and with its `closing`."""
+        """The part of the template that writes an assistant's message, including `closing`."""
         thought = "{{ thought }}"
         if self.thinking in ("field", "last"):
             always = " or loop.last" if self.thinking == "last" else ""
@@ -70,7 +70,7 @@ class Draw(NamedTuple):
         return self.split_thought() + self.block("header", f"{{{{ {HEADERS[self.header][0]} }}}}{body}")
 
     def split_thought(self) -> str:
-        """How the template separates the reasoning of an answer from its content."""
+        """The part of the template that separates an answer's reasoning from its content."""
         if self.thinking == "cut":
             return "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
         if self.thinking == "none":
@@ -119,7 +119,7 @@ class Draw(NamedTuple):
         )
 
     def said(self, messages: list[Any]) -> list[str]:
-        """What the assistant is trained to say, white space at the ends aside."""
+        """The expected trained texts, without whitespace at the ends."""
         trim = {"": str, " | trim": str.strip, ".strip('\\n')": lambda text: text.strip("\n")}[self.trim]
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
         said = []

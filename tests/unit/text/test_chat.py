@@ -33,12 +33,12 @@ def test_every_built_in_trains_the_answers_and_their_ends(which: str, name: str)
     rendered = chat.render(normalise(row))
     assert [rendered.text[s.start : s.stop] for s in rendered.spans] == [f"{lead}two three{end}"] * 2
     assert trained_text(row, chat, which, "all") == rendered.text
-    # the prompt that generation uses is how the conversation goes on
+    # the conversation continues from the prompt that generation uses
     assert rendered.text.startswith(chat.prompt(normalise(row).messages[:3]))
 
 
 def test_generation_in_a_macro_and_a_set_block() -> None:
-    """Spans stand in the text itself, so that no way of building the text can lose them."""
+    """Marks are part of the text, so they survive however a template builds it."""
     source = (
         "{% macro say(m) %}{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endmacro %}"
         "{% for m in messages %}{% set out %}{{ m.role }}: {% if m.role == 'assistant' %}{{ say(m) }}"

@@ -1,4 +1,4 @@
-"""Random chat templates on random conversations: as transformers renders, tokenises and masks them, or refused by name.
+"""Random chat templates on random conversations: text, ids and masks equal transformers', or the row is refused.
 
 Templates are drawn from what real ones do (drawn_templates.py), which also computes in Python what the assistant should
 be trained to say. That is compared with the spans found in templates without generation tags.
@@ -39,7 +39,7 @@ def theirs() -> Any:
 
 
 def rendered_by_them(found: Conversation, source: str) -> list[tuple[str, list[int], list[int], set[int]]]:
-    """Text, ids, mask and the borders of what is trained, of each way to write tool calls that the template takes."""
+    """Text, ids, mask and borders of the trained text, for each form of tool calls that the template accepts."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     ways = []
@@ -62,7 +62,7 @@ def rendered_by_them(found: Conversation, source: str) -> list[tuple[str, list[i
 
 
 def check(features: Draw, row: dict[str, Any]) -> str:
-    """What became of a row: equal, or why it was refused."""
+    """The result for a row: equal, or why it was refused."""
     source, found = features.source(), normalise(row)
     ways = rendered_by_them(found, source)
     chat = ChatTemplate("drawn", source, tokenizer())
@@ -87,7 +87,7 @@ def check(features: Draw, row: dict[str, Any]) -> str:
         return "equal"
     weights = token_weights(rendered.text, encoding, spans).tolist()
     for weight, theirs_, (start, stop) in zip(weights, mask, encoding.spans):
-        # a token on both sides of a border is not trained here; theirs leaves out bytes of a last character
+        # megalite does not train a token across a border; transformers leaves out bytes of a last character
         allowed = any(start < border < stop for border in borders) or (stop in borders and weight)
         assert bool(weight) == bool(theirs_) or allowed, (texts, source)
     return "equal"

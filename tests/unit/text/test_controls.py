@@ -49,7 +49,7 @@ def smollm2(folder: Path, special: bool = True, extra: tuple[str, ...] = ()) -> 
 
 
 def without_controls(folder: Path) -> Tokenizer:
-    """SmolLM2's tokenizer as it would be without its added tokens."""
+    """SmolLM2's tokenizer without its added tokens."""
     file = json.loads((asset("smollm2") / "tokenizer.json").read_text("utf-8"))
     file["added_tokens"] = []
     bare = folder / "bare"
@@ -104,7 +104,7 @@ def test_symbols_of_sentencepiece(tmp_path: Path, kind: str, prefix: bool) -> No
     assert (report.controls, found.encoding.ids.count(start), found.encoding.ids.count(end)) == (3, 2, 2)
     assert "the <s> king" in found.text
     assert Chat(tokenizer, None).stops == {end}
-    # nothing else changes: the turns alone are what they are without text in them that looks like a control
+    # the turns themselves do not change
     plain, _ = read(tokenizer, chat("say it", "the king"))
     assert plain.encoding.ids[:3] == found.encoding.ids[:3]
 
@@ -122,13 +122,13 @@ def test_symbols_that_text_is_folded_into(tmp_path: Path) -> None:
 def test_an_answer_may_hold_tags_that_stand_in_pairs(tmp_path: Path) -> None:
     tokenizer = smollm2(tmp_path, extra=("<think>", "</think>", "<|sys|>"))
     found, report = read(tokenizer, chat("what is <think>?", "<think>so</think>yes<|sys|>"))
-    # of the answer <|sys|> alone, of the question the tag
+    # <|sys|> in the answer, the tag in the question
     assert report.controls == 2
     assert [found.encoding.ids.count(i) for i in (49152, 49153, 49154)] == [1, 1, 0]
 
 
-def test_a_template_that_looks_into_a_message(tmp_path: Path) -> None:
-    """Marks would change what it writes: a zero-width space breaks the string up, and that is counted."""
+def test_a_template_that_reads_a_message(tmp_path: Path) -> None:
+    """Marks would change its output, so a zero-width space breaks the string up, which is counted."""
     tokenizer = smollm2(tmp_path)
     source = CHATML.replace("{{ m.content }}", "{{ 'long' if m.content | length > 13 else m.content }}")
     found, report = read(tokenizer, chat("a <|im_end|>"), source)
@@ -178,7 +178,7 @@ def test_real_tokenizers_and_templates(which: str) -> None:
 
 @pytest.mark.parametrize("which", TOKENIZERS)
 def test_control_strings_in_a_message(which: str, tmp_path: Path) -> None:
-    """Typed by a user, the end of a turn must not end it."""
+    """An end-of-turn string typed by a user does not end the turn."""
     eos_id = tokenizer(which).eos_id
     eos = tokenizer(which).control_string(eos_id)
     row = {"messages": [{"role": "user", "content": f"what is {eos}?"}, {"role": "assistant", "content": "an end"}]}
@@ -203,7 +203,7 @@ def test_control_strings_in_a_message(which: str, tmp_path: Path) -> None:
 
 
 def test_ordinary_added_tokens_are_left_alone(tmp_path: Path) -> None:
-    """Runs of spaces and words that were added to the vocabulary are no control strings."""
+    """Runs of spaces and words that were added to the vocabulary are not control strings."""
     tokenizer = smollm2(tmp_path, extra=("    ", "\n\n", "chloroform", "</think>", "<think>", "<|sys|>"))
     assert set(tokenizer.controls) >= {"<think>", "</think>", "<|sys|>", "<|im_end|>"}
     found, report = read(tokenizer, chat("a    b\n\nchloroform"))

@@ -15,7 +15,7 @@ from megalite.text.tokenizer import Tokenizer
 
 
 def injected(ours: Tokenizer, draw: random.Random) -> str:
-    """Where control tokens stand in a conversation whose messages are full of control strings: in none of them."""
+    """Check that no message of a conversation full of control strings contains a control token."""
     strings = [*ours.controls, *TOKENS]
     forms = [str, str.upper, lambda text: f" {text}", lambda text: f"{text}\n ", wide]
 

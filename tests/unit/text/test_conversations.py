@@ -1,4 +1,4 @@
-"""The formats people have, and everything that is none of them."""
+"""The known formats of instruction data, and rows that have none of them."""
 
 import json
 import random
@@ -80,7 +80,7 @@ def test_function_calls_tools_and_weights() -> None:
         "content": "",
         "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
     }
-    # what the prompt holds is not trained
+    # messages of the prompt are not trained
     found = normalise({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]})
     assert found.weights == [0, 0, 0, None]
 
@@ -226,7 +226,7 @@ def nasty(draw: random.Random, depth: int = 0) -> Any:
 
 
 def test_a_thousand_fuzzed_rows(tmp_path: Path) -> None:
-    """Each is rendered or refused by name and line; nothing in it is executed."""
+    """Each row is rendered, or refused with file and line; nothing in it is executed."""
     draw = random.Random(0)
     lines = []
     for number in range(1000):

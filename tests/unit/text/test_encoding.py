@@ -2,13 +2,12 @@
 
 import hashlib
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import sentencepiece
-from chats import TOKENIZERS
+from chats import TEXTS, TOKENIZERS
 from chats import tokenizer as real_tokenizer
 
 from megalite.text.encoding import describe_changes, is_control
@@ -24,37 +23,6 @@ def test_bytes_of_a_character_share_its_range() -> None:
         assert encoding.ids == real_tokenizer(which).encode(text)
 
 
-@pytest.fixture(scope="session")
-def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A byte-level byte-pair tokenizer.json whose special tokens are named by a config beside it."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    folder = tmp_path_factory.mktemp("huggingface")
-    built = tokenizers.Tokenizer(models.BPE())
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<start>", "<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    built.train_from_iterator(TEXTS * 3, trainer)
-    built.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<end>", "bos_token": {"content": "<start>", "special": True}, "pad_token": None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return load_tokenizer(folder)
-
-
-@pytest.fixture(params=["tokenizer", "byte_level"])
-def either(request: pytest.FixtureRequest) -> Tokenizer:
-    return request.getfixturevalue(request.param)
-
-
-TEXTS = ["In the beginning", "", "  two  spaces\n\n a new line\t", "床前明月光，疑是地上霜。\n", "naïve 😀 mix 山"]
-
-
 def streamed(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     decoder = StreamDecoder(tokenizer)
     return [text for text in (*map(decoder.push, ids), decoder.finish()) if text]
@@ -67,7 +35,7 @@ def test_stream_decode_joins_to_decode_and_never_shows_half_a_character(either: 
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_stream_decode_gives_each_character_when_its_bytes_are_there(tokenizer: Tokenizer):
+def test_stream_decode_returns_each_character_when_its_bytes_are_complete(tokenizer: Tokenizer):
     text = "绝代有佳人"
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)

@@ -1,4 +1,4 @@
-"""Jinja as transformers has it, and its limits."""
+"""Jinja behaves as in transformers, within limits."""
 
 import datetime
 import json
@@ -102,7 +102,7 @@ def test_long_conversations_may_compare_each_message_with_each() -> None:
     assert text == "False" * 1999 + "True"
 
 
-def test_a_long_message_is_no_bomb() -> None:
+def test_a_long_message_is_within_the_limits() -> None:
     text = "word " * 4_000_000
     row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "b"}]}
     chat = ChatTemplate("mine", "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}", TOKENIZER())
@@ -149,13 +149,13 @@ def test_as_in_transformers(source: str, expected: str) -> None:
         ("{{ " + "(" * 9000 + "1" + ")" * 9000 + " }}", "nested too deeply"),
     ],
 )
-def test_what_is_no_template_is_refused_at_once(source: str, message: str) -> None:
+def test_invalid_templates_are_refused_at_once(source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Template("mine", source)
 
 
 def test_one_time_of_day_for_all_of_a_row() -> None:
-    """A prompt is found in the text though a clock stands in both."""
+    """A prompt is found in the text even if both contain the time."""
     source = (
         "{{ strftime_now('%H:%M:%S.%f') }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -13,7 +13,7 @@ import pytest
 from assets import asset
 from chats import GOLDEN, ROWS, TOKENIZERS, made, template, tokenizer
 
-from megalite.text.chat import ChatTemplate, Rendered, Span
+from megalite.text.chat import Rendered, Span
 from megalite.text.conversations import normalise, read_rows
 from megalite.text.masks import require_trained, token_weights, weighted_spans
 from megalite.text.messages import Conversation, RowError
@@ -22,12 +22,6 @@ from megalite.text.tokenizer import Encoding
 MASKS: dict[str, Any] = json.loads((GOLDEN / "masks.json").read_text("utf-8"))
 TURNS = ("user", "assistant") * 2
 CASES = [(which, name) for which in TOKENIZERS for name in ROWS]
-
-
-def trained_text(row: Any, chat: ChatTemplate, which: str, train_on: str = "assistant") -> str:
-    """The characters of all trained tokens; bytes of one character once."""
-    text, encoding, weights = made(row, chat, which, train_on)
-    return "".join(text[a:b] for a, b in sorted({span for span, weight in zip(encoding.spans, weights) if weight}))
 
 
 @pytest.mark.parametrize(("which", "name"), CASES)
@@ -41,7 +35,7 @@ def test_masks_are_the_golden_ones(which: str, name: str) -> None:
 
 @cache
 def theirs(which: str, folder: Path) -> Any:
-    """The same tokenizer in transformers, which knows of our code nothing but the file."""
+    """The same tokenizer file, opened by transformers."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers = pytest.importorskip("transformers")
     names = {
@@ -70,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mistral")
 
 
-# transformers' conversion of this model merges runs of spaces unlike sentencepiece itself
+# transformers' conversion of this model merges runs of spaces differently from sentencepiece
 COMPARED = [case for case in CASES if case != ("mistral-v3", "code")]
 
 
@@ -95,7 +89,7 @@ def test_masks_equal_those_of_transformers(which: str, name: str, folder: Path) 
         mask = [bool(m) and weight > 0 for m, weight in zip(mask, weights)]
     differ = [i for i, (weight, m) in enumerate(zip(weights, mask)) if (weight > 0) != bool(m)]
     if (which, name) == ("smollm2", "spaces"):
-        # "\n  " is one token of the header and of the answer: theirs counts it, ours does not
+        # "\n  " is one token of header and answer: transformers trains it, megalite does not
         (i,) = differ
         assert tokenizer(which).decode(ids[i : i + 1]) == "\n "
     else:
@@ -132,7 +126,7 @@ def test_real_rows_equal_those_of_transformers(which: str, name: str, folder: Pa
 
 
 def test_a_token_across_the_border_of_a_span() -> None:
-    """Trained only if it lies in the span, but for the whitespace at its beginning."""
+    """Trained only if it is inside the span, apart from leading whitespace."""
     text = "a: b c\n\n d"
     tokens = ["a", ":", " b", " c\n", "\n", " d"]
     ends = np.cumsum([len(token) for token in tokens]).tolist()
@@ -140,7 +134,7 @@ def test_a_token_across_the_border_of_a_span() -> None:
     assert token_weights(text, encoding, [(3, 6, 2.0)]).tolist() == [0, 0, 2, 0, 0, 0]  # " c\n" goes beyond
     assert token_weights(text, encoding, [(3, 7, 2.0)]).tolist() == [0, 0, 2, 2, 0, 0]
     assert token_weights(text, encoding, [(1, 2, 1.0), (4, 8, 0.5)]).tolist() == [0, 1, 0, 0.5, 0.5, 0]
-    # of whitespace alone every character counts
+    # in a token of whitespace alone, every character counts
     assert token_weights("\n\n", Encoding([0], [(0, 2)]), [(1, 2, 1.0)]).tolist() == [0]
     # no characters at all: sentencepiece's dummy prefix
     assert token_weights("ab", Encoding([0, 1], [(0, 0), (0, 2)]), [(0, 2, 1.0)]).tolist() == [0, 1]

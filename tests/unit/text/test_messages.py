@@ -1,4 +1,4 @@
-"""The forms that messages have in public data, brought into one."""
+"""The spellings of messages in public data are converted to one form."""
 
 import json
 from pathlib import Path
@@ -132,7 +132,7 @@ def test_reasoning_under_any_of_its_names(key: str) -> None:
     assert ChatTemplate(*find_template("chatml", tokenizer), tokenizer).render(normalise(row)).unshown == 1
 
 
-def test_nulls_of_other_rows_in_parquet_and_meant_ones_in_json(tmp_path: Path) -> None:
+def test_nulls_mean_missing_keys_in_parquet_but_are_kept_in_json(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -153,7 +153,7 @@ def test_nulls_of_other_rows_in_parquet_and_meant_ones_in_json(tmp_path: Path) -
     assert found.messages[1]["tool_calls"] == meant["messages"][1]["tool_calls"]
 
 
-def test_a_system_text_beside_the_messages() -> None:
+def test_a_system_text_next_to_the_messages() -> None:
     assert normalise({"system": "s", "messages": [USER, ANSWER]}).messages[0] == {"role": "system", "content": "s"}
     with pytest.raises(RowError, match="has 'system' and also a message of role system"):
         normalise({"system": "s", "messages": [{"role": "system", "content": "t"}, USER, ANSWER]})

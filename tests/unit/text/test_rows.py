@@ -1,4 +1,4 @@
-"""What a line is and which JSON a row may be; each case is read alike by every reader of rows (test_rows_campaign)."""
+"""What a line is and which JSON is accepted; test_rows_campaign checks that all readers of rows agree."""
 
 import gzip
 import json

@@ -1,6 +1,6 @@
-"""Fuzzed rows through every reader: the same rows are read, with the same text, and the same refused by name.
+"""Fuzzed rows through every reader: all read the same texts and refuse the same rows.
 
-One row has the keys that each reader wants, so that all of them can be given the very same bytes.
+Each row has the keys of all readers, so that all of them can read the same bytes.
 """
 
 import gzip
@@ -15,7 +15,7 @@ import pytest
 from assets import asset
 from campaign import rounds
 
-from megalite.data.documents import read_rows, texts
+from megalite.data.documents import read_documents, texts
 from megalite.data.instructions import Options, write_indexed
 from megalite.data.packing import Conversations
 from megalite.data.preprocess import preprocess
@@ -100,7 +100,7 @@ def fuzzed_row(draw: random.Random) -> bytes:
     elif kind == 5:
         line = line[: draw.randrange(len(line))]
     elif kind == 6:
-        # in the text that all readers read: what happens to another key is the business of one of them
+        # only in the text that all readers use, since other keys concern only some of them
         shared = next(each for each in members if each.startswith('"prompt"')).encode("utf-8", "surrogatepass")
         start = line.index(shared)
         at = draw.randrange(start + len(b'"prompt": '), start + len(shared))
@@ -129,9 +129,9 @@ def outcome(path: Path, rows: Callable[[], Iterator[str]]) -> Outcome:
         message = str(error)
         assert message.startswith(str(path)), message
         assert "\n" not in message
-        if "holds no" in message:
+        if "contains no" in message:
             return [], None
-        # a .jsonl that begins as an array does not say which line
+        # a file that starts as an array is refused without a line number
         number = message.removeprefix(f"{path}:").partition(":")[0]
         return [], int(number) if number.isdigit() else 1
     return found, None
@@ -147,7 +147,7 @@ def conversations(path: Path) -> Iterator[str]:
 
 def readers(path: Path, packed: Path, read_prompts: ReadPrompts) -> dict[str, Outcome]:
     rows: dict[str, Callable[[], Iterator[str]]] = {
-        "preprocess": lambda: (texts(row, ["prompt"])[0] for row in read_rows([path])),
+        "preprocess": lambda: (texts(row, ["prompt"])[0] for row in read_documents([path])),
         "tuning": lambda: conversations(path),
         "questions": lambda: (row.prompt for row in read_questions(path)),
         "choices": lambda: (row.prompt for row in read_clozes(path)),
@@ -155,11 +155,11 @@ def readers(path: Path, packed: Path, read_prompts: ReadPrompts) -> dict[str, Ou
     }
     found = {name: outcome(path, each) for name, each in rows.items()}
     packed.write_bytes(gzip.compress(path.read_bytes(), compresslevel=1))
-    found["gzip"] = outcome(packed, lambda: (texts(row, ["prompt"])[0] for row in read_rows([packed])))
+    found["gzip"] = outcome(packed, lambda: (texts(row, ["prompt"])[0] for row in read_documents([packed])))
     return found
 
 
-def test_every_reader_takes_and_refuses_the_same_rows(
+def test_all_readers_accept_and_refuse_the_same_rows(
     tmp_path: Path, read_prompts: ReadPrompts, capsys: pytest.CaptureFixture[str]
 ) -> None:
     counts, path = Counter[str](), tmp_path / "in.jsonl"
@@ -175,7 +175,7 @@ def test_every_reader_takes_and_refuses_the_same_rows(
     assert min(counts["refused by name"], counts["read alike"]) > 0.2 * counts.total()
 
 
-def test_lines_of_text_are_documents_and_prompts_alike(
+def test_lines_of_text_are_the_same_documents_and_prompts(
     tmp_path: Path, read_prompts: ReadPrompts, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def line(draw: random.Random) -> bytes:
@@ -188,8 +188,8 @@ def test_lines_of_text_are_documents_and_prompts_alike(
         path.write_bytes(lines_of(random.Random(seed), line))
         packed.write_bytes(gzip.compress(path.read_bytes(), compresslevel=1))
         found = [
-            outcome(path, lambda: (texts(row, ["prompt"])[0] for row in read_rows([path], "line"))),
-            outcome(packed, lambda: (texts(row, ["prompt"])[0] for row in read_rows([packed], "line"))),
+            outcome(path, lambda: (texts(row, ["prompt"])[0] for row in read_documents([path], "line"))),
+            outcome(packed, lambda: (texts(row, ["prompt"])[0] for row in read_documents([packed], "line"))),
             outcome(path, lambda: iter(read_prompts(path))),
         ]
         assert found[0] == found[1] == found[2], (seed, path.read_bytes(), found)
@@ -244,8 +244,8 @@ def test_damaged_tables_are_refused_by_name(tmp_path: Path, capsys: pytest.Captu
         print(f"\ndamaged Parquet files: {dict(sorted(counts.items()))}")
 
 
-def test_whole_files_count_what_single_rows_said(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """Skipping bad rows, preprocessing at any number of workers and tuning keep the same rows, and name the others."""
+def test_whole_files_skip_the_same_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """With bad rows skipped, preprocessing with any number of workers and tuning keep the same rows."""
     path, draw = tmp_path / "all.jsonl", random.Random(1)
     rows = [line for line in (fuzzed_row(draw) for _ in range(rounds(150, 1000))) if b"\n" not in line and line.strip()]
     good = b'{"prompt": "a", "completion": "x"}'  # a file that begins with [ is one array

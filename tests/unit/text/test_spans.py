@@ -1,4 +1,4 @@
-"""What the assistant says in templates without marks, written here to behave as those that models ship."""
+"""Spans in templates without generation tags, which behave like those that models ship."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from megalite.text.conversations import normalise
 from megalite.text.messages import RowError
 from megalite.text.tokenizer import load_tokenizer
 
-# another end behind the whole conversation
+# a second end after the whole conversation
 TWO_ENDS = (
     "{% for m in messages %}" + HEAD + "{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ '<|endoftext|>' }}{% endif %}"
 )
-# tools stand in the last turn of the user, so that no shorter conversation begins as a longer one
+# tools are in the last user turn, so a shorter conversation never starts like a longer one
 LAST_USER = (
     "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}<s>"
     "{% for m in messages %}{% if m.role == 'user' %}"
@@ -26,20 +26,20 @@ LAST_USER = (
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + '<|im_end|>' }}"
     "{% else %}{{ '[RESULT] ' + m.content + '[/RESULT]' }}{% endif %}{% endfor %}"
 )
-# the turn of the user ends with the header of the assistant; no prompt is known
+# the user turn ends with the assistant's header; add_generation_prompt is ignored
 HEADLESS = (
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content | trim + "
     "'<|im_end|>\n<|im_start|>assistant\n' }}{% else %}{{ m.content | trim + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-# an end of the text alone, and nothing at the end of a turn
+# an end after the whole text, but none after a turn
 ONE_END = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% else %}<|im_end|>{% endif %}"
 )
-# works only where there is a message, as most do that look at messages[0]
+# fails without messages, like most templates that read messages[0]
 FIRST_LOOKED_AT = "{% if messages[0].role != 'system' %}{{ 'Be good.\n' }}{% endif %}" + TWO_ENDS
 CALL = '{"name": "f", "arguments": {"x": 1}}'
-# switches are taken out of the system message, and the generation block holds the header too
+# switches are removed from the system message, and the generation block includes the header
 SWITCHED = (
     "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
     "{% set off = '/no_think' in system %}<|im_start|>system\n"
@@ -95,7 +95,7 @@ def test_spans(source: str, messages: list[Any], expected: list[str]) -> None:
 @pytest.mark.parametrize("name", [name for name in template_names() if name != "alpaca"])
 @pytest.mark.parametrize("row", ROWS)
 def test_built_ins_without_their_marks(name: str, row: str) -> None:
-    """The spans of every built-in template are found where its marks put them."""
+    """Without their tags, built-in templates have the same spans as with them."""
     source = (BUILT_IN / f"{name}.jinja").read_text("utf-8")
     bare = source.replace("{%- generation %}", "{%- if true %}").replace("{%- endgeneration %}", "{%- endif %}")
     tokenizer, found = load_tokenizer(asset("smollm2")), normalise(ROWS[row])
@@ -143,7 +143,7 @@ def test_generation_blocks_of_every_kind(source: str, expected: list[str]) -> No
     assert trained(source, [user("a"), said("b"), user("c"), said("d")]) == expected
 
 
-def test_a_block_around_more_messages_cannot_weigh_them_apart() -> None:
+def test_messages_in_one_block_must_have_the_same_weight() -> None:
     source = "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}"
     messages = [user("a"), said("b", weight=0), user("c"), said("d")]
     with pytest.raises(RowError, match="puts messages 2 to 4 into one generation block"):

@@ -1,41 +1,13 @@
-import json
+"""Both kinds of tokenizers open from a file or a folder and are lossless."""
+
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from chats import TEXTS
 
 from megalite.text.tokenizer import Tokenizer, load_tokenizer
-
-TEXTS = ["In the beginning", "", "  two  spaces\n\n a new line\t", "床前明月光，疑是地上霜。\n", "naïve 😀 mix 山"]
-
-
-@pytest.fixture(scope="session")
-def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A byte-level byte-pair tokenizer.json whose special tokens are named by a config beside it."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    folder = tmp_path_factory.mktemp("huggingface")
-    built = tokenizers.Tokenizer(models.BPE())
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<start>", "<end>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    built.train_from_iterator(TEXTS * 3, trainer)
-    built.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<end>", "bos_token": {"content": "<start>", "special": True}, "pad_token": None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return load_tokenizer(folder)
-
-
-@pytest.fixture(params=["tokenizer", "byte_level"])
-def either(request: pytest.FixtureRequest) -> Tokenizer:
-    return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -54,7 +26,7 @@ def test_special_tokens(tokenizer: Tokenizer, byte_level: Tokenizer):
     assert (byte_level.vocab_size, byte_level.bos_id, byte_level.eos_id, byte_level.pad_id) == (300, 0, 1, None)
 
 
-def test_files_that_are_no_tokenizer(tmp_path: Path):
+def test_files_that_are_not_tokenizers(tmp_path: Path):
     with pytest.raises(ValueError, match=r"none\.model: no such tokenizer"):
         load_tokenizer(tmp_path / "none.model")
     with pytest.raises(ValueError, match="contains neither"):

@@ -1,4 +1,4 @@
-"""Random variations of the files in a tokenizer folder: what is read from them is what AutoTokenizer reads."""
+"""Random variations of the files in a tokenizer folder are read as AutoTokenizer reads them."""
 
 import random
 import shutil
@@ -67,7 +67,7 @@ def read(ours: Tokenizer, row: dict[str, Any]) -> Example:
 
 
 def compare_mask(found: Example, theirs: Any, messages: list[Any], tools: Any) -> None:
-    """Every token of an answer is trained and no other; of one that reaches over the border nothing is asked."""
+    """Exactly the tokens of answers are trained; tokens across a border may be either."""
     texts, indices = render_jinja_template(
         [messages],
         tools=tools,

@@ -1,4 +1,4 @@
-"""What lies beside a tokenizer.json: equal to AutoTokenizer's reading, or refused by name."""
+"""The other files of a tokenizer folder are read as by AutoTokenizer, or refused by name."""
 
 import json
 from collections.abc import Callable
@@ -91,7 +91,7 @@ def test_an_end_token_in_the_map_of_special_tokens(tmp_path: Path) -> None:
 def test_the_template_for_tools(tmp_path: Path, row: dict[str, Any]) -> None:
     named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": TOOLS}]
     check(smollm2(tmp_path, None, lambda c: c.update(chat_template=named), template=None), row)
-    # a file goes before the config
+    # a separate file takes precedence over the config
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("files: " + TOOLS)
     (tmp_path / "chat_template.jinja").write_text("  \n" + CHATML + "\n  \n")
@@ -109,7 +109,7 @@ def test_whitespace_tokens_of_an_answer_are_trained_whatever_a_post_processor_tr
         assert [i for i, weight in zip(found.encoding.ids, found.weights) if weight] == plain
 
 
-def test_an_end_token_that_takes_the_spaces_beside_it_is_trained(tmp_path: Path) -> None:
+def test_an_end_token_that_includes_the_spaces_around_it_is_trained(tmp_path: Path) -> None:
     def strip(tokenizer: dict[str, Any]) -> None:
         for token in tokenizer["added_tokens"]:
             token["rstrip"] = token["lstrip"] = token["content"] == "<|im_end|>"

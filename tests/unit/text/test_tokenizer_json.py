@@ -69,7 +69,7 @@ def test_a_saved_tokenizer_has_the_added_tokens(tmp_path: Path) -> None:
     assert (again.controls, again.vocab_size) == ({"<new>": 3}, 4)
 
 
-def test_spaces_that_a_control_token_takes_are_not_its_characters(tmp_path: Path) -> None:
+def test_spaces_around_a_control_token_are_not_its_characters(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_pairs(tmp_path, **{"<s>": {"lstrip": True, "rstrip": True}}))
     ids, spans = tokenizer.encode_chat("a <s> b")
     assert ids == [0, 3, 1]

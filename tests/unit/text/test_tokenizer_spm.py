@@ -56,7 +56,7 @@ def test_offsets_of_a_model_that_normalises(tmp_path: Path) -> None:
         assert ids.count(3) == text.count("<c>")
 
 
-def test_tokens_added_beside_a_sentencepiece_model(tmp_path: Path) -> None:
+def test_tokens_that_other_files_add_to_a_sentencepiece_model(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(asset("mistral-v1/tokenizer.model").read_bytes())
     plain = load_tokenizer(tmp_path)
     config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|im_end|>"}
