@@ -288,8 +288,8 @@ def play(case: Case, weights: dict[str, Tensor]) -> list[Rank]:
         engine = build(config, world, lambda name, shape: weights[name])
         dp = engine.mesh.dp
         microbatches = batches(case.isolated)[dp.rank :: dp.size]
-        loss, tokens = engine.forward_backward(microbatches)
-        evaluated = engine.evaluate(microbatches)[0] if case in EXTRA else loss
+        loss, tokens = engine.forward_backward(microbatches).values()
+        evaluated = engine.evaluate(microbatches)["loss"] if case in EXTRA else loss
         held = {name: engine.grads.held(name) for name in engine.parameters}
         return Rank(loss, tokens, engine.shards, held, engine.grads.reduced, engine.gradient_squares(), evaluated)
 
