@@ -132,7 +132,7 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     with pytest.raises(ValueError, match=r'model_type="mixtral" is not supported'):
         open_source(tmp_path)
-    with pytest.raises(ValueError, match=r"is a Hugging Face folder and no run folder; .* model.from_hf="):
+    with pytest.raises(ValueError, match=r"is a Hugging Face folder, not a run folder; .* model.from_hf="):
         find(tmp_path)
 
 
