@@ -19,7 +19,7 @@ from torch import Tensor
 from megalite.checkpoint.dtypes import from_torch
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.safetensors_file import make_header
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.config.shapes import shapes
 from megalite.exchange.hf_config import differing, read_model, write_model
 from megalite.exchange.hf_fields import read_json
@@ -34,7 +34,7 @@ from megalite.text.tokenizer_files import TEMPLATE, TEMPLATES
 
 def export(
     target: Path,
-    model: ModelConfig,
+    model: ResolvedModel,
     get: Callable[[str], Tensor],
     dtypes: Mapping[str, torch.dtype],
     *,
@@ -68,7 +68,7 @@ def export(
     return target
 
 
-def _config_json(model: ModelConfig, context: int, carried: Path | None) -> dict[str, Any]:
+def _config_json(model: ResolvedModel, context: int, carried: Path | None) -> dict[str, Any]:
     if carried is None or not (carried / "config.json").is_file():
         return write_model(model, context)
     path = carried / "config.json"
@@ -112,7 +112,7 @@ def _name_turn_end(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _write_weights(
     folder: Path,
-    model: ModelConfig,
+    model: ResolvedModel,
     get: Callable[[str], Tensor],
     dtypes: Mapping[str, torch.dtype],
     shard_bytes: int,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from megalite.config import ModelConfig, OptimConfig
+from megalite.config import OptimConfig, ResolvedModel
 from megalite.config.param_groups import group_settings
 from megalite.model.layouts import from_hf, to_hf
 from megalite.optim.adamw import AdamW
@@ -63,7 +63,7 @@ class Muon(AdamW):
         matrices: Collection[str],
         *,
         hidden: Collection[str],
-        model: ModelConfig,
+        model: ResolvedModel,
         shards: Mapping[str, Shard],
         held: Callable[[str], range],
         sharded: bool,

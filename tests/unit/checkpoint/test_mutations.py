@@ -36,13 +36,12 @@ from megalite.checkpoint.save import own_parts
 from megalite.checkpoint.state import State
 from megalite.checkpoint.verify import verify
 from megalite.config import Config, ModelConfig, resolve
-from megalite.config.shapes import shapes
 from megalite.parallel.cuts import Shard, even, uncut
 
 SEED, COUNT = 2026, 1200
 MODEL = ModelConfig(vocab_size=24, hidden_size=8, num_layers=2, num_heads=1, ffn_hidden_size=4, tie_embeddings=True)
 CONFIG = resolve(Config(model=MODEL), 1)
-SHAPES = shapes(MODEL)
+SHAPES = CONFIG.shapes.model
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 STATE = dataclasses.asdict(State(step=3, consumed_samples=24, data="corpus: 9 tokens", base="0123456789abcdef /runs/a"))
 STEP = "step-00000003"

@@ -26,9 +26,8 @@ from megalite.checkpoint.retain import remove, surplus
 from megalite.checkpoint.save import own_parts, write_whole
 from megalite.checkpoint.state import State
 from megalite.checkpoint.verify import verify
-from megalite.config import Config, ModelConfig, from_mapping
+from megalite.config import Config, ModelConfig, from_mapping, resolve
 from megalite.config.read import read_yaml_file
-from megalite.config.shapes import shapes, with_family
 from megalite.parallel.cuts import even
 from tools.checkpoint import main
 
@@ -100,9 +99,9 @@ def test_info(tmp_path: Path) -> None:
 
 
 def test_info_and_verify_do_not_load_torch(tmp_path: Path) -> None:
-    model = ModelConfig(vocab_size=5, hidden_size=4, num_layers=1, num_heads=1, ffn_hidden_size=4)
-    described = {f"weight.{name}": (torch.float32, shape) for name, shape in shapes(model).items()}
-    config, counters = Config(model=model), dataclasses.asdict(State())
+    config = resolve(Config(model=ModelConfig(5, 4, num_layers=1, num_heads=1, ffn_hidden_size=4)), 1)
+    described = {f"weight.{name}": (torch.float32, shape) for name, shape in config.shapes.model.items()}
+    counters = dataclasses.asdict(State())
     write_whole(step_folder(tmp_path, 0), config, described, lambda name: torch.ones(described[name][1]), counters)
     for verb in ("info", "verify"):
         code = f"""import sys; sys.argv = ["checkpoint.py", "{verb}", {str(tmp_path)!r}]
@@ -223,7 +222,7 @@ def test_consolidate(tmp_path: Path) -> None:
     assert {key: manifest[key] for key in state(7)} == state(7)
     config = from_mapping(read_yaml_file(target / "config.yaml"))
     assert config.train.run_dir == str(target)
-    assert config.model == with_family(Config().model)
+    assert dataclasses.asdict(config.model) == dataclasses.asdict(resolve(Config(), 1).model)
     assert (target / "tokenizer.json").exists()
     assert (target / "hf" / "config.json").exists()
     assert f"{target} exists; name a new folder" in tool("consolidate", run, target, status=2)

@@ -8,26 +8,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalite import ops
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, ResolvedModel, resolve_model
 from megalite.config.shapes import shapes
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 
-MODEL = ModelConfig(
-    vocab_size=31,
-    hidden_size=24,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    ffn_hidden_size=20,
-    qkv_bias=True,
-    qk_norm=True,
+MODEL = resolve_model(
+    ModelConfig(
+        vocab_size=31,
+        hidden_size=24,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=6,
+        ffn_hidden_size=20,
+        qkv_bias=True,
+        qk_norm=True,
+    ),
+    12,
 )
 B, S = 2, 10
 
 
-def make(model: ModelConfig, **kwargs: object) -> Decoder:
+def make(model: ResolvedModel, **kwargs: object) -> Decoder:
     """A decoder with weights large enough that every part shows in the output."""
     torch.manual_seed(0)
     decoder = Decoder(model, kwargs.pop("layers", range(model.num_layers)), **kwargs).double()

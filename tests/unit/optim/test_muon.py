@@ -23,7 +23,6 @@ from megalite.config import (
     resolve,
 )
 from megalite.config.shapes import shapes
-from megalite.config.trained import hidden_matrices
 from megalite.engine.engine import build
 from megalite.model.decoder import Decoder
 from megalite.model.init import draw
@@ -150,7 +149,7 @@ def test_every_matrix_of_a_block_is_hidden_and_nothing_else_is(family: str) -> N
     c = config("original", model=dataclasses.replace(MODEL, **FAMILIES[family]))
     parameters = dict(Decoder(c.model, range(c.model.num_layers)).named_parameters())
     expected = {n for n, p in parameters.items() if n.startswith("layers.") and p.dim() == 2}
-    assert set(hidden_matrices(c)) == expected
+    assert set(c.shapes.hidden) == expected
     kinds = {re.sub(r"\d+", "N", name) for name in expected}
     up = "gate_up" if c.model.gated else "up"
     assert kinds == {f"layers.N.{name}.weight" for name in ("attn.qkv", "attn.out", f"mlp.{up}", "mlp.down")}

@@ -10,19 +10,21 @@ from megalite.config import (
     ModelConfig,
     parse_command_line,
     resolve,
+    resolve_model,
 )
 from megalite.model.decoder import Decoder
 from megalite.plan.counts import layer_flops, layer_parameters, parameters, training_flops
 
 SMALL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, ffn_hidden_size=20)
-LLAMA_7B = ModelConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    ffn_hidden_size=11008,
-    num_kv_heads=32,
-    head_dim=128,
+LLAMA_7B = resolve_model(
+    ModelConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        num_layers=32,
+        num_heads=32,
+        ffn_hidden_size=11008,
+    ),
+    8,
 )
 
 
@@ -31,9 +33,8 @@ LLAMA_7B = ModelConfig(
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize(("kv", "head_dim"), [(4, 6), (2, 6), (1, 10)])
 def test_parameters_are_those_of_the_model(tied: bool, qkv_bias: bool, qk_norm: bool, kv: int, head_dim: int) -> None:
-    model = dataclasses.replace(
-        SMALL, tie_embeddings=tied, qkv_bias=qkv_bias, qk_norm=qk_norm, num_kv_heads=kv, head_dim=head_dim
-    )
+    options = {"tie_embeddings": tied, "qkv_bias": qkv_bias, "qk_norm": qk_norm, "num_kv_heads": kv}
+    model = resolve_model(dataclasses.replace(SMALL, head_dim=head_dim, **options), 8)
     with torch.device("meta"):
         decoder = Decoder(model, range(3))
     assert parameters(model) == sum(p.numel() for p in decoder.parameters())
@@ -52,7 +53,7 @@ def test_parameters_are_those_of_the_model(tied: bool, qkv_bias: bool, qk_norm: 
     ids=str,
 )
 def test_parameters_of_options_are_those_of_the_model(options: dict[str, Any]) -> None:
-    model = dataclasses.replace(SMALL, num_kv_heads=2, head_dim=6, **options)
+    model = resolve_model(dataclasses.replace(SMALL, num_kv_heads=2, **options), 8)
     with torch.device("meta"):
         decoder = Decoder(model, range(3))
     assert parameters(model) == sum(p.numel() for p in decoder.parameters())
@@ -60,7 +61,7 @@ def test_parameters_of_options_are_those_of_the_model(options: dict[str, Any]) -
 
 
 def test_a_window_saves_the_scores_it_hides() -> None:
-    model = dataclasses.replace(SMALL, num_kv_heads=4, head_dim=6)
+    model = resolve_model(SMALL, 64)
     full, whole = layer_flops(model, 64), layer_flops(dataclasses.replace(model, sliding_window=64), 64)
     assert full == whole
     windowed = layer_flops(dataclasses.replace(model, sliding_window=8), 64)
