@@ -31,14 +31,14 @@ import torch
 from ranks import Ranks
 
 from megalite.checkpoint.state import State
-from megalite.config import CheckpointConfig, Config, ModelConfig, TrainConfig
+from megalite.config import CheckpointConfig, Config, ModelConfig, TrainConfig, resolve_model
 from megalite.config.shapes import shapes
 from megalite.parallel.groups import World
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 MODEL = ModelConfig(vocab_size=10_000, hidden_size=768, num_layers=12, num_heads=12, head_dim=64, ffn_hidden_size=2048)
-SHAPES = shapes(MODEL)
+SHAPES = shapes(resolve_model(MODEL, 256))
 COUNTERS = dataclasses.asdict(State(step=1, consumed_samples=1))
 
 Kinds = dict[str, dict[str, torch.Tensor]]

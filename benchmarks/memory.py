@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "dist"
 
 from ranks import Ranks
 
-from megalite.config import Config, parse_command_line, resolve
+from megalite.config import Resolved, parse_command_line, resolve
 from megalite.plan.costs import Memory, memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ CASES = [("recompute", value, 1, 0) for value in ("none", "selective", "full")]
 CASES += [("zero", "none", dp, zero) for dp in (1, 2, 4) for zero in (0, 1)]
 
 
-def configuration(recompute: str, dp: int, zero: int) -> Config:
+def configuration(recompute: str, dp: int, zero: int) -> Resolved:
     words = [f"parallel.recompute={recompute}", f"parallel.dp={dp}", f"parallel.zero={zero}", "train.device=cpu"]
     words += ["parallel.tp=1", "parallel.pp=1", f"train.seq_len={SEQ}", f"train.micro_batch_size={BATCH}"]
     words += [f"train.global_batch_size={BATCH * dp}", "train.threads=1"]
@@ -60,7 +60,7 @@ def measure(folder: str, recompute: str, dp: int, zero: int) -> int:
     return 0
 
 
-def planned(config: Config) -> Memory:
+def planned(config: Resolved) -> Memory:
     return dataclasses.replace(memory(config, "cpu"), overhead=0)
 
 

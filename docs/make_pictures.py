@@ -1,6 +1,6 @@
 """Make the pictures of docs/: `python docs/make_pictures.py [NAME ...]` writes docs/img/NAME.png.
 
-Diagrams are drawn; pipeline-parallel.png is played by the simulator, and numbers.png is measured by training.
+Diagrams are drawn here, pipeline-parallel.png from a simulated schedule; numbers.png is measured by training.
 """
 
 from __future__ import annotations
@@ -10,53 +10,17 @@ import sys
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
 
+from drawing import BACKWARD, COLLECTIVE, FORWARD, INK, NONE, RANKS, SOFT, WHOLE, arrow, box, canvas, pill, text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from measured import numbers
 
 from megalite.pipeline.schedule import make_plan
 from megalite.pipeline.simulate import Simulation, simulate
 
 IMAGES = Path(__file__).parent / "img"
-RANKS = ("#5b8fd0", "#e6a03c")
-WHOLE, NONE, INK, SOFT = "#d9dbe0", "#f6f6f3", "#2b2b2b", "#77777a"
-FORWARD, BACKWARD, COLLECTIVE = "#5b8fd0", "#7cb86a", "#c8553d"
-
-
-def canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of so many inches whose one axes counts in tenths of an inch, from the upper left corner."""
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, 10 * width), ylim=(10 * height, 0))
-    axes.set_axis_off()
-    return figure, axes
-
-
-def box(axes: Axes, x: float, y: float, w: float, h: float, colour: str, dashed: bool = False) -> None:
-    edge, style = (SOFT, (0, (2, 2))) if dashed else (INK, "-")
-    axes.add_patch(Rectangle((x, y), w, h, facecolor=colour, edgecolor=edge, linewidth=0.8, linestyle=style))
-
-
-def text(axes: Axes, x: float, y: float, words: str, size: float = 8.5, colour: str = INK, **more: Any) -> None:
-    axes.text(x, y, words, fontsize=size, color=colour, **({"ha": "center", "va": "center"} | more))
-
-
-def arrow(axes: Axes, x: float, y: float, to_x: float, to_y: float, colour: str = INK) -> None:
-    style = {"arrowstyle": "-|>", "color": colour, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 8}
-    axes.annotate("", (to_x, to_y), (x, y), arrowprops=style)
-
-
-def pill(
-    axes: Axes, x: float, y: float, w: float, h: float, words: str, size: float = 8.5, rotation: str = "horizontal"
-) -> None:
-    """A collective: centre (x, y)."""
-    style = "round,pad=0,rounding_size=0.9"
-    axes.add_patch(
-        FancyBboxPatch((x - w / 2, y - h / 2), w, h, boxstyle=style, facecolor=COLLECTIVE, edgecolor="none", zorder=4)
-    )
-    text(axes, x, y, words, size, "white", rotation=rotation, weight="bold", zorder=5)
 
 
 def tensor_parallel() -> Figure:
@@ -284,87 +248,6 @@ def design() -> Figure:
     return figure
 
 
-def _train(axis: str, tied: bool, steps: int) -> list[tuple[float, Any]]:
-    """Loss and whole weights after each step of a small fp32 model; two ranks on `axis`, or one for ''."""
-    import torch
-
-    from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
-    from megalite.engine.batches import Microbatch
-    from megalite.engine.engine import build
-    from megalite.optim.adamw import clip_scale
-    from megalite.parallel.groups import World
-    from megalite.parallel.threads import run_threads
-
-    torch.set_num_threads(1)
-    b, s, vocab, count = 2, 32, 128, 4
-    model = ModelConfig(vocab_size=vocab, hidden_size=64, num_layers=2, ffn_hidden_size=176, tie_embeddings=tied)
-    tp, pp, dp = (2 if name == axis else 1 for name in ("tp", "pp", "dp"))
-    train = TrainConfig(seq_len=s, micro_batch_size=b, global_batch_size=b * count)
-    config = resolve(Config(model, ParallelConfig(tp=tp, pp=pp, dp=dp), train=train), tp * pp * dp)
-    # the ranks are threads: each writes its own rows into one whole model
-    whole: list[dict[str, torch.Tensor]] = [{} for _ in range(steps)]
-
-    def main(world: World) -> list[float]:
-        engine = build(config, world)
-        replica, losses = engine.mesh.dp, []
-        for step in range(steps):
-            generator = torch.Generator().manual_seed(step)
-            # every sample says its first half twice: something to learn
-            tokens = torch.randint(vocab, (count * b, s // 2), generator=generator).repeat(1, 3)[:, : s + 1]
-            mask, positions = torch.ones(b, s), torch.arange(s).expand(b, s)
-            rows = tokens.split(b)[replica.rank :: replica.size]
-            batch = [Microbatch(row[:, :-1], row[:, 1:], mask, positions) for row in rows]
-            values = [*engine.forward_backward(batch), engine.gradient_squares()]
-            loss, valid, squares = engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
-            engine.update(1e-3, clip_scale(config.optim, squares, valid)[1])
-            losses.append(loss / valid)
-            for name in engine.parameters:
-                shard = engine.shards[name]
-                place = whole[step].setdefault(name, torch.zeros(shard.whole_shape))
-                shard.put(engine.parameters[name].detach(), place)
-        return losses
-
-    return list(zip(run_threads(tp * pp * dp, main)[0], whole))
-
-
-def numbers() -> Figure:
-    """How far two ranks stray from one process over 50 fp32 steps: the loss, and the weights."""
-    steps, bottom = 50, 1e-9
-    figure = Figure(figsize=(9.0, 3.9), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    alone = {tied: _train("", tied, steps) for tied in (False, True)}
-    cases = [
-        ("tp", False, "tp 2 with sp", RANKS[0]),
-        ("dp", False, "dp 2", RANKS[1]),
-        ("pp", True, "pp 2, tied embeddings", "#8a6bbf"),
-        ("pp", False, "pp 2: equal in every bit", "#4f9a3d"),
-    ]
-    for axis, tied, label, colour in cases:
-        losses, weights = [], []
-        for (loss, tensors), (whole_loss, whole) in zip(_train(axis, tied, steps), alone[tied]):
-            losses.append(abs(loss - whole_loss) / whole_loss)
-            weights.append(max(float((tensors[n] - w).abs().max() / w.abs().max()) for n, w in whole.items()))
-        assert axis != "pp" or tied or max(losses + weights) == 0
-        print(f"{label}: losses {max(losses):.1e}, weights {max(weights):.1e}")
-        for axes, values in ((left, losses), (right, weights)):
-            shown = [max(x, bottom) for x in values]
-            axes.plot(range(1, steps + 1), shown, ".-", color=colour, label=label, linewidth=0.8, markersize=4)
-    left.axhline(1e-5, color=COLLECTIVE, linewidth=1.2)
-    left.text(1, 1.25e-5, "promised for tp, sp, dp: 1e-5", color=COLLECTIVE, fontsize=8.5)
-    left.set(yscale="log", ylim=(bottom * 0.6, 1e-4))
-    left.set_yticks([bottom, *(10.0**-k for k in range(8, 3, -1))], ["0", *(f"1e-{k}" for k in range(8, 3, -1))])
-    left.minorticks_off()
-    for axes, title in ((left, "loss"), (right, "weights: the worst element of any tensor")):
-        axes.set(xlim=(0, steps + 1), xlabel="step of AdamW in fp32")
-        axes.set_title(title, loc="left", fontsize=9.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", alpha=0.3)
-    handles, labels = left.get_legend_handles_labels()
-    figure.suptitle("relative difference from one process", fontsize=10)
-    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=len(cases))
-    return figure
-
-
 PICTURES: dict[str, Callable[[], Figure]] = {
     "tensor-parallel": tensor_parallel,
     "sequence-parallel": sequence_parallel,
@@ -377,10 +260,10 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PICTURES)}; default: all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of {', '.join(PICTURES)} (default: all)")
     names = parser.parse_args().names or list(PICTURES)
     if unknown := [name for name in names if name not in PICTURES]:
-        sys.exit(f"no picture {unknown[0]!r}; there is {', '.join(PICTURES)}")
+        sys.exit(f"error: unknown picture {unknown[0]!r}; use {', '.join(PICTURES)}")
     IMAGES.mkdir(exist_ok=True)
     for name in names:
         PICTURES[name]().savefig(IMAGES / f"{name}.png", dpi=150, facecolor="white")

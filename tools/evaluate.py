@@ -73,6 +73,12 @@ def parse() -> argparse.Namespace:
     rows.add_argument("--seed", type=int, default=0, metavar="N", help="seed for drawing the examples (default: 0)")
     rows.add_argument("--delimiter", default=" ", metavar="TEXT", help="between prompt and answer (default: a space)")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="loss|answers|choices")
+    add_verbs(verbs, common, rows)
+    return parser.parse_args()
+
+
+def add_verbs(verbs: "argparse._SubParsersAction[Parser]", common: Parser, rows: Parser) -> None:
+    """The parsers of loss, answers and choices; `common`, `rows`: options that they share."""
     loss = verbs.add_parser(
         "loss",
         parents=[common],
@@ -112,7 +118,6 @@ def parse() -> argparse.Namespace:
         help="accuracy of the likeliest choice",
         description='Accuracy of the likeliest choice, in rows {"prompt": text, "choices": [text, ...], "label": 0}.',
     )
-    return parser.parse_args()
 
 
 def main() -> int:

@@ -13,12 +13,11 @@ from typing import Any
 
 from megalite.checkpoint.manifest import one_line
 from megalite.checkpoint.state import state_from
-from megalite.config import Config, ConfigError, from_mapping
+from megalite.config import Config, ConfigError, Resolved, from_mapping
 from megalite.config.dtypes import DTYPES
 from megalite.config.parameters import Shape
+from megalite.config.resolved import complete
 from megalite.config.schema import SECTIONS
-from megalite.config.shapes import shapes, with_family
-from megalite.config.trained import adapter_shapes, trained
 from megalite.text.tokenizer import load_tokenizer
 
 _MOMENTS, _MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum",)
@@ -28,7 +27,7 @@ class OtherVersion(ValueError):
     """The checkpoint's configuration has a key that this version does not know."""
 
 
-def config_of(manifest: Mapping[str, Any]) -> Config:
+def config_of(manifest: Mapping[str, Any]) -> Resolved:
     """The configuration that a checkpoint was written with.
 
     Raises ValueError if it cannot be read, OtherVersion if it has an unknown key.
@@ -42,7 +41,8 @@ def config_of(manifest: Mapping[str, Any]) -> Config:
             raise OtherVersion(f"its configuration has {one_line(key)}, which this megalite does not know")
     try:
         config = from_mapping({name: {k: _text(v) for k, v in keys.items()} for name, keys in sections.items()})
-        return dataclasses.replace(config, model=with_family(config.model))
+        # an older version did not write every key of the model
+        return complete(config, 1)
     except RecursionError:
         raise ValueError("config is nested too deeply") from None
 
@@ -94,18 +94,18 @@ def check_contents(manifest: Mapping[str, Any]) -> None:
         raise ValueError(f"tensor {unknown[0]} does not belong to its configuration")
 
 
-def expected(config: Config, weights_only: bool) -> Iterator[tuple[list[tuple[str, ...]], Shape, str]]:
+def expected(config: Resolved, weights_only: bool) -> Iterator[tuple[list[tuple[str, ...]], Shape, str]]:
     """Yield (alternative sets of full names, shape, dtype or "" for any) for everything that a checkpoint stores.
 
     Every parameter has a weight. A trained one also has the optimizer's tensors, and a master copy if its dtype is
     narrower than fp32.
     """
-    t, learns = config.train, trained(config)
+    t, shapes = config.train, config.shapes
     stored = DTYPES[t.dtype]
     wide = DTYPES[stored.wide].torch
-    for name, shape in (adapter_shapes(config) if config.tune.mode == "lora" else shapes(config.model)).items():
+    for name, shape in (shapes.factors if config.tune.mode == "lora" else shapes.model).items():
         yield [(f"weight.{name}",)], shape, "" if weights_only else stored.torch
-        if weights_only or name not in learns:
+        if weights_only or name not in shapes.trained:
             continue
         if stored.torch != wide:
             yield [(f"master.{name}",)], shape, wide
@@ -114,7 +114,7 @@ def expected(config: Config, weights_only: bool) -> Iterator[tuple[list[tuple[st
         yield [tuple(f"{kind}.{name}" for kind in kinds) for kinds in ways], shape, wide
 
 
-def _require_sizes(config: Config, count: int) -> None:
+def _require_sizes(config: Resolved, count: int) -> None:
     """Raise ValueError if a size of the model is not positive, or it has more layers than there are tensors."""
     m = config.model
     for key in ("vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):

@@ -5,9 +5,10 @@ Nothing here imports torch: a mistake is reported within a second.
 
 from megalite.config.check import check
 from megalite.config.errors import ConfigError
+from megalite.config.model import ResolvedModel, resolve_model
 from megalite.config.parse import from_mapping, parse_command_line
 from megalite.config.request import Hardware, Request
-from megalite.config.resolved import Resolved, ResolvedModel, reopen, resolve, resolve_model
+from megalite.config.resolved import Resolved, reopen, resolve
 from megalite.config.schema import (
     CheckpointConfig,
     Config,

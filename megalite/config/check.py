@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from megalite.config.batch import skipped_ranges
 from megalite.config.errors import ConfigError
+from megalite.config.model import ResolvedModel
 from megalite.config.param_groups import check_groups
 from megalite.config.pipeline_rules import microbatch_fault, stage_fault
-from megalite.config.resolved import Resolved, ResolvedModel
+from megalite.config.resolved import Resolved
 from megalite.config.schema import MOST_BATCH, ModelConfig, TuneConfig
 from megalite.config.values import check_values, shown
 
@@ -212,14 +213,14 @@ def _check_tune(config: Resolved) -> None:
         "tune.mode=lora trains factors beside the weights of a trained model; name it with checkpoint.load=RUN or "
         "model.from_hf=DIR",
     )
-    hidden = config.hidden_matrices  # raises if a pattern of tune matches nothing
+    shapes = config.shapes  # raises if a pattern of tune matches nothing
     _require(
-        config.optim.name != "muon" or bool(hidden),
+        config.optim.name != "muon" or bool(shapes.hidden),
         f"optim.name=muon is for hidden matrices, and tune.mode={t.mode}"
         + (f" with tune.freeze={t.freeze}" if t.freeze else "")
         + " trains none; use optim.name=adamw",
     )
-    check_groups(config.optim, [*config.shapes, *config.factor_shapes])
+    check_groups(config.optim, [*shapes.model, *shapes.factors])
 
 
 def _check_data(config: Resolved) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
+from megalite.config.model import ResolvedModel
 from megalite.config.parameters import TABLE, Row, Shape
-from megalite.config.schema import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -22,42 +21,31 @@ class Projection:
     columns: int
 
 
-def family_of(m: ModelConfig) -> str:
-    """model.family, or where it is null what follows from the positions: learned ones are GPT-2's."""
-    return m.family or ("gpt2" if m.position == "learned" else "llama")
-
-
-def with_family(m: ModelConfig) -> ModelConfig:
-    """`m` with model.family set; a checkpoint written before that key existed lacks it."""
-    return dataclasses.replace(m, family=family_of(m))
-
-
-def rows_of(m: ModelConfig) -> list[Row]:
+def rows_of(m: ResolvedModel) -> list[Row]:
     """The rows of the table that a model has, in order; a tied head has none."""
     return [row for row in TABLE if row.when(m) and not (row.tied and m.tie_embeddings)]
 
 
-def sizes(m: ModelConfig, tp: int = 1) -> dict[str, int]:
+def sizes(m: ResolvedModel, tp: int = 1) -> dict[str, int]:
     """What the words of a row's shape stand for; with `tp` the share of one rank where that dimension is cut."""
-    head, groups = m.head_dim or m.hidden_size // m.num_heads, m.num_kv_heads or m.num_heads
     return {
         "vocab": -(-m.vocab_size // tp),  # padded
-        "positions": m.max_positions or 0,
+        "positions": m.learned_positions,
         "hidden": m.hidden_size,
         "ffn": m.ffn_hidden_size // tp,
-        "head": head,
-        "heads": m.num_heads // tp * head,
-        "kv": groups // min(tp, groups) * head,  # at least one group, if need be as a replica
+        "head": m.head_dim,
+        "heads": m.num_heads // tp * m.head_dim,
+        "kv": m.num_kv_heads // min(tp, m.num_kv_heads) * m.head_dim,  # at least one group, if need be as a replica
     }
 
 
-def shape_of(row: Row, m: ModelConfig, **more: int) -> Shape:
+def shape_of(row: Row, m: ResolvedModel, **more: int) -> Shape:
     """The whole shape of a parameter; `more`: sizes that the model does not have, as the rank of factors."""
     of = sizes(m) | more
     return tuple(sum(of[word] for word in words.split()) for words in row.shape)
 
 
-def local_shape(row: Row, m: ModelConfig, tp: int, **more: int) -> Shape:
+def local_shape(row: Row, m: ResolvedModel, tp: int, **more: int) -> Shape:
     """The shape of what each of `tp` ranks holds, padding and replicas counted."""
     cut = {"": None, "row": 1}.get(row.cut, 0)
     whole, local = sizes(m) | more, sizes(m, tp)
@@ -66,7 +54,7 @@ def local_shape(row: Row, m: ModelConfig, tp: int, **more: int) -> Shape:
     )
 
 
-def shapes(m: ModelConfig) -> dict[str, Shape]:
+def shapes(m: ResolvedModel) -> dict[str, Shape]:
     """The shape of every parameter of the whole model by its name; a tied head has none of its own."""
     rows = [(row, shape_of(row, m)) for row in rows_of(m)]
     found = {row.name: shape for row, shape in rows if row.where == "first"}
@@ -75,12 +63,12 @@ def shapes(m: ModelConfig) -> dict[str, Shape]:
     return found | {row.name: shape for row, shape in rows if row.where == "last"}
 
 
-def projections(m: ModelConfig) -> dict[str, tuple[Projection, ...]]:
+def projections(m: ResolvedModel) -> dict[str, tuple[Projection, ...]]:
     """The linears of a block, each with the projections whose rows it holds, in their order.
 
     A family that keeps several of them in one matrix has one projection, as GPT-2's c_attn.
     """
-    of, found, family = sizes(m), {}, family_of(m)
+    of, found, family = sizes(m), {}, m.family
     for row in rows_of(m):
         if row.projections:
             modules = row.hf[family] if family in row.hf else row.targets[family]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.errors import TrainingError
 from megalite.data.dataset import Batch, Layout, Samples
 from megalite.parallel.mesh import Mesh
@@ -29,7 +29,7 @@ class Microbatch:
     samples: Tensor | None = None
 
 
-def load_microbatches(dataset: Samples, samples: range, config: Config, mesh: Mesh) -> list[Microbatch]:
+def load_microbatches(dataset: Samples, samples: range, config: Resolved, mesh: Mesh) -> list[Microbatch]:
     """This replica's share of `samples`: replicas take turns, a microbatch each.
 
     Every replica gets the same number; what goes beyond `samples` to fill up the last ones is masked. Raises

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.param_groups import check_groups
 from megalite.config.parameters import has_kv_rows, is_decayed, is_factor, is_partial
-from megalite.config.shapes import shapes
-from megalite.config.trained import adapter_shapes, hidden_matrices, trained
 from megalite.engine.batches import Microbatch
 from megalite.engine.stage import Stage, build_stage
 from megalite.optim.adamw import AdamW
@@ -121,11 +119,11 @@ class Engine(Stage):
         return {"weight": self.stored(), **self.optimizer.state()}
 
 
-def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Engine:
+def build(config: Resolved, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Engine:
     """This rank's engine for a resolved, checked `config`; `value` as in `build_stage`."""
     m, p = config.model, config.parallel
-    chosen = trained(config)
-    check_groups(config.optim, [*shapes(m), *adapter_shapes(config)])
+    chosen = config.shapes.trained
+    check_groups(config.optim, [*config.shapes.model, *config.shapes.factors])
     stage = build_stage(config, world, value)
     mesh, models, parameters, shards = stage.mesh, stage.models, stage.parameters, stage.shards
     for name, parameter in parameters.items():
@@ -150,7 +148,7 @@ def build(config: Config, world: World, value: Callable[[str, tuple[int, ...]], 
 
 
 def make_optimizer(
-    config: Config,
+    config: Resolved,
     mesh: Mesh,
     parameters: dict[str, nn.Parameter],
     shards: dict[str, Shard],
@@ -168,7 +166,7 @@ def make_optimizer(
         updated,
         gradients,
         matrices,
-        hidden=hidden_matrices(config),
+        hidden=config.shapes.hidden,
         model=config.model,
         shards={name: shards[name] for name in parameters},
         held=grads.held,

@@ -15,7 +15,7 @@ from megalite.checkpoint.load import load as load_tensors
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.manifest import Damaged
 from megalite.checkpoint.state import State, state_from
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.parameters import is_factor
 from megalite.engine.engine import Engine
 from megalite.exchange.base import find_base, is_hf, name_of
@@ -29,7 +29,7 @@ from megalite.parallel.groups import share_text
 VOCABULARY = ("embed.weight", "loss_head.head.weight")
 
 
-def first_values(config: Config) -> Callable[[str, tuple[int, ...]], Tensor] | None:
+def first_values(config: Resolved) -> Callable[[str, tuple[int, ...]], Tensor] | None:
     """The function by which `build` initialises parameters if weights are read later; None: it draws all of them."""
     if config.model.from_hf is None and config.tune.mode != "lora":
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megalite.checkpoint.dtypes import to_torch
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.dtypes import DTYPES
 from megalite.config.parameters import global_name
 from megalite.engine.batches import Microbatch
@@ -65,7 +65,7 @@ class Stage:
     models: the rank's stages by global number. parameters, shards: of all its stages, by global parameter name.
     """
 
-    config: Config
+    config: Resolved
     mesh: Mesh
     models: dict[int, Decoder]
     parameters: dict[str, nn.Parameter]
@@ -143,7 +143,7 @@ class Stage:
         return float(total), float(tokens)
 
 
-def stage_costs(config: Config) -> Costs:
+def stage_costs(config: Resolved) -> Costs:
     """Costs of each stage relative to the average one; the head counts as FLOPs."""
     m, seq_len = config.model, config.train.seq_len
     head = head_flops(m) / layer_flops(m, seq_len)
@@ -152,17 +152,12 @@ def stage_costs(config: Config) -> Costs:
     return Costs(stage_factors=tuple(n * len(layers) / sum(layers) for n in layers))
 
 
-def build_stage(config: Config, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Stage:
+def build_stage(config: Resolved, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Stage:
     """This rank's part of the model of a resolved, checked `config`.
 
     value(global name, whole shape): the initial whole parameter; default: drawn from train.seed.
     """
     m, p, t = config.model, config.parallel, config.train
-    assert None not in (p.tp, p.pp, p.dp, m.num_kv_heads), "resolve the configuration first"
-    assert p.tp is not None
-    assert p.pp is not None
-    assert p.dp is not None
-    assert m.num_kv_heads is not None
     mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
     models: dict[int, Decoder] = {}
     parameters: dict[str, nn.Parameter] = {}

@@ -21,9 +21,9 @@ from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
-from megalite.config import Config, TrainConfig, resolve, to_yaml
-from megalite.config.shapes import family_of, projections, shapes
-from megalite.config.trained import adapted, adapter_shapes
+from megalite.config import Config, Resolved, TrainConfig, resolve, to_yaml
+from megalite.config.shapes import projections, shapes
+from megalite.config.trained import adapted
 from megalite.config.values import shown
 from megalite.exchange.adapter_config import FILE, read_settings, require_targets, tune_config
 from megalite.exchange.base import is_hf, name_of
@@ -72,7 +72,7 @@ def export_peft(adapter: Path, target: Path, base_name: str | None = None) -> Pa
         "lora_alpha": config.tune.lora_alpha,
         "lora_dropout": config.tune.lora_dropout,
         "target_modules": sorted(ends) if everywhere else modules,
-        "fan_in_fan_out": FAMILIES[family_of(config.model)].transposed,
+        "fan_in_fan_out": FAMILIES[config.model.family].transposed,
         "bias": "none",
         "inference_mode": True,
     }
@@ -98,7 +98,7 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
     every = _peft_names(config)
     tune = dataclasses.replace(tune, lora_targets=_targets(config, set(factors), source))
     config = dataclasses.replace(config, tune=tune)
-    known, expected = _peft_names(config), adapter_shapes(config)
+    known, expected = _peft_names(config), config.shapes.factors
     for name in sorted(set(factors) ^ set(known.values())):
         why = f"belongs to no linear of {base}" if name in factors else "is missing, though another layer has it"
         raise ValueError(f"{source}: tensor {shown(name)} {why}; every layer needs factors for the same linears")
@@ -132,7 +132,7 @@ def _model_files(run_dir: Path) -> tuple[Path | None, list[Path]]:
     return hf if hf.is_dir() else None, [*run_dir.glob("tokenizer*"), *run_dir.glob("chat_template.jinja")]
 
 
-def _config_beside(base: Path, run_dir: Path) -> Config:
+def _config_beside(base: Path, run_dir: Path) -> Resolved:
     """The configuration of a new run in `run_dir` that starts from the weights `base`."""
     if is_hf(base):
         folder = open_folder(base)
@@ -153,10 +153,10 @@ def _read_factors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file}: cannot be read ({error}); save the adapter again as safetensors") from None
 
 
-def _peft_names(config: Config) -> dict[str, str]:
+def _peft_names(config: Resolved) -> dict[str, str]:
     """peft's name of every factor by ours."""
     found = {}
-    for linear, chosen in adapted(config).items():
+    for linear, chosen in adapted(config.model, config.tune).items():
         there = names_there(f"{linear}.weight", config.model)
         modules = dict(zip((p.name for p in projections(config.model)[linear.split(".", 2)[2]]), there, strict=True))
         for p in chosen:
@@ -171,16 +171,14 @@ def _module_of(factor: str) -> str:
     return factor.removeprefix(PREFIX).rsplit(".", 2)[0]
 
 
-def _fused_rows(config: Config) -> Tensor:
+def _fused_rows(config: Resolved) -> Tensor:
     """Which of our rows of qkv, ordered by kv group, stands where in GPT-2's [queries, keys, values]."""
     m = config.model
-    assert m.num_kv_heads is not None
-    assert m.head_dim is not None
     rows = torch.arange((m.num_heads + 2 * m.num_kv_heads) * m.head_dim).view(m.num_kv_heads, -1, m.head_dim)
     return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])
 
 
-def _targets(config: Config, names: set[str], source: Path) -> str:
+def _targets(config: Resolved, names: set[str], source: Path) -> str:
     """tune.lora_targets for the peft factors `names`. Raises ValueError if none is of a linear of a block."""
     used = set()
     for ours, theirs in _peft_names(config).items():

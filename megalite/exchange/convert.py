@@ -20,7 +20,7 @@ from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
-from megalite.config import Config, ModelConfig, TrainConfig, resolve, to_yaml
+from megalite.config import Config, ResolvedModel, TrainConfig, resolve, to_yaml
 from megalite.config.dtypes import DTYPES
 from megalite.config.shapes import shapes
 from megalite.data.origin import tokenizer_of_run
@@ -53,7 +53,7 @@ def from_hf_folder(source: Path, target: Path, dtype: str | None = None) -> Path
 
 def write_run(
     target: Path,
-    model: ModelConfig,
+    model: ResolvedModel,
     get: Callable[[str], Tensor],
     dtypes: Mapping[str, torch.dtype],
     *,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.config import ConfigError, ModelConfig, Request, ResolvedModel
-from megalite.config.shapes import family_of, rows_of, with_family
+from megalite.config import ConfigError, Request, ResolvedModel
+from megalite.config.shapes import rows_of
 from megalite.exchange.hf_fields import LARGEST, Fields
 from megalite.exchange.hf_rope import read_rope, write_rope
 
@@ -180,7 +180,7 @@ def _gpt2(fields: Fields) -> ResolvedModel:
     )
 
 
-def write_model(model: ModelConfig, max_positions: int) -> dict[str, Any]:
+def write_model(model: ResolvedModel, max_positions: int) -> dict[str, Any]:
     """The config.json of a resolved `model`, the inverse of `read_model`. Raises ValueError if no family is like it.
 
     `max_positions`: max_position_embeddings of a rotary model, in tokens; learned positions have their own number.
@@ -207,8 +207,8 @@ def write_model(model: ModelConfig, max_positions: int) -> dict[str, Any]:
             "attn_pdrop": model.attention_dropout,
         }
     if model.rope_scaling in ("llama3", "yarn"):
-        assert model.rope_original_max_positions is not None
-        max_positions = max(max_positions, int(model.rope_original_max_positions * model.rope_factor))
+        stretched = (model.rope_original_max_positions or 0) * model.rope_factor
+        max_positions = max(max_positions, int(stretched))
     config = common | {
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -233,9 +233,9 @@ def write_model(model: ModelConfig, max_positions: int) -> dict[str, Any]:
     return config
 
 
-def _family(m: ModelConfig) -> str:
+def _family(m: ResolvedModel) -> str:
     """The model_type of a model. Raises ValueError naming the key in which no family is like it."""
-    if family_of(m) == "gpt2":
+    if m.family == "gpt2":
         family = "gpt2"
         wanted: dict[str, Any] = {"position": "learned", "norm": "layernorm", "gated": False, "linear_bias": True}
         wanted |= {
@@ -260,7 +260,7 @@ def _family(m: ModelConfig) -> str:
                 f"be exported (docs/hugging-face.md lists what can)"
             )
     for row in rows_of(m):
-        if family_of(m) not in row.hf:
+        if m.family not in row.hf:
             raise ValueError(
                 f"{row.name}: the nearest Hugging Face model is {family}, which has no such parameter; such a model "
                 f"cannot be exported (docs/hugging-face.md lists what can)"
@@ -272,13 +272,12 @@ def _reverse(table: Mapping[str, str], value: str) -> str:
     return next(there for there, here in table.items() if here == value)
 
 
-def set_by_user(request: Request, found: ModelConfig, where: str, source: str) -> dict[str, Any]:
+def set_by_user(request: Request, found: ResolvedModel, where: str, source: str) -> dict[str, Any]:
     """The model keys that the user has set and may set, for the model `found` in the file `where`.
 
     `source`: the key that names the file's folder. Raises ConfigError if the user has set another model.
     """
     chosen: dict[str, Any] = {}
-    found = with_family(found)
     for key in sorted(request.explicit):
         section, _, name = key.partition(".")
         if section != "model" or name == "from_hf":

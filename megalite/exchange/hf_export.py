@@ -19,8 +19,8 @@ from torch import Tensor
 from megalite.checkpoint.dtypes import from_torch
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.safetensors_file import make_header
-from megalite.config import ModelConfig
-from megalite.config.shapes import shapes, with_family
+from megalite.config import ModelConfig, ResolvedModel
+from megalite.config.shapes import shapes
 from megalite.exchange.hf_config import TRAINING, read_model, write_model
 from megalite.exchange.hf_fields import read_json
 from megalite.exchange.hf_folder import INDEX, SINGLE, carry, require_new
@@ -34,7 +34,7 @@ from megalite.text.tokenizer_files import TEMPLATE, TEMPLATES
 
 def export(
     target: Path,
-    model: ModelConfig,
+    model: ResolvedModel,
     get: Callable[[str], Tensor],
     dtypes: Mapping[str, torch.dtype],
     *,
@@ -68,7 +68,7 @@ def export(
     return target
 
 
-def _config_json(model: ModelConfig, context: int, carried: Path | None) -> dict[str, Any]:
+def _config_json(model: ResolvedModel, context: int, carried: Path | None) -> dict[str, Any]:
     if carried is None or not (carried / "config.json").is_file():
         return write_model(model, context)
     path = carried / "config.json"
@@ -86,10 +86,9 @@ def _config_json(model: ModelConfig, context: int, carried: Path | None) -> dict
     return config
 
 
-def differing(a: ModelConfig, b: ModelConfig) -> list[str]:
+def differing(a: ResolvedModel, b: ResolvedModel) -> list[str]:
     """The keys in which two models differ, except those that do not change the computation."""
     ignored = TRAINING | {"from_hf", "add_tokens"}
-    a, b = with_family(a), with_family(b)
     return [
         f.name
         for f in dataclasses.fields(ModelConfig)
@@ -123,7 +122,7 @@ def _name_turn_end(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _write_weights(
     folder: Path,
-    model: ModelConfig,
+    model: ResolvedModel,
     get: Callable[[str], Tensor],
     dtypes: Mapping[str, torch.dtype],
     shard_bytes: int,

@@ -17,7 +17,6 @@ from megalite.checkpoint.safetensors_file import UnknownDtype, read_header
 from megalite.config import ResolvedModel
 from megalite.config.dtypes import BY_CODE
 from megalite.config.parameters import Shape
-from megalite.config.shapes import family_of
 from megalite.config.values import shown
 from megalite.exchange.hf_config import read_model
 from megalite.exchange.hf_fields import Fields, as_json, read_json
@@ -97,7 +96,7 @@ def open_folder(path: str | Path) -> HFFolder:
             found[key] = stored
     expected = hf_shapes(model)
     # files of the bare model, without a head, lack this prefix
-    prefix = FAMILIES[family_of(model)].root
+    prefix = FAMILIES[model.family].root
     tensors = {key if key in expected else prefix + key: stored for key, stored in found.items()}
     tensors = {name: stored for name, stored in tensors.items() if not BUFFERS.fullmatch(name)}
     if model.tie_embeddings:

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from megalite.checkpoint.folder import find
-from megalite.config import Config, ConfigError, Request
+from megalite.config import Config, ConfigError, Request, Resolved
 from megalite.exchange.hf_config import set_by_user, write_model
 from megalite.exchange.hf_fields import read_json
 from megalite.exchange.hf_folder import carry, find_tokenizer, open_config, open_folder, require_new
@@ -29,7 +29,7 @@ def with_hf(request: Request) -> Request:
     return dataclasses.replace(request, config=config)
 
 
-def check_hf(config: Config, resume: Path | None) -> None:
+def check_hf(config: Resolved, resume: Path | None) -> None:
     """Raise ValueError if the folder model.from_hf is damaged, or train.export_hf could not be written at the end."""
     if config.model.from_hf is not None and resume is None:
         open_folder(config.model.from_hf)
@@ -46,7 +46,7 @@ def check_hf(config: Config, resume: Path | None) -> None:
             write_tokenizer(Path(config.data.tokenizer), Path(trial), add, kind)
 
 
-def context_warning(config: Config) -> str:
+def context_warning(config: Resolved) -> str:
     """A warning if train.seq_len exceeds the positions that the model's folder was made for, else ''."""
     load, seq_len = config.checkpoint.load, config.train.seq_len
     try:

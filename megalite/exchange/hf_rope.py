@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.exchange.hf_fields import Fields
 
 
@@ -66,7 +66,7 @@ def _read_yarn(rope: Fields, factor: float) -> dict[str, float]:
     return dict(zip(names, (fast, slow, *weights), strict=True))
 
 
-def rope_context(model: ModelConfig, max_positions: Any) -> int | None:
+def rope_context(model: ResolvedModel, max_positions: Any) -> int | None:
     """The positions that a rotary model supports, in tokens; None if `max_positions` of its config.json is no number.
 
     Files of llama3 models state the extended context, those with linear scaling the original one, those with yarn
@@ -79,7 +79,7 @@ def rope_context(model: ModelConfig, max_positions: Any) -> int | None:
     return max(max_positions, int((model.rope_original_max_positions or 0) * model.rope_factor))
 
 
-def write_rope(model: ModelConfig) -> dict[str, Any]:
+def write_rope(model: ResolvedModel) -> dict[str, Any]:
     """The keys of config.json as transformers 4 spells them; transformers 5 reads them too."""
     scaling: dict[str, Any] = {}
     if model.rope_scaling != "none":

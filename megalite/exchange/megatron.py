@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megalite.checkpoint.dtypes import to_torch
-from megalite.config import Config, ConfigError, ModelConfig, TrainConfig, check, resolve
+from megalite.config import Config, ConfigError, ResolvedModel, TrainConfig, check, resolve
 from megalite.config.dtypes import DTYPES
 from megalite.config.shapes import rows_of, shapes
 from megalite.exchange.convert import write_run
@@ -97,7 +97,7 @@ def from_megatron(source: Path, target: Path, allow_pickle: bool, dtype: str | N
     )
 
 
-def _checked(described: Described, iteration: Path) -> ModelConfig:
+def _checked(described: Described, iteration: Path) -> ResolvedModel:
     """The model, resolved. Raises ValueError if it cannot run."""
     try:
         config = resolve(Config(model=described.model, train=TrainConfig(seq_len=described.context)), 1)
@@ -191,7 +191,7 @@ def _member(owner: object, name: object) -> Standin:
     return owner(name)
 
 
-def _collect(stages: list[list[list[Any]]], model: ModelConfig, where: Path) -> dict[str, list[Tensor]]:
+def _collect(stages: list[list[list[Any]]], model: ResolvedModel, where: Path) -> dict[str, list[Tensor]]:
     """For each parameter, its shards over tp. `stages[p][t]`: the virtual stages of pp rank p, tp rank t.
 
     Layers are numbered within a virtual stage. Chunk v of all stages precedes chunk v + 1. The number of layers is
@@ -215,7 +215,7 @@ def _collect(stages: list[list[list[Any]]], model: ModelConfig, where: Path) -> 
     return found
 
 
-def _renamed(language_model: Any, first_layer: int, model: ModelConfig, where: Path) -> State:
+def _renamed(language_model: Any, first_layer: int, model: ResolvedModel, where: Path) -> State:
     """The tensors of one virtual stage of a tp rank, by megalite's names."""
     there = {row.megatron: row.module for row in rows_of(model) if row.megatron}
     state: dict[str, Any] = {}
@@ -246,7 +246,7 @@ def _renamed(language_model: Any, first_layer: int, model: ModelConfig, where: P
     return state
 
 
-def _joined(name: str, shards: list[Tensor], shape: tuple[int, ...], model: ModelConfig, where: Path) -> Tensor:
+def _joined(name: str, shards: list[Tensor], shape: tuple[int, ...], model: ResolvedModel, where: Path) -> Tensor:
     """Join the tp shards of a parameter, without the vocabulary's padding."""
     if name in ("embed.weight", "loss_head.head.weight"):
         if any(shard.dim() != 2 or shard.shape != shards[0].shape for shard in shards):

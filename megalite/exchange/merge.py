@@ -12,7 +12,7 @@ from megalite.checkpoint.contents import config_of, is_adapter
 from megalite.checkpoint.dtypes import to_torch
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import read_tensor
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.dtypes import BY_TORCH
 from megalite.config.shapes import Projection, projections
 from megalite.config.trained import adapted
@@ -24,10 +24,9 @@ from megalite.model.lora import join
 Get = Callable[[str], Tensor]
 
 
-def delta(linear: str, chosen: tuple[Projection, ...], config: Config, get: Get) -> Tensor:
+def delta(linear: str, chosen: tuple[Projection, ...], config: Resolved, get: Get) -> Tensor:
     """(alpha / r) B A of the linear `linear`, [out, in], in at least fp32. `get(name)`: a whole factor."""
     m, t = config.model, config.tune
-    assert m.head_dim is not None
     parts = {}
     for p in chosen:
         a, b = (get(f"{linear}.lora_{p.name}.{factor}") for factor in "ab")
@@ -38,9 +37,9 @@ def delta(linear: str, chosen: tuple[Projection, ...], config: Config, get: Get)
     return join(parts, rows, m.head_dim).t()
 
 
-def merged(config: Config, get: Get) -> Get:
+def merged(config: Resolved, get: Get) -> Get:
     """A function that returns the whole merged parameter of a name, in W's dtype. `get`: reads weights and factors."""
-    linears = adapted(config)
+    linears = adapted(config.model, config.tune)
 
     def read(name: str) -> Tensor:
         weight, linear = get(name), name.removesuffix(".weight")
@@ -64,7 +63,7 @@ def read_base(base: Path) -> tuple[Get, Callable[[str], torch.dtype]]:
     )
 
 
-def open_merged(adapter: Path, base: Path | None = None) -> tuple[Config, Get, Callable[[str], torch.dtype]]:
+def open_merged(adapter: Path, base: Path | None = None) -> tuple[Resolved, Get, Callable[[str], torch.dtype]]:
     """Open a LoRA run or checkpoint. Returns its configuration, and two functions as in `read_base`, of merged weights.
 
     `base`: the base's path now; None: the path recorded at training. Raises ValueError if that is missing or another

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megalite.checkpoint.contents import config_of, is_adapter
 from megalite.checkpoint.folder import find, read_manifest
@@ -74,10 +73,10 @@ def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
     manifest = read_manifest(folder)
     if is_adapter(manifest):
         base_of(folder)
-    saved, data = config_of(manifest), manifest["config"].get("data", {})
+    saved = config_of(manifest)
     run_dir = folder.parent.parent
     file = next((f for name in TOKENIZERS if (f := run_dir / name).is_file()), None)
-    file = file or tokenizer_of_run(data, run_dir)
+    file = file or tokenizer_of_run(dataclasses.asdict(saved.data), run_dir)
     if file is None:
         raise ValueError(f"{run_dir} has no {' or '.join(TOKENIZERS)}; copy there the one that its data was made with")
     tokenizer = load_tokenizer(file)
@@ -85,14 +84,14 @@ def _of_checkpoint(folder: Path, dtype: str | None) -> Source:
     kept = TrainConfig(dtype=dtype or train.dtype, seq_len=train.seq_len, kernels=train.kernels)
     # training joins documents with the end-of-document token, so a text follows one
     end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    start = end if tokenizer.bos_id is None or not _begins(data) else (*end, tokenizer.bos_id)
-    limit = model.max_positions if model.position == "learned" else None
+    start = end if tokenizer.bos_id is None or not _begins(saved) else (*end, tokenizer.bos_id)
+    limit = model.learned_positions or None
     return Source(folder, resolve(Config(model=model, train=kept), 1), tokenizer, start, frozenset(end), limit)
 
 
-def _begins(data: dict[str, Any]) -> bool:
+def _begins(saved: Resolved) -> bool:
     """Whether the training documents were made with a BOS token, if the data still exists."""
-    prefix = data.get("path")
+    prefix = saved.data.path
     side = Path(f"{prefix}.json")
     return prefix is not None and side.is_file() and bool(read_json(side).get("prepend_bos"))
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite import ops
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.model.context import Context
 from megalite.model.dropout import Dropout
 from megalite.model.layers import Linear, RMSNorm
 from megalite.model.recompute import recomputed
 
 
-def rope_scaling(c: ModelConfig) -> ops.RopeScaling:
+def rope_scaling(c: ResolvedModel) -> ops.RopeScaling:
     """How a model scales its rotary frequencies."""
     return ops.RopeScaling(
         c.rope_scaling,
@@ -92,10 +92,8 @@ class Attention(nn.Module):
     `recompute`: backward runs the core again instead of keeping its activations.
     """
 
-    def __init__(self, c: ModelConfig, kernel: str, site: int) -> None:
+    def __init__(self, c: ResolvedModel, kernel: str, site: int) -> None:
         super().__init__()
-        assert c.num_kv_heads is not None
-        assert c.head_dim is not None
         self.head_dim, self.kernel = c.head_dim, kernel
         # query heads of one kv group; the only size a cut may change (replicated kv heads share a group's queries)
         self.queries = c.num_heads // c.num_kv_heads

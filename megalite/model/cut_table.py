@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.config.parameters import row_of
 from megalite.model.attention import Attention, AttentionCore
 from megalite.model.decoder import CrossEntropy, Decoder
@@ -21,7 +21,7 @@ from megalite.parallel.tensor_parallel import ColumnLinear, RowLinear
 from megalite.parallel.vocab import SequenceEmbedding, VocabCrossEntropy, VocabEmbedding
 
 
-def shard_of(name: str, shape: Sequence[int], model: ModelConfig, size: int, rank: int) -> Shard:
+def shard_of(name: str, shape: Sequence[int], model: ResolvedModel, size: int, rank: int) -> Shard:
     """What tp rank `rank` of `size` holds of the parameter `name`, whole `shape`. KeyError if the table lacks it."""
     row = row_of(name)
     if row.cut == "":
@@ -29,11 +29,8 @@ def shard_of(name: str, shape: Sequence[int], model: ModelConfig, size: int, ran
     if row.cut == "vocab":
         return padded(shape, size, rank)
     if row.cut == "kv":
-        assert model.num_kv_heads is not None
         return grouped(shape, groups=model.num_kv_heads, size=size, rank=rank)
     if row.cut == "qkv":
-        assert model.num_kv_heads is not None
-        assert model.head_dim is not None
         queries = model.num_heads // model.num_kv_heads
         return grouped_qkv(
             shape, kv_groups=model.num_kv_heads, queries=queries, head_dim=model.head_dim, size=size, rank=rank
@@ -44,7 +41,7 @@ def shard_of(name: str, shape: Sequence[int], model: ModelConfig, size: int, ran
     return even(shape, 0, size, rank, parts=len(row.shape[0].split()))
 
 
-def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> None:
+def cut_model(decoder: Decoder, model: ResolvedModel, group: Group, sp: bool) -> None:
     """Replace modules by their parallel counterparts, in place.
 
     In a group of one only linears are replaced, by linears whose weight gradient can be deferred. Weights stay whole
@@ -61,7 +58,6 @@ def cut_model(decoder: Decoder, model: ModelConfig, group: Group, sp: bool) -> N
         elif group.size == 1:
             continue
         elif isinstance(module, Attention):
-            assert model.num_kv_heads is not None
             module.queries //= max(1, group.size // model.num_kv_heads)
         elif isinstance(module, CrossEntropy):
             setattr(parent, child, VocabCrossEntropy(group, vocab, module.label_smoothing))

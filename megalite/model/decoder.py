@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite import ops
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.model.attention import Attention, rope_scaling
 from megalite.model.context import Context
 from megalite.model.dropout import Dropout
@@ -33,7 +33,7 @@ class Block(nn.Module):
     `recompute`: backward runs the block again instead of keeping its activations.
     """
 
-    def __init__(self, c: ModelConfig, kernel: str, layer: int) -> None:
+    def __init__(self, c: ResolvedModel, kernel: str, layer: int) -> None:
         super().__init__()
         # places of dropout are numbered over the whole model; 0 is the embedding's
         self.attn_norm = make_norm(c)
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        c: ModelConfig,
+        c: ResolvedModel,
         layers: Sequence[int],
         first: bool = True,
         last: bool = True,
@@ -107,15 +107,13 @@ class Decoder(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        assert c.head_dim is not None
         # 0: no rotation, positions are learned
         self.rot_dim = int(c.head_dim * c.rope_fraction) if c.position == "rope" else 0
         self.rope_theta, self.rope_scaling = c.rope_theta, rope_scaling(c)
         self.embed = nn.Embedding(c.vocab_size, c.hidden_size) if first else None
         self.pos_embed: nn.Embedding | None = None
         if first and c.position == "learned":
-            assert c.max_positions is not None
-            self.pos_embed = nn.Embedding(c.max_positions, c.hidden_size)
+            self.pos_embed = nn.Embedding(c.learned_positions, c.hidden_size)
         self.dropout = Dropout(c.dropout, site=0) if first else None
         self.layers = nn.ModuleDict({str(layer): Block(c, kernel, layer) for layer in layers})
         self.loss_head = None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.config.parameters import global_name, row_of
 from megalite.model.cut_table import shard_of
 from megalite.model.decoder import Decoder
@@ -16,7 +16,7 @@ from megalite.parallel.cuts import Shard
 from megalite.parallel.groups import Group
 
 
-def draw(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Tensor:
+def draw(name: str, shape: tuple[int, ...], model: ResolvedModel, seed: int) -> Tensor:
     """The whole initial value of a parameter, fp32 on the CPU, by the column `init` of the table of parameters.
 
     Residual outputs are scaled by 1 / sqrt(2 num_layers) with the depth of the whole model (Radford et al. 2019,
@@ -37,7 +37,7 @@ def draw(name: str, shape: tuple[int, ...], model: ModelConfig, seed: int) -> Te
 
 def materialise(
     decoder: Decoder,
-    model: ModelConfig,
+    model: ResolvedModel,
     group: Group,
     value: Callable[[str, tuple[int, ...]], Tensor],
     *,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.model.context import Context
 
 Activation = Callable[[Tensor], Tensor]
@@ -39,12 +39,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def make_norm(c: ModelConfig) -> nn.Module:
+def make_norm(c: ResolvedModel) -> nn.Module:
     """The norm of a residual stream [..., hidden_size]."""
     return nn.LayerNorm(c.hidden_size, c.norm_eps) if c.norm == "layernorm" else RMSNorm(c.hidden_size, c.norm_eps)
 
 
-def make_mlp(c: ModelConfig) -> nn.Module:
+def make_mlp(c: ResolvedModel) -> nn.Module:
     """The feed-forward [..., hidden_size] -> [..., hidden_size] that `activation` names."""
     return GatedMLP(c) if c.gated else MLP(c)
 
@@ -52,7 +52,7 @@ def make_mlp(c: ModelConfig) -> nn.Module:
 class GatedMLP(nn.Module):
     """down(act(gate x) * up x), gate and up in one product."""
 
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ResolvedModel) -> None:
         super().__init__()
         self.gate_up = Linear(c.hidden_size, 2 * c.ffn_hidden_size, bias=c.linear_bias)
         self.down = Linear(c.ffn_hidden_size, c.hidden_size, bias=c.linear_bias)
@@ -66,7 +66,7 @@ class GatedMLP(nn.Module):
 class MLP(nn.Module):
     """down(act(up x))."""
 
-    def __init__(self, c: ModelConfig) -> None:
+    def __init__(self, c: ResolvedModel) -> None:
         super().__init__()
         self.up = Linear(c.hidden_size, c.ffn_hidden_size, bias=c.linear_bias)
         self.down = Linear(c.ffn_hidden_size, c.hidden_size, bias=c.linear_bias)

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.config.parameters import row_of
 from megalite.model.names import is_transposed, names_there
 
 
-def to_hf(name: str, whole: Tensor, model: ModelConfig) -> dict[str, Tensor]:
+def to_hf(name: str, whole: Tensor, model: ResolvedModel) -> dict[str, Tensor]:
     """Parameter `name` as {Hugging Face name: tensor}; tensors may be views of `whole`.
 
     attn.qkv [(n + 2g)d, h] becomes q_proj [nd, h], k_proj and v_proj [gd, h]; its bias alike, without h.
@@ -37,7 +37,7 @@ def to_hf(name: str, whole: Tensor, model: ModelConfig) -> dict[str, Tensor]:
     return {there: part.contiguous() for there, part in zip(names, parts, strict=True)}
 
 
-def from_hf(get: Callable[[str], Tensor], name: str, model: ModelConfig) -> Tensor:
+def from_hf(get: Callable[[str], Tensor], name: str, model: ResolvedModel) -> Tensor:
     """Parameter `name` out of `get(Hugging Face name)`; the inverse of `to_hf`, shapes as there.
 
     A tied head is not asked for: its only name is embed.weight.
@@ -54,13 +54,11 @@ def from_hf(get: Callable[[str], Tensor], name: str, model: ModelConfig) -> Tens
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _transposed(matrix: Tensor, name: str, model: ModelConfig) -> Tensor:
+def _transposed(matrix: Tensor, name: str, model: ResolvedModel) -> Tensor:
     """From [out, in] to [in, out] or back, where the two sides differ."""
     return matrix.t().contiguous() if is_transposed(name, model) else matrix
 
 
-def _grouping(model: ModelConfig) -> tuple[int, int, int]:
+def _grouping(model: ResolvedModel) -> tuple[int, int, int]:
     """kv groups, query heads of each, head size."""
-    assert model.num_kv_heads is not None
-    assert model.head_dim is not None
     return model.num_kv_heads, model.num_heads // model.num_kv_heads, model.head_dim

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.parameters import row_of
 from megalite.config.shapes import Projection, local_shape, projections
 from megalite.config.trained import adapted
@@ -101,17 +101,16 @@ class LoraRow(RowLinear):
         return self.reduced(self.product(x, context))
 
 
-def adapt(decoder: Decoder, config: Config, group: Group) -> None:
+def adapt(decoder: Decoder, config: Resolved, group: Group) -> None:
     """Replace the linears that tune.lora_targets names by linears with factors, in place.
 
     Call it on the cut model while its weights are on meta and whole.
     """
     m, t, sp = config.model, config.tune, config.parallel.sp
-    assert m.head_dim is not None
     # dropout sites are numbered after the model's own
     first_site = 3 * m.num_layers + 1
     linears = projections(m)
-    for name, chosen in adapted(config).items():
+    for name, chosen in adapted(m, config.tune).items():
         _, layer, kind = name.split(".", 2)
         if layer not in decoder.layers:
             continue

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel
 from megalite.config.parameters import Shape, find_row, is_hidden_matrix, row_of, split_layer
-from megalite.config.shapes import family_of, shapes, sizes
+from megalite.config.shapes import shapes, sizes
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ FAMILIES = {
 }
 
 
-def hf_shapes(model: ModelConfig) -> dict[str, Shape]:
+def hf_shapes(model: ResolvedModel) -> dict[str, Shape]:
     """Hugging Face's name and shape of every parameter of the model; `lm_head.weight` is left out where it is tied."""
     found: dict[str, Shape] = {}
     size = sizes(model)
@@ -45,17 +45,17 @@ def hf_shapes(model: ModelConfig) -> dict[str, Shape]:
     return found
 
 
-def is_transposed(name: str, model: ModelConfig) -> bool:
+def is_transposed(name: str, model: ResolvedModel) -> bool:
     """Whether the parameter `name` is [out, in] here and [in, out] there."""
-    return FAMILIES[family_of(model)].transposed and is_hidden_matrix(name)
+    return FAMILIES[model.family].transposed and is_hidden_matrix(name)
 
 
-def names_there(name: str, model: ModelConfig) -> list[str]:
+def names_there(name: str, model: ResolvedModel) -> list[str]:
     """Hugging Face's names of the tensors that the parameter `name` joins, in its order of rows.
 
     Raises ValueError if the model's family has none.
     """
-    family, row = family_of(model), find_row(name)
+    family, row = model.family, find_row(name)
     if row is None or family not in row.hf:
         raise ValueError(f"{name!r} has no counterpart in Hugging Face's Llama, Qwen2, Qwen3 or GPT-2")
     layer, _ = split_layer(name)

@@ -7,17 +7,17 @@ change no digit of what neither overflows nor vanishes.
 
 from __future__ import annotations
 
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.errors import TrainingError
 from megalite.config.schema import LARGEST_LOSS_SCALE
 
 
-def first_scale(config: Config) -> float:
+def first_scale(config: Resolved) -> float:
     """The loss scale of the first step: 1 where nothing is scaled."""
     return config.optim.loss_scale_initial if config.train.dtype == "fp16" else 1.0
 
 
-def next_scale(config: Config, scale: float, steps: int, finite: bool) -> tuple[float, int]:
+def next_scale(config: Resolved, scale: float, steps: int, finite: bool) -> tuple[float, int]:
     """(loss scale, steps since it changed) after a step at `scale`, which `steps` before it had without overflow.
 
     TrainingError where the gradients are not finite and the scale cannot be lowered.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from megalite.config import ModelConfig, OptimConfig
+from megalite.config import OptimConfig, ResolvedModel
 from megalite.config.param_groups import group_settings
 from megalite.model.layouts import from_hf, to_hf
 from megalite.optim.adamw import AdamW
@@ -63,7 +63,7 @@ class Muon(AdamW):
         matrices: Collection[str],
         *,
         hidden: Collection[str],
-        model: ModelConfig,
+        model: ResolvedModel,
         shards: Mapping[str, Shard],
         held: Callable[[str], range],
         sharded: bool,
@@ -72,7 +72,7 @@ class Muon(AdamW):
     ) -> None:
         self.hidden = [name for name in shards if name in hidden]
         super().__init__(c, parameters, main_grad, matrices, others=self.hidden)
-        # Llama's layout has the matrices of every family apart and as [out, in]
+        # in Llama's layout, the matrices of every family are separate and [out, in]
         self.layout = dataclasses.replace(model, family="llama")
         self.c, self.shards, self.held = c, shards, held
         self.sharded, self.tp, self.dp = sharded, tp, dp

@@ -107,7 +107,7 @@ class World(Protocol):
     device: torch.device
 
     def split(self, parts: Sequence[Sequence[int]]) -> Group:
-        """The group of `parts` (disjoint lists of global ranks) that holds this rank; all ranks must call alike."""
+        """The group of `parts` (disjoint lists of global ranks) that holds this rank; all ranks must call this."""
         ...
 
     def send(self, x: Tensor, peer: int) -> Pending:

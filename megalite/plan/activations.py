@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from megalite.config import Config
+from megalite.config import Resolved
 from megalite.config.dtypes import DTYPES
 
 
-def activation_bytes(config: Config, recompute: str = "none") -> int:
+def activation_bytes(config: Resolved, recompute: str = "none") -> int:
     """Bytes that one block keeps of one microbatch for its backward, on one tp rank, if it recomputes so.
 
     After Korthikanti et al. 2022, section 4, for this block: inputs and outputs of the two norms; query, key, value and
@@ -17,9 +17,6 @@ def activation_bytes(config: Config, recompute: str = "none") -> int:
     width, two where it has no gate. A recomputed core keeps its inputs and output, a recomputed block its input alone.
     """
     m, p, t = config.model, config.parallel, config.train
-    assert p.tp is not None
-    assert m.head_dim is not None
-    assert m.num_kv_heads is not None
     residual = m.hidden_size / (p.tp if p.sp else 1)
     heads, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     repeated = kv < heads
@@ -39,27 +36,24 @@ def activation_bytes(config: Config, recompute: str = "none") -> int:
     return int(t.micro_batch_size * t.seq_len * DTYPES[t.dtype].bytes * kept)
 
 
-def stage_activation_bytes(config: Config, layers: int) -> int:
+def stage_activation_bytes(config: Resolved, layers: int) -> int:
     """Bytes of activations that a stage of `layers` blocks keeps of one microbatch, on one tp rank."""
     p = config.parallel
     again = 0 if p.recompute == "none" else min(layers, p.recompute_layers or layers)
     return again * activation_bytes(config, p.recompute) + (layers - again) * activation_bytes(config)
 
 
-def recompute_bytes(config: Config) -> int:
+def recompute_bytes(config: Resolved) -> int:
     """Bytes that a recomputing block makes for its own backward, on one tp rank; one block of a rank at a time."""
     return 0 if config.parallel.recompute == "none" else activation_bytes(config)
 
 
-def deferred_bytes(config: Config, layers: int, last: bool) -> int:
+def deferred_bytes(config: Resolved, layers: int, last: bool) -> int:
     """Bytes that a stage keeps of one microbatch from input gradient to weight gradient, on one tp rank.
 
     Of each linear its input and its output gradient; `last`: of the head, too. An upper bound with frozen linears.
     """
     m, p, t = config.model, config.parallel, config.train
-    assert p.tp is not None
-    assert m.head_dim is not None
-    assert m.num_kv_heads is not None
     heads, products = m.num_heads * m.head_dim, (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
     inputs = 2 * m.hidden_size / (p.tp if p.sp else 1) + (heads + m.ffn_hidden_size) / p.tp
     gradients = (products + (2 if m.gated else 1) * m.ffn_hidden_size) / p.tp + 2 * m.hidden_size

@@ -12,27 +12,27 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
 
-from megalite.config import Config, ModelConfig, TuneConfig
+from megalite.config import Resolved, ResolvedModel, TuneConfig
 from megalite.config.dtypes import DTYPES
 from megalite.config.parameters import TABLE, Row, row_of, split_layer
 from megalite.config.shapes import local_shape
+from megalite.config.trained import named_shapes
 from megalite.pipeline.forecast import peak_bytes
 from megalite.pipeline.schedule import SCHEDULES, stages_of_rank
 from megalite.plan.activations import deferred_bytes, recompute_bytes, stage_activation_bytes
-from megalite.plan.counts import head_flops, layer_flops, named_shapes
+from megalite.plan.counts import head_flops, layer_flops
 
 GIB = 2**30
 # torch, its allocator's slack and the communicators of one rank
 OVERHEAD_BYTES = {"cuda": int(2.5 * GIB), "cpu": int(0.4 * GIB)}
 
 
-def stage_layers(config: Config) -> list[range]:
+def stage_layers(config: Resolved) -> list[range]:
     """The layers of each of pp x chunks stages: parallel.stages, or cut so that the slowest stage is as fast as can be.
 
     The output head counts for what it costs in layers; of equally good cuts the most even one is taken.
     """
     m, p = config.model, config.parallel
-    assert p.pp is not None
     counts = p.stages or _balanced(m.num_layers, p.pp * p.chunks, head_flops(m) / layer_flops(m, config.train.seq_len))
     starts = [0, *accumulate(counts)]
     return [range(a, b) for a, b in pairwise(starts)]
@@ -91,7 +91,7 @@ class _Elements:
 
 
 @lru_cache(maxsize=256)
-def _elements(model: ModelConfig, tune: TuneConfig, tp: int, of: str) -> _Elements:
+def _elements(model: ResolvedModel, tune: TuneConfig, tp: int, of: str) -> _Elements:
     """Of all parameters ("model"), of those that are trained ("trained"), or of LoRA's factors ("factors").
 
     Each is counted once, not for every stage: a plan compares many topologies of up to 1,000 layers.
@@ -99,7 +99,7 @@ def _elements(model: ModelConfig, tune: TuneConfig, tp: int, of: str) -> _Elemen
     layers, ends = [0] * model.num_layers, {"first": 0, "last": 0}
     tied, heads = 0, {row.tied for row in TABLE if row.tied and model.tie_embeddings}
     held: dict[str, tuple[Row, int]] = {}
-    for name in named_shapes(model, tune)[of]:
+    for name in getattr(named_shapes(model, tune), of):
         layer, kind = split_layer(name)
         if kind not in held:
             row = row_of(name)
@@ -113,16 +113,13 @@ def _elements(model: ModelConfig, tune: TuneConfig, tp: int, of: str) -> _Elemen
     return _Elements((0, *accumulate(layers)), ends["first"], ends["last"], tied)
 
 
-def rank_memory(config: Config, device: str) -> list[Memory]:
+def rank_memory(config: Resolved, device: str) -> list[Memory]:
     """Bytes per rank of a resolved configuration, by pipeline rank; a rank's stages are summed."""
     m, p, t = config.model, config.parallel, config.train
-    assert p.tp is not None
-    assert p.pp is not None
-    assert p.dp is not None
     microbatches = max(1, t.global_batch_size // (t.micro_batch_size * p.dp))
     element, wide = DTYPES[t.dtype].bytes, DTYPES[DTYPES[t.dtype].wide].bytes
     masters = wide if element < wide else 0
-    chosen = named_shapes(m, config.tune)["trained"]
+    chosen = config.shapes.trained
     model, factors, some = (_elements(m, config.tune, p.tp, of) for of in ("model", "factors", "trained"))
     # in half precision a gradient stands beside the fp32 one until it is added; the largest is the embedding's
     uses = 2 if m.tie_embeddings and p.pp == 1 else 1
@@ -150,10 +147,9 @@ def rank_memory(config: Config, device: str) -> list[Memory]:
     return found
 
 
-def _peak_activations(config: Config, microbatches: int) -> list[int]:
+def _peak_activations(config: Resolved, microbatches: int) -> list[int]:
     """Bytes of activations that each pipeline rank keeps when it keeps most."""
     p, layers = config.parallel, [len(r) for r in stage_layers(config)]
-    assert p.pp is not None
     whole = [stage_activation_bytes(config, n) for n in layers]
     kept = [0] * len(layers)
     if SCHEDULES[p.schedule].splits:
@@ -162,6 +158,6 @@ def _peak_activations(config: Config, microbatches: int) -> list[int]:
     return [peak + recompute_bytes(config) for peak in peaks]
 
 
-def memory(config: Config, device: str) -> Memory:
+def memory(config: Resolved, device: str) -> Memory:
     """Bytes per rank of a resolved configuration, for the rank that needs most."""
     return max(rank_memory(config, device), key=lambda need: need.total)

@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Mapping
 
-from megalite.config import Config, ModelConfig, TuneConfig
+from megalite.config import Resolved, ResolvedModel
 from megalite.config.parameters import TABLE, Shape, row_of
-from megalite.config.shapes import rows_of, shape_of, shapes, sizes
-from megalite.config.trained import adapter_shapes, hidden_matrices, trained
+from megalite.config.shapes import rows_of, shape_of, sizes
 
 
-def layer_parameters(m: ModelConfig) -> int:
+def layer_parameters(m: ResolvedModel) -> int:
     """Parameters of one transformer block."""
     return sum(math.prod(shape_of(row, m)) for row in rows_of(m) if row.where == "layer")
 
 
-def parameters(m: ModelConfig) -> int:
+def parameters(m: ResolvedModel) -> int:
     """Parameters of the whole model; tied weights count once."""
     ends = sum(math.prod(shape_of(row, m)) for row in rows_of(m) if row.where != "layer")
     return m.num_layers * layer_parameters(m) + ends
 
 
-def trained_parameters(config: Config) -> int:
+def trained_parameters(config: Resolved) -> int:
     """Parameters of the whole model, adapters among them, that are trained."""
-    return sum(math.prod(shape) for shape in trained(config).values())
+    return _elements(config.shapes.trained)
 
 
-def describe_trained(config: Config) -> str:
+def _elements(shapes: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def describe_trained(config: Resolved) -> str:
     """How many parameters are trained, of how many."""
     some = trained_parameters(config)
-    every = parameters(config.model) + sum(math.prod(shape) for shape in adapter_shapes(config).values())
+    every = parameters(config.model) + _elements(config.shapes.factors)
     return (
         f"tune.mode={config.tune.mode} trains {some / 1e6:.4g}e6 of {every / 1e6:.1f}e6 parameters ({some / every:.2%})"
     )
 
 
-def describe_muon(config: Config) -> str:
+def describe_muon(config: Resolved) -> str:
     """How many parameters Muon updates, and how many are left to AdamW."""
-    hidden, every = set(hidden_matrices(config)), trained(config)
+    hidden, every = set(config.shapes.hidden), config.shapes.trained
     sizes = {True: 0, False: 0}
     for name, shape in every.items():
         sizes[name in hidden] += math.prod(shape)
@@ -48,49 +51,38 @@ def describe_muon(config: Config) -> str:
     )
 
 
-def _matrices(m: ModelConfig, where: str) -> int:
+def _matrices(m: ResolvedModel, where: str) -> int:
     """Elements of the matrices that a token is multiplied by, in a block or, as the head, at the end."""
     return sum(
         math.prod(shape_of(row, m)) for row in TABLE if row.where == where and row.kind == "matrix" and row.when(m)
     )
 
 
-def layer_flops(m: ModelConfig, seq_len: int) -> float:
+def layer_flops(m: ResolvedModel, seq_len: int) -> float:
     """Forward FLOPs of one block per token; of the s x s scores those count that a causal query sees."""
     window = min(m.sliding_window or seq_len, seq_len)
     seen = window - window * window / (2 * seq_len)
     return 2.0 * _matrices(m, "layer") + 4.0 * seen * sizes(m)["heads"]
 
 
-def head_flops(m: ModelConfig) -> float:
+def head_flops(m: ResolvedModel) -> float:
     """Forward FLOPs of the output head per token; a tied head is multiplied like any other."""
     return 2.0 * _matrices(m, "last")
 
 
-def training_flops(m: ModelConfig, seq_len: int) -> float:
+def training_flops(m: ResolvedModel, seq_len: int) -> float:
     """FLOPs of forward and backward per token: three times the forward (Narayanan et al. 2021, appendix)."""
     return 3 * (m.num_layers * layer_flops(m, seq_len) + head_flops(m))
 
 
-def run_flops(config: Config) -> float:
+def run_flops(config: Resolved) -> float:
     """FLOPs of forward and backward per token of this run: the weight gradient of a frozen matrix is not computed."""
-    m, named = config.model, named_shapes(config.model, config.tune)
+    m, named = config.model, config.shapes
     # an embedding is looked up; tied, it is the head's matrix too
     heads = {row.tied for row in TABLE if row.tied and m.tie_embeddings}
     frozen = sum(
         math.prod(shape)
-        for name, shape in named["model"].items()
-        if name not in named["trained"] and (row_of(name).kind == "matrix" or name in heads)
+        for name, shape in named.model.items()
+        if name not in named.trained and (row_of(name).kind == "matrix" or name in heads)
     )
-    factors = sum(math.prod(shape) for shape in named["factors"].values())
-    return training_flops(m, config.train.seq_len) - 2 * frozen + 6 * factors
-
-
-@lru_cache(maxsize=8)
-def named_shapes(model: ModelConfig, tune: TuneConfig) -> dict[str, dict[str, Shape]]:
-    """Shapes by name of all parameters ("model"), of LoRA's factors ("factors"), and of what is trained ("trained").
-
-    Kept, since none depends on the topology and a plan compares many.
-    """
-    config = Config(model=model, tune=tune)
-    return {"model": shapes(model), "factors": adapter_shapes(config), "trained": trained(config)}
+    return training_flops(m, config.train.seq_len) - 2 * frozen + 6 * _elements(named.factors)

@@ -153,7 +153,7 @@ def settle(peers: Peers, mine: Report, run_dir: Path | None = None) -> None:
 def _judge(peers: Peers, reports: Sequence[Report]) -> None:
     if found := difference(reports) if reports else None:
         peers.accuse(*found, reports)
-    peers.share("alike")
+    peers.share("equal")
 
 
 def _problem(run_dir: Path, mark: str, here: Place) -> str:

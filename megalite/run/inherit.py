@@ -6,13 +6,12 @@ Only keys that the user has not set are taken over, and a line tells of each. No
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megalite.checkpoint.contents import config_of, is_adapter
 from megalite.checkpoint.folder import complete, find, read_manifest
-from megalite.config import Request, ResolvedModel, resolve_model
+from megalite.config import DataConfig, Request, ResolvedModel, TuneConfig
 from megalite.data.origin import tokenizer_of_run
 from megalite.exchange.base import is_hf
 from megalite.exchange.hf_config import set_by_user
@@ -49,19 +48,19 @@ def inherit_checkpoint(request: Request, tuning: bool, say: Say) -> Request:
         return request.replaced(checkpoint={"load": None}, model={"from_hf": load})
     source = first_checkpoint(load, Path(request.config.train.run_dir))
     manifest = read_manifest(source)
-    saved = manifest["config"]
-    model = resolve_model(config_of(manifest).model, request.config.train.seq_len)
+    saved = config_of(manifest)
     # the tokenizer in the run's folder already has the tokens that were added
-    request = _inherit_model(request, dataclasses.replace(model, from_hf=None, add_tokens=()), load, say)
+    model = dataclasses.replace(saved.model, from_hf=None, add_tokens=())
+    request = _inherit_model(request, model, load, say)
     if tuning and "checkpoint.load_optim" not in request.explicit:
         request = request.replaced(checkpoint={"load_optim": False})
-    length = saved.get("train", {}).get("seq_len")
-    if isinstance(length, int) and length < request.config.train.seq_len and "train.seq_len" not in request.explicit:
+    length = saved.train.seq_len
+    if length < request.config.train.seq_len and "train.seq_len" not in request.explicit:
         say(f"train.seq_len={length}: {load} was trained on so many tokens")
         request = request.replaced(train={"seq_len": length})
     if is_adapter(manifest):
-        request = _inherit_adapter(request, saved["tune"], load, say)
-    return _inherit_data_tokenizer(request, saved.get("data", {}), source.parents[1]) if tuning else request
+        request = _inherit_adapter(request, saved.tune, load, say)
+    return _inherit_data_tokenizer(request, saved.data, source.parents[1]) if tuning else request
 
 
 def _inherit_model(request: Request, model: ResolvedModel, load: str, say: Say) -> Request:
@@ -74,18 +73,18 @@ def _inherit_model(request: Request, model: ResolvedModel, load: str, say: Say) 
     return dataclasses.replace(request, config=config)
 
 
-def _inherit_adapter(request: Request, tune: Mapping[str, Any], load: str, say: Say) -> Request:
+def _inherit_adapter(request: Request, tune: TuneConfig, load: str, say: Say) -> Request:
     """The request with the mode of a LoRA checkpoint and the shape of its factors."""
     if "tune.mode" in request.explicit and request.config.tune.mode != "lora":
         return request
     keys = [key for key in ("mode", "lora_rank", "lora_alpha", "lora_targets") if f"tune.{key}" not in request.explicit]
-    values = {key: tune[key] for key in keys if tune[key] != getattr(request.config.tune, key)}
+    values = {key: getattr(tune, key) for key in keys if getattr(tune, key) != getattr(request.config.tune, key)}
     if values:
         say(f"{', '.join(f'tune.{key}={value}' for key, value in values.items())}: as in {load}")
     return request.replaced(tune=values)
 
 
-def _inherit_data_tokenizer(request: Request, data: Mapping[str, Any], run_dir: Path) -> Request:
+def _inherit_data_tokenizer(request: Request, data: DataConfig, run_dir: Path) -> Request:
     """The request with the tokenizer of the data that a run learned from, if its folder has none.
 
     `data`: that section of the run's configuration.
@@ -94,7 +93,7 @@ def _inherit_data_tokenizer(request: Request, data: Mapping[str, Any], run_dir: 
     if named is not None and "data.tokenizer" not in request.typed and not Path(named).exists():
         request = request.replaced(data={"tokenizer": None})
     if request.config.data.tokenizer is None and find_tokenizer(run_dir) is None:
-        found = tokenizer_of_run(data, run_dir)
+        found = tokenizer_of_run(dataclasses.asdict(data), run_dir)
         request = request.replaced(data={"tokenizer": str(found) if found else None})
     return request
 

@@ -145,7 +145,7 @@ def failed_in_world(error: Exception) -> int:
     first = (str(error).splitlines() or [""])[0]
     kind, text, status = "error", describe_error(error), 2
     if isinstance(error, ImportError):
-        text = f"{first}; python -m megalite.doctor says what is missing"
+        text = f"{first}; python -m megalite.doctor shows what is missing"
     elif not isinstance(error, (ValueError, OSError)):
         import torch
 

@@ -34,7 +34,7 @@ def keep_freed_memory() -> None:
         return  # not glibc
 
 
-def _threads_asked(text: str) -> int:
+def _omp_threads(text: str) -> int:
     """The number of threads in OMP_NUM_THREADS, the outermost level of a list like 4,2. Raises ValueError."""
     found = re.fullmatch(r" *([0-9]{1,9}) *(,[0-9, ]*)?", text)
     if not found or not 1 <= int(found[1]) <= MOST_THREADS:
@@ -50,11 +50,11 @@ def set_threads(threads: int, local_ranks: int) -> int:
 
     OMP_NUM_THREADS=1 under torchrun is ignored: torchrun sets it when the user did not.
     """
-    asked = os.environ.get("OMP_NUM_THREADS")
-    by_user = asked is not None and not (asked == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
+    text = os.environ.get("OMP_NUM_THREADS")
+    by_user = text is not None and not (text == "1" and "TORCHELASTIC_RUN_ID" in os.environ)
     if not threads:
         cores = len(os.sched_getaffinity(0))
-        threads = _threads_asked(asked) if by_user and asked is not None else max(1, cores // local_ranks)
+        threads = _omp_threads(text) if by_user and text is not None else max(1, cores // local_ranks)
     torch.set_num_threads(threads)
     return threads
 

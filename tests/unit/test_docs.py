@@ -1,4 +1,4 @@
-"""What the pages say is true: quotations stand in the source, links lead somewhere, examples print what is shown."""
+"""The documentation is correct: quotations match the source, links resolve, examples print what is shown."""
 
 import contextlib
 import io
@@ -47,12 +47,12 @@ def test_there_is_something_to_check() -> None:
 
 
 @pytest.mark.parametrize(("page", "file", "body"), QUOTATIONS, ids=lambda v: v.stem if isinstance(v, Path) else None)
-def test_quotations_stand_in_the_source(page: Path, file: str, body: str) -> None:
+def test_quotations_match_the_source(page: Path, file: str, body: str) -> None:
     assert body in (ROOT / file).read_text(encoding="utf-8"), f"{name(page)} quotes {file} wrongly:\n{body}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_and_paths_lead_somewhere(page: Path) -> None:
+def test_links_and_paths_exist(page: Path) -> None:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:", link)]
     lost = [link for link in links if link and not (page.parent / link).exists()]

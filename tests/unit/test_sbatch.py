@@ -1,4 +1,4 @@
-"""The job scripts with Slurm's commands played: which script they start with which arguments, and when they requeue."""
+"""The job scripts with fake Slurm commands: which script they start with which arguments, and when they requeue."""
 
 import os
 import subprocess
@@ -58,7 +58,7 @@ def test_a_job_starts_its_script_and_ends(tmp_path: Path, script: str, entry: st
     assert "scontrol requeue" not in ended.stdout
 
 
-def test_a_job_of_instruction_tuning_that_is_told_to_stop_requeues_itself(tmp_path: Path) -> None:
+def test_an_instruction_tuning_job_that_is_stopped_requeues_itself(tmp_path: Path) -> None:
     ended = submit(tmp_path, "sft_7b.sbatch", "--preset", "tiny", leaves="1")
     assert "USR1 after" in ended.stdout, ended
     assert (tmp_path / "run" / "STOP").exists()

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megalite.checkpoint.state import State
 from megalite.config import Config, ModelConfig, resolve
-from megalite.config.shapes import shapes
 from megalite.parallel.cuts import Shard, even, uncut
 
 SEED = 2026
@@ -28,7 +27,7 @@ MODEL = ModelConfig(vocab_size=24, hidden_size=8, num_layers=2, num_heads=1, ffn
 CONFIG = resolve(Config(model=MODEL), 1)
 
 
-SHAPES = shapes(MODEL)
+SHAPES = CONFIG.shapes.model
 
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

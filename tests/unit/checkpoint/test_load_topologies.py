@@ -36,6 +36,8 @@ class Topology:
     dp: int = 1
     zero: int = 0
     stages: tuple[int, ...] | None = None
+    schedule: str = "1f1b"
+    chunks: int = 1
 
     @property
     def ranks(self) -> int:
@@ -50,8 +52,10 @@ TOPOLOGIES = {
     "tp2pp2dp2zero": Topology(tp=2, pp=2, dp=2, zero=1),
     "uneven": Topology(pp=2, stages=(1, 2)),
     "tp4": Topology(tp=4),
+    "interleaved": Topology(schedule="interleaved", chunks=3),
+    "zb-h1": Topology(pp=2, schedule="zb-h1"),
 }
-ONLY_STAGES = {"one", "pp2", "uneven"}  # differ in pp alone
+ONLY_STAGES = {"one", "pp2", "uneven", "interleaved", "zb-h1"}  # differ in stages alone
 
 
 def config(topology: str, dtype: str) -> Config:
@@ -59,7 +63,7 @@ def config(topology: str, dtype: str) -> Config:
     # untied in fp32, where pp would change the order in which the tied gradient is summed
     model = tiny(num_layers=3, qkv_bias=True, tie_embeddings=dtype == "bf16")
     mesh = {"tp": t.tp, "pp": t.pp, "dp": t.dp, "zero": t.zero, "stages": t.stages}
-    parallel = ParallelConfig(**mesh, sp=False, bucket_mb=0.005)
+    parallel = ParallelConfig(**mesh, schedule=t.schedule, chunks=t.chunks, sp=False, bucket_mb=0.005)
     train = TrainConfig(dtype=dtype, seq_len=SEQ, micro_batch_size=BATCH, global_batch_size=BATCH * MICROBATCHES)
     found = resolve(Config(model, parallel, optim=OptimConfig(lr=1e-2), train=train), t.ranks)
     check(found, t.ranks)

@@ -13,8 +13,7 @@ from checkpoints import step_state, steps, tool, write, write_two
 from megalite.checkpoint.folder import step_folder
 from megalite.checkpoint.save import write_whole
 from megalite.checkpoint.state import State
-from megalite.config import Config, ModelConfig
-from megalite.config.shapes import shapes
+from megalite.config import Config, ModelConfig, resolve
 
 pytestmark = pytest.mark.usefixtures("any_tensors")
 
@@ -38,9 +37,9 @@ def test_info(tmp_path: Path) -> None:
 
 
 def test_info_and_verify_do_not_load_torch(tmp_path: Path) -> None:
-    model = ModelConfig(vocab_size=5, hidden_size=4, num_layers=1, num_heads=1, ffn_hidden_size=4)
-    described = {f"weight.{name}": (torch.float32, shape) for name, shape in shapes(model).items()}
-    config, counters = Config(model=model), dataclasses.asdict(State())
+    config = resolve(Config(model=ModelConfig(5, 4, num_layers=1, num_heads=1, ffn_hidden_size=4)), 1)
+    described = {f"weight.{name}": (torch.float32, shape) for name, shape in config.shapes.model.items()}
+    counters = dataclasses.asdict(State())
     write_whole(step_folder(tmp_path, 0), config, described, lambda name: torch.ones(described[name][1]), counters)
     for verb in ("info", "verify"):
         code = f"""import sys; sys.argv = ["checkpoint.py", "{verb}", {str(tmp_path)!r}]

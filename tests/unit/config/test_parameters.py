@@ -9,7 +9,16 @@ import torch
 from models import tiny
 from torch import nn
 
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, TuneConfig, resolve
+from megalite.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    ResolvedModel,
+    TrainConfig,
+    TuneConfig,
+    resolve,
+    resolve_model,
+)
 from megalite.config.check import valid_tp
 from megalite.config.parameters import (
     TABLE,
@@ -23,8 +32,8 @@ from megalite.config.parameters import (
     row_of,
     split_layer,
 )
-from megalite.config.shapes import family_of, local_shape, projections, rows_of, shape_of, shapes
-from megalite.config.trained import adapter_shapes
+from megalite.config.shapes import local_shape, projections, rows_of, shape_of, shapes
+from megalite.config.trained import named_shapes
 from megalite.model.cut_table import cut_model, shard_of
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
@@ -56,8 +65,8 @@ MODELS: Mapping[str, dict[str, Any]] = {
 }
 
 
-def model_of(name: str) -> ModelConfig:
-    return resolve(Config(model=dataclasses.replace(BASE, **MODELS[name])), 1).model
+def model_of(name: str) -> ResolvedModel:
+    return resolve_model(dataclasses.replace(BASE, **MODELS[name]), 8)
 
 
 def decoder_of(m: ModelConfig) -> Decoder:
@@ -87,8 +96,8 @@ def test_the_order_is_that_of_a_forward(name: str) -> None:
 def test_local_shapes_are_those_of_a_cut_model(name: str, lora: bool) -> None:
     """tp 2: the names and shapes of a stage's modules after cut, adapters and materialise."""
     m = model_of(name)
-    config = Config(model=m, tune=TuneConfig(mode="lora", lora_rank=3) if lora else TuneConfig())
-    config = dataclasses.replace(config, parallel=ParallelConfig(tp=2, pp=1, dp=1))
+    tune = TuneConfig(mode="lora", lora_rank=3) if lora else TuneConfig()
+    config = resolve(Config(model=m, parallel=ParallelConfig(tp=2, pp=1, dp=1), tune=tune), 2)
 
     def main(world: World) -> dict[str, tuple[int, ...]]:
         group = Mesh(world, tp=2, pp=1, dp=1, cp=1, kv_replicas=max(1, 2 // (m.num_kv_heads or 1))).tp
@@ -105,14 +114,14 @@ def test_local_shapes_are_those_of_a_cut_model(name: str, lora: bool) -> None:
         )
         return {n: tuple(p.shape) for n, p in decoder.named_parameters()}
 
-    expected = {n: local_shape(row_of(n), m, 2, rank=3) for n in [*shapes(m), *adapter_shapes(config)]}
+    expected = {n: local_shape(row_of(n), m, 2, rank=3) for n in [*shapes(m), *config.shapes.factors]}
     assert run_threads(2, main) == [expected, expected]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_local_shapes_are_those_of_the_shards(name: str) -> None:
     m = model_of(name)
-    factors = adapter_shapes(Config(model=m, tune=TuneConfig(mode="lora", lora_rank=3)))
+    factors = named_shapes(m, TuneConfig(mode="lora", lora_rank=3)).factors
     for tp in valid_tp(m):
         for parameter, shape in [*shapes(m).items(), *factors.items()]:
             row = row_of(parameter)
@@ -203,12 +212,8 @@ def test_tied_weights_have_one_name() -> None:
     assert global_name("layers.0.attn.qkv.weight", tied=True) == "layers.0.attn.qkv.weight"
 
 
-def test_the_family_follows_from_the_positions_unless_it_is_set() -> None:
-    learned = dataclasses.replace(BASE, position="learned", max_positions=13)
-    assert (family_of(BASE), family_of(learned)) == ("llama", "gpt2")
-    assert resolve(Config(model=learned), 1).model.family == "gpt2"
-    other = resolve(Config(model=dataclasses.replace(learned, family="llama")), 1).model
-    assert family_of(other) == "llama"
+def test_learned_positions_do_not_make_a_gpt2() -> None:
+    other = resolve_model(dataclasses.replace(BASE, position="learned", max_positions=13, family="llama"), 8)
     assert [p.there for p in projections(other)["attn.qkv"]] == ["q_proj", "k_proj", "v_proj"]
     assert names_there("layers.1.attn.out.weight", other) == ["model.layers.1.self_attn.o_proj.weight"]
     with pytest.raises(ValueError, match=r"'pos_embed\.weight' has no counterpart"):

@@ -8,7 +8,6 @@ import pytest
 
 from megalite.config import (
     Config,
-    ConfigError,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -17,14 +16,12 @@ from megalite.config import (
     from_mapping,
     reopen,
     resolve,
-    resolve_model,
     to_yaml,
 )
 from megalite.config.read import read_yaml
 from megalite.config.resolved import Resolved
 from megalite.config.schema import SECTIONS, hints_of
 from megalite.config.shapes import shapes
-from megalite.config.trained import adapter_shapes, hidden_matrices, trained
 
 RESOLVED = hints_of(Resolved)
 
@@ -48,18 +45,6 @@ def test_keys_that_the_user_has_set_are_kept() -> None:
 
 def test_the_decay_never_ends_before_the_warm_up() -> None:
     assert resolve(Config(optim=OptimConfig(warmup_samples=10**6)), 1).optim.decay_samples == 10**6
-
-
-def test_learned_positions_are_as_many_as_a_sample_has_tokens() -> None:
-    model = ModelConfig(position="learned")
-    assert resolve_model(model, 48).learned_positions == 48
-    assert resolve_model(dataclasses.replace(model, max_positions=7), 48).learned_positions == 7
-    assert resolve_model(ModelConfig(max_positions=7), 48).learned_positions == 0
-
-
-def test_heads_that_do_not_divide_the_width_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"hidden_size=12 is not a multiple of model.num_heads=5; change one of them"):
-        resolve_model(ModelConfig(hidden_size=12, num_heads=5), 8)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
@@ -103,14 +88,15 @@ def test_the_resolved_configuration_is_the_same_yaml_and_the_same_values() -> No
 def test_what_follows_is_computed_once() -> None:
     tune = TuneConfig(mode="lora", lora_targets="attn.qkv", freeze="layers.0.*")
     config = resolve(Config(tune=tune), 1)
-    assert config.shapes == shapes(config.model)
-    assert config.factor_shapes == adapter_shapes(config)
-    assert config.trained == trained(config)
-    assert config.trained is config.trained
-    assert config.hidden_matrices == hidden_matrices(config) == []
+    assert config.shapes.model == shapes(config.model)
+    assert {name.split(".")[1] for name in config.shapes.factors} == {"0", "1", "2", "3"}
+    assert {name.split(".")[1] for name in config.shapes.trained} == {"1", "2", "3"}
+    assert config.shapes.hidden == []
+    other = dataclasses.replace(config, train=TrainConfig(steps=7))
+    assert other.shapes is config.shapes
     full = dataclasses.replace(config, tune=TuneConfig())
-    assert full.trained == full.shapes
-    assert len(full.hidden_matrices) == 4 * config.model.num_layers
+    assert full.shapes.trained == full.shapes.model
+    assert len(full.shapes.hidden) == 4 * config.model.num_layers
 
 
 def test_reopened_keys_are_chosen_anew() -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from megalite.config import CheckpointConfig, Config, TuneConfig, check
 from megalite.config.parameters import is_factor
 from megalite.config.shapes import Projection, shapes
-from megalite.config.trained import adapter_shapes, trained
 from megalite.engine.engine import build
 from megalite.model.context import Context
 from megalite.model.dropout import Dropout, keep_mask, sample_keys
@@ -47,7 +46,7 @@ def random_weights(config: Config) -> Weights:
         name: torch.empty(shape, dtype=torch.float64).normal_(
             1.0 if name.endswith("norm.weight") else 0.0, 0.2, generator=generator
         )
-        for name, shape in (shapes(config.model) | adapter_shapes(config)).items()
+        for name, shape in (shapes(config.model) | config.shapes.factors).items()
     }
 
 
@@ -80,7 +79,7 @@ def with_factors(w: Weights, config: Config) -> Weights:
 
 def lora_reference(config: Config) -> tuple[Weights, float, Weights]:
     weights = random_weights(config)
-    wanted = {name: weights[name].requires_grad_() for name in trained(config)}
+    wanted = {name: weights[name].requires_grad_() for name in config.shapes.trained}
     losses = [loss_of(with_factors(weights, config), config.model, mb, False, 0.0) for mb in numbered(False)]
     sum(losses).backward()
     grads = {name: w.grad for name, w in wanted.items()}
@@ -146,7 +145,7 @@ def test_modes(mode: dict[str, Any], parallel: str) -> None:
     tied = "freeze" not in mode
     config = tuned(mode, {"linear_bias": True, "tie_embeddings": tied}, PARALLEL[parallel])
     weights, loss, grads = formula_reference(config, False)
-    names = trained(config)
+    names = config.shapes.trained
     assert 0 < len(names) < len(grads)
     assert largest_error(config, weights, False, loss, {name: grads[name] for name in names}) <= TOLERANCE
 
@@ -209,6 +208,6 @@ def test_there_is_nothing_for_what_is_frozen(tune: dict[str, Any], parallel: str
     p = config.parallel
     ranks = run_threads(p.tp * p.pp * p.dp, main)
     for flat, local, _, with_grad, buffered in ranks:
-        assert with_grad == buffered <= set(trained(config))
+        assert with_grad == buffered <= set(config.shapes.trained)
         assert local <= flat <= local + 64 * (len(buffered) + 2) * 2 * (p.zero or 0)
-    assert set().union(*(rank[3] for rank in ranks)) == set(trained(config))
+    assert set().union(*(rank[3] for rank in ranks)) == set(config.shapes.trained)

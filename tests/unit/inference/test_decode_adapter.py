@@ -1,4 +1,4 @@
-"""A run of LoRA says and measures what its merged weights do, in a run folder or a Hugging Face folder."""
+"""A LoRA run generates and scores as its merged weights do, in a run folder or a Hugging Face folder."""
 
 import dataclasses
 import json
@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def said(model: Path, tp: int = 1, pp: int = 1) -> tuple[list[list[int]], list[float]]:
+def generate(model: Path, tp: int = 1, pp: int = 1) -> tuple[list[list[int]], list[float]]:
     """The greedy tokens of PROMPTS, and log-likelihoods."""
     source = open_source(model, tp=tp, pp=pp, world_size=tp * pp, device="cpu")
 
@@ -77,11 +77,11 @@ def said(model: Path, tp: int = 1, pp: int = 1) -> tuple[list[list[int]], list[f
 def test_it_says_what_its_merged_weights_say(runs: Path, tmp_path: Path) -> None:
     merge_adapter(runs / "lora", tmp_path / "merged")
     to_hf_folder(runs / "lora", tmp_path / "hf")
-    expected, measured = said(tmp_path / "merged")
-    assert said(runs / "base")[0] != expected
+    expected, measured = generate(tmp_path / "merged")
+    assert generate(runs / "base")[0] != expected
     for model in (runs / "lora", tmp_path / "hf"):
         for tp, pp in ((1, 1), (2, 2)):
-            tokens, figures = said(model, tp, pp)
+            tokens, figures = generate(model, tp, pp)
             assert tokens == expected
             assert figures == pytest.approx(measured, rel=1e-12)
 

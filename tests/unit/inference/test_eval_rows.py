@@ -27,7 +27,7 @@ def test_normalise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "answers", "match", "f1"),
+    ("reply", "answers", "match", "f1"),
     [
         ("The Eiffel Tower.", ["eiffel tower"], 1, 1),
         ("Eiffel Tower in Paris", ["Eiffel Tower"], 0, 2 * 2 / (4 + 2)),
@@ -39,9 +39,9 @@ def test_normalise() -> None:
         ("中国北京", ["北京"], 0, 2 * 2 / (4 + 2)),
     ],
 )
-def test_answers_are_scored_as_squad_does(said: str, answers: list[str], match: float, f1: float) -> None:
-    assert exact_match(said, answers) == match
-    assert token_f1(said, answers) == pytest.approx(f1)
+def test_answers_are_scored_as_squad_does(reply: str, answers: list[str], match: float, f1: float) -> None:
+    assert exact_match(reply, answers) == match
+    assert token_f1(reply, answers) == pytest.approx(f1)
 
 
 def test_scores() -> None:

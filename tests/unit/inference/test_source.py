@@ -40,7 +40,7 @@ def transformers_model() -> torch.nn.Module:
 def test_a_hugging_face_folder_says_what_transformers_says(
     tp: int, pp: int, transformers_model: torch.nn.Module
 ) -> None:
-    """Each token is the likeliest to transformers after those before it, so its greedy generation says the same."""
+    """Each token is the likeliest to transformers after those before it, so its greedy generation is the same."""
     source = open_source(asset("smollm2"), tp=tp, pp=pp, world_size=tp * pp, device="cpu")
     assert source.config.train.dtype == "fp32"
     assert (source.start, source.stops, source.limit) == ((), {2}, 8192)
@@ -62,8 +62,8 @@ def test_a_hugging_face_folder_says_what_transformers_says(
     for reply in first:
         with torch.no_grad():
             logits = transformers_model(torch.tensor([reply.prompt + reply.ids])).logits[0]
-        said = reply.ids + [2] * (reply.ended == "stop token")
-        assert logits[len(reply.prompt) - 1 :].argmax(-1).tolist()[: len(said)] == said
+        generated = reply.ids + [2] * (reply.ended == "stop token")
+        assert logits[len(reply.prompt) - 1 :].argmax(-1).tolist()[: len(generated)] == generated
     assert sum(reply.ended == "length" for reply in first) >= 4
 
 
@@ -90,7 +90,7 @@ def test_what_ends_a_turn_is_read_off_the_template(template: str, ends: str | No
     assert ends is None or stops == {tokenizer.controls[ends]}
 
 
-def test_all_ids_that_end_a_text_are_taken(tmp_path: Path) -> None:
+def test_all_ids_that_end_a_text_are_used(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for file in asset("smollm2").iterdir():

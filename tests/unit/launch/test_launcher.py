@@ -1,4 +1,4 @@
-"""A rank and its launcher: whether it outlives it, and what it leaves for it."""
+"""A rank and its launcher: exiting when it dies, and the error file for it."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_a_process_alone_may_outlive_its_shell() -> None:
 
 
 def test_the_last_line_is_left_for_the_launcher(tmp_path: Path) -> None:
-    launcher.tell_launcher("error: nobody asks", {})
+    launcher.tell_launcher("error: no error file", {})
     launcher.tell_launcher("error: nowhere", {"TORCHELASTIC_ERROR_FILE": str(tmp_path / "lost" / "error.json")})
     path = tmp_path / "error.json"
     launcher.tell_launcher("error: seq_len é", {"TORCHELASTIC_ERROR_FILE": str(path)})

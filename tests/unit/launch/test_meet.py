@@ -1,4 +1,4 @@
-"""How ranks find rank 0: what is in the way is told, and nobody waits beyond the deadline."""
+"""How ranks connect to rank 0: obstacles are reported, and no rank waits beyond the deadline."""
 
 import os
 import socket
@@ -48,10 +48,10 @@ def test_nobody_is_there() -> None:
     assert caught.value.line.startswith(f"error: rank 1 on {socket.gethostname()}: rank 0 did not answer")
 
 
-def test_one_rank_of_a_node_speaks() -> None:
+def test_one_rank_per_node_prints() -> None:
     assert not NotMet(Place(3, 8, 3, 4), "x").speaks
     assert NotMet(Place(4, 8, 0, 4), "x").speaks
-    assert NotMet(Place(1, 8, 1, 4), "x").speaks  # of rank 0's node, where rank 0 may be what is missing
+    assert NotMet(Place(1, 8, 1, 4), "x").speaks  # on rank 0's node, where rank 0 may be the one missing
 
 
 def test_who_comes_late_waits_for_half_as_long() -> None:

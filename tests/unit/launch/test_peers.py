@@ -1,4 +1,4 @@
-"""What rank 0 hears of the others, and what becomes of a rank by its verdict. The ranks are of one process here."""
+"""How a rank ends by rank 0's verdict: which rank prints what, and its status. All ranks are in one process here."""
 
 import contextlib
 import socket
@@ -19,7 +19,7 @@ SIZE = 3
 
 
 class World:
-    """Peers of several ranks in one process; `ended` is what each would have ended with."""
+    """Peers of several ranks in one process; `ended` records what each would have printed and its status."""
 
     def __init__(self, timeout_s: float) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
@@ -71,7 +71,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], World]]
 
     monkeypatch.setattr(Peers, "_end", end)
     yield make
-    # no thread may be left that ends this process by the original function
+    # no thread may remain that would end this process with the original function
     for each in made:
         each.hub._over = True
         for peers in each.peers:
@@ -122,7 +122,7 @@ def test_a_rank_that_dies(world: Callable[[], World]) -> None:
 def test_a_rank_that_falls_silent(world: Callable[[float], World]) -> None:
     ranks = world(1.0)
     ranks.hub._deadline = None
-    ranks.listen(0, 1)  # nobody listens and beats for rank 2
+    ranks.listen(0, 1)  # rank 2 sends no heartbeats
     line = "error: rank 2 on host1 has been silent for 1 s: stopped, or its machine does not answer"
     assert ranks.wait(2) == {0: (line, 1), 1: ("", 1)}
 
@@ -132,21 +132,21 @@ def test_rank_0_falls_silent_or_dies(world: Callable[[float], World]) -> None:
     ranks.hub._over = True
     ranks.listen(1, 2)
     ended = ranks.wait(2)
-    # one rank of each node says so
+    # one rank per node prints it
     line = "error: rank 0 on host0 has been silent for 1 s: stopped, or its machine does not answer"
     assert ended == {1: (line, 1), 2: (line, 1)}
 
 
 def test_an_error_is_the_cause_of_deaths(world: Callable[[], World]) -> None:
-    """Said by the rank that met it, and once more where another node has its own log."""
+    """The rank with the error prints it, and rank 0 again because the other node may have its own log."""
     ranks = world()
     ranks.listen(0, 1, 2)
     ranks.connections[1].shutdown(socket.SHUT_RDWR)
-    ranks.peers[2].failed("error", "no room")  # returns: this rank is to speak
+    ranks.peers[2].failed("error", "no room")  # returns, because this rank prints the error
     assert ranks.wait(2)[0] == ("error: rank 2 on host1: no room", 1)
 
 
-def test_of_several_errors_the_first_rank_speaks(world: Callable[[], World]) -> None:
+def test_of_several_errors_the_first_rank_prints(world: Callable[[], World]) -> None:
     ranks = world()
     ranks.listen(0, 1, 2)
     ranks.peers[2]._send({"ended": ["error", "b"]})
@@ -173,7 +173,7 @@ def test_ranks_that_do_not_report(world: Callable[[float], World]) -> None:
     assert status == 1
 
 
-def test_strangers_are_not_welcome(world: Callable[[], World]) -> None:
+def test_strangers_are_ignored(world: Callable[[], World]) -> None:
     ranks = world()
     ranks.listen(0, 1, 2)
     ranks.connect(1, token="of another run").close()
@@ -185,7 +185,7 @@ def test_strangers_are_not_welcome(world: Callable[[], World]) -> None:
     assert ranks.ended == {}
 
 
-def test_after_the_end_nobody_is_missed(world: Callable[[], World]) -> None:
+def test_after_the_end_no_rank_is_missed(world: Callable[[], World]) -> None:
     ranks = world()
     ranks.listen(0, 1, 2)
     ranks.peers[2].leave()

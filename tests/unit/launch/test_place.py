@@ -36,7 +36,7 @@ def test_srun_with_a_process_per_rank() -> None:
     assert place({**SRUN, "MASTER_ADDR": "node1", "MASTER_PORT": "29501"}).port == 29501
 
 
-def test_srun_on_several_nodes_has_to_be_told_where_to_meet() -> None:
+def test_srun_on_several_nodes_needs_an_address() -> None:
     assert place(SRUN).master == ""
     assert place({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "8"}).master == "127.0.0.1"
 
@@ -74,7 +74,7 @@ PTY = {**SALLOC_STEP, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_
 
 
 @pytest.mark.parametrize("env", [SALLOC_STEP, SALLOC, SBATCH], ids=["salloc-step", "salloc", "sbatch"])
-def test_a_plain_command_in_a_job_is_one_process_and_told_how_to_start_more(env: dict[str, str]) -> None:
+def test_a_plain_command_in_a_job_is_one_process_with_a_note_on_how_to_start_more(env: dict[str, str]) -> None:
     alone = place(env, pid=300)
     assert alone == Place()
     assert alone.note.startswith(
@@ -99,7 +99,7 @@ def test_steps_started_from_the_shell_are_ranks() -> None:
     assert place(step, pid=77).world_size == 4
 
 
-def test_a_shell_that_is_the_first_of_several_tasks_says_what_to_type() -> None:
+def test_a_shell_that_is_the_first_of_several_tasks_is_refused() -> None:
     # srun --pty python: the process is the task
     assert place(PTY, pid=29) == Place(0, 4, 0, 4, "127.0.0.1", 20001)
     with pytest.raises(ValueError, match=r"this shell is the first of 4 tasks of srun --pty") as error:
@@ -110,7 +110,7 @@ def test_a_shell_that_is_the_first_of_several_tasks_says_what_to_type() -> None:
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
-def test_other_launchers_are_not_taken_for_one_process(name: str) -> None:
+def test_other_launchers_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"started 4 processes .* use torchrun --nproc_per_node 4"):
         place({name: "4"})
     assert place({name: "1"}) == Place()

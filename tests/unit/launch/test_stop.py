@@ -103,14 +103,14 @@ def test_a_hangup_that_is_ignored_stays_so(tmp_path: Path) -> None:
         "stop = Stop(pathlib.Path('.'), 0.0, False)\n"
         "os.kill(os.getpid(), signal.SIGHUP); print(stop.asked(), stop.reason)\n"
     )
-    for word, says in (("nohup", "False \n"), ("terminal", "True SIGHUP\n")):
+    for word, printed in (("nohup", "False \n"), ("terminal", "True SIGHUP\n")):
         done = subprocess.run(
             [sys.executable, "-c", script, word], cwd=tmp_path, capture_output=True, text=True, check=True
         )
-        assert (done.stdout, done.stderr) == (says, "")
+        assert (done.stdout, done.stderr) == (printed, "")
 
 
-def test_a_step_longer_than_torchrun_waits_is_told_when_the_signal_comes(
+def test_a_signal_prints_advice_if_a_step_is_longer_than_torchrun_waits(
     stop: Stop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)

@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalite import ops
-from megalite.config import ModelConfig
+from megalite.config import ResolvedModel, resolve_model
 from megalite.config.shapes import shapes
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 
-MODEL = tiny(vocab_size=31, num_layers=3, ffn_hidden_size=20, qkv_bias=True, qk_norm=True)
+MODEL = resolve_model(tiny(vocab_size=31, num_layers=3, ffn_hidden_size=20, qkv_bias=True, qk_norm=True), 12)
 B, S = 2, 10
 
 
-def make(model: ModelConfig, **kwargs: object) -> Decoder:
+def make(model: ResolvedModel, **kwargs: object) -> Decoder:
     """A decoder with weights large enough that every part shows in the output."""
     torch.manual_seed(0)
     decoder = Decoder(model, kwargs.pop("layers", range(model.num_layers)), **kwargs).double()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve, resolve_model
 from megalite.config.shapes import shapes
 from megalite.engine.engine import build
 from megalite.model.decoder import Decoder
@@ -15,17 +15,20 @@ from megalite.model.init import draw, materialise
 from megalite.parallel.groups import Group, World
 from megalite.parallel.threads import run_threads
 
-MODEL = ModelConfig(
-    vocab_size=101,
-    hidden_size=64,
-    num_layers=8,
-    num_heads=12,
-    num_kv_heads=2,
-    head_dim=4,
-    ffn_hidden_size=60,
-    qkv_bias=True,
-    qk_norm=True,
-    init_std=0.05,
+MODEL = resolve_model(
+    ModelConfig(
+        vocab_size=101,
+        hidden_size=64,
+        num_layers=8,
+        num_heads=12,
+        num_kv_heads=2,
+        head_dim=4,
+        ffn_hidden_size=60,
+        qkv_bias=True,
+        qk_norm=True,
+        init_std=0.05,
+    ),
+    12,
 )
 
 

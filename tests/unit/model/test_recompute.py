@@ -19,7 +19,6 @@ from megalite.config import (
     resolve,
 )
 from megalite.config.shapes import shapes
-from megalite.config.trained import adapter_shapes
 from megalite.engine import stage as stage_module
 from megalite.engine.batches import Microbatch
 from megalite.engine.engine import Engine, build
@@ -92,7 +91,7 @@ def test_recompute_cuts_and_adapters_compose_in_either_order(
     generator = torch.Generator().manual_seed(1)
     values = {
         name: torch.empty(shape).normal_(0.0, 0.2, generator=generator)
-        for name, shape in (shapes(config.model) | adapter_shapes(config)).items()
+        for name, shape in (shapes(config.model) | config.shapes.factors).items()
     }
 
     def main(world: World, c: Config) -> tuple[float, Tensor]:

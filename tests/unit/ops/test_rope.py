@@ -124,7 +124,7 @@ def test_wrong_shapes_are_named():
 
 
 def test_schema_and_fake_kernel():
-    """The fake kernel gives the real one's shape, dtype and strides."""
+    """The fake kernel has the real one's shape, dtype and strides."""
     cos, sin = rope_cos_sin(torch.arange(4), 8)
     torch.library.opcheck(
         torch.ops.megalite.rope.default, (torch.randn(2, 4, 3, 8), cos, sin, False), test_utils=CHECKS

@@ -118,7 +118,7 @@ def test_wrong_shape_is_named(shape):
 
 
 def test_schema_and_fake_kernel():
-    """The fake kernel gives the real one's shape, dtype and strides."""
+    """The fake kernel has the real one's shape, dtype and strides."""
     x = torch.randn(2, 3, 4, 5)
     torch.library.opcheck(torch.ops.megalite.causal_softmax.default, (x, 0.5), test_utils=CHECKS)
     torch.library.opcheck(torch.ops.megalite.causal_softmax_backward.default, (x, x, 0.5), test_utils=CHECKS)

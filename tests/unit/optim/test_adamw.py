@@ -124,7 +124,7 @@ def test_adopt_takes_loaded_weights() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_going_on_from_stored_state_changes_no_bit(dtype: torch.dtype) -> None:
+def test_resuming_from_stored_state_changes_no_bit(dtype: torch.dtype) -> None:
     """Weights, `state()` and the number of steps are all there is."""
 
     def steps(adamw: AdamW, main_grad: dict[str, Tensor], first: int, last: int) -> None:

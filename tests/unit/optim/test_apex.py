@@ -1,4 +1,4 @@
-"""An apex counts as NVIDIA's by its compiled part alone; then its optimizer is given the same groups and state."""
+"""NVIDIA's apex is recognised by its compiled part, and its optimizer gets the same groups and state as torch's."""
 
 import sys
 import types
@@ -27,13 +27,13 @@ def install(monkeypatch: pytest.MonkeyPatch, **symbols: Any) -> None:
         monkeypatch.setitem(sys.modules, module, found)
 
 
-def test_without_apex_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_apex_the_error_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "amp_C", None)
     with pytest.raises(ValueError, match=r"apex_adamw needs NVIDIA apex .* amp_C .*; use optim.name=adamw"):
         fused_adam()
 
 
-def test_the_package_index_apex_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_apex_of_the_package_index_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """It imports, and has nothing."""
     install(monkeypatch)
     with pytest.raises(ValueError, match="amp_C has no multi_tensor_adam"):

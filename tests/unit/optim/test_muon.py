@@ -1,4 +1,4 @@
-"""Muon over cut, fused and shared matrices equals torch.optim.Muon on the whole ones [out, in], q, k and v apart."""
+"""Muon on cut, fused and sharded matrices equals torch.optim.Muon on whole ones [out, in], with q, k and v separate."""
 
 import dataclasses
 import re
@@ -24,7 +24,6 @@ from megalite.config import (
     resolve,
 )
 from megalite.config.shapes import shapes
-from megalite.config.trained import hidden_matrices
 from megalite.engine.engine import build
 from megalite.model.decoder import Decoder
 from megalite.model.init import draw
@@ -71,9 +70,9 @@ def reference(c: Config) -> dict[str, Tensor]:
     wholes = {}
     with torch.device("meta"):
         sizes = {n: tuple(p.shape) for n, p in Decoder(c.model, range(c.model.num_layers)).named_parameters()}
-    apart: dict[str, nn.Parameter] = {}
+    separate: dict[str, nn.Parameter] = {}
     names = list(shapes(c.model))
-    # the layout in which every matrix of every family is apart and [out, in]
+    # the layout in which the matrices of every family are separate and [out, in]
     layout = dataclasses.replace(c.model, family="llama")
     matrices = [n for n in names if n.startswith("layers.") and len(sizes[n]) == 2]
 
@@ -82,10 +81,10 @@ def reference(c: Config) -> dict[str, Tensor]:
 
     for name in names:
         for there, x in unfused(name, draw(name, sizes[name], c.model, c.train.seed)).items():
-            apart[there] = nn.Parameter(x.clone())
-    hidden = [apart[there] for n in matrices for there in unfused(n, torch.empty(sizes[n]))]
+            separate[there] = nn.Parameter(x.clone())
+    hidden = [separate[there] for n in matrices for there in unfused(n, torch.empty(sizes[n]))]
     ids = set(map(id, hidden))
-    rest = [p for p in apart.values() if id(p) not in ids]
+    rest = [p for p in separate.values() if id(p) not in ids]
     rule = c.optim.muon_lr_rule
     muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn=rule)
     decayed = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": 0.1}]
@@ -94,12 +93,12 @@ def reference(c: Config) -> dict[str, Tensor]:
     for step in range(STEPS):
         for name in names:
             for there, x in unfused(name, gradient(name, sizes[name], step)).items():
-                apart[there].grad = x.clone()
+                separate[there].grad = x.clone()
         muon.step()
         adamw.step()
     for name in names:
-        there = apart.get(name)
-        wholes[name] = from_hf(lambda n: apart[n].detach(), name, layout) if there is None else there.detach()
+        there = separate.get(name)
+        wholes[name] = from_hf(lambda n: separate[n].detach(), name, layout) if there is None else there.detach()
     return wholes
 
 
@@ -151,7 +150,7 @@ def test_every_matrix_of_a_block_is_hidden_and_nothing_else_is(family: str) -> N
     c = config("original", model=dataclasses.replace(MODEL, **FAMILIES[family]))
     parameters = dict(Decoder(c.model, range(c.model.num_layers)).named_parameters())
     expected = {n for n, p in parameters.items() if n.startswith("layers.") and p.dim() == 2}
-    assert set(hidden_matrices(c)) == expected
+    assert set(c.shapes.hidden) == expected
     kinds = {re.sub(r"\d+", "N", name) for name in expected}
     up = "gate_up" if c.model.gated else "up"
     assert kinds == {f"layers.N.{name}.weight" for name in ("attn.qkv", "attn.out", f"mlp.{up}", "mlp.down")}
@@ -168,7 +167,7 @@ def test_every_matrix_of_a_block_is_hidden_and_nothing_else_is(family: str) -> N
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
 @pytest.mark.parametrize("cuts", [{}, {"tp": 2, "dp": 2, "zero": 1}], ids=str)
 def test_every_family_equals_torch(family: str, cuts: dict[str, int]) -> None:
-    # Jordan's rule tells [out, in] from [in, out]
+    # Jordan's rule distinguishes [out, in] from [in, out]
     c = config("original", model=dataclasses.replace(MODEL, **FAMILIES[family]), **cuts)
     assert largest_error(c) <= 2e-6
 

@@ -99,7 +99,7 @@ def test_what_is_cut(model: ModelConfig, tp: int) -> None:
 
 
 def test_replicated_kv_heads() -> None:
-    """Two kv groups [q0 q1 k v] on four ranks: queries apart, key and value on two ranks, owned by the first."""
+    """Two kv groups [q0 q1 k v] on four ranks: separate queries, key and value on two ranks, owned by the first."""
     held = [[0, 2, 3], [1, 2, 3], [4, 6, 7], [5, 6, 7]]
     for rank, rows in enumerate(held):
         shard = grouped_qkv((8,), kv_groups=2, queries=2, head_dim=1, size=4, rank=rank)
@@ -110,7 +110,7 @@ def test_replicated_kv_heads() -> None:
     assert shard.cut(torch.arange(8)).tolist() == [4, 5, 6, 7]
 
 
-def test_parts_are_cut_alike() -> None:
+def test_parts_are_cut_equally() -> None:
     assert [even((8,), 0, 2, rank, parts=2).cut(torch.arange(8)).tolist() for rank in (0, 1)] == [
         [0, 1, 4, 5],
         [2, 3, 6, 7],

@@ -128,7 +128,7 @@ def test_an_error_ends_all_quickly(wait: object) -> None:
     assert threading.active_count() == before
 
 
-def test_of_two_errors_the_first_is_told() -> None:
+def test_of_two_errors_the_first_is_raised() -> None:
     def main(world: ThreadWorld) -> None:
         time.sleep(0.2 * world.rank)
         raise ValueError(f"rank {world.rank}")
@@ -137,7 +137,7 @@ def test_of_two_errors_the_first_is_told() -> None:
         run_threads(2, main)
 
 
-def test_a_rank_that_never_comes_is_told_in_time() -> None:
+def test_a_rank_that_never_arrives_is_noticed_in_time() -> None:
     def main(world: ThreadWorld) -> None:
         if world.rank == 1:
             everyone(world).barrier()

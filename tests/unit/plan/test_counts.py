@@ -10,11 +10,13 @@ from models import LLAMA_7B, tiny
 from megalite.config import (
     parse_command_line,
     resolve,
+    resolve_model,
 )
 from megalite.model.decoder import Decoder
 from megalite.plan.counts import layer_flops, layer_parameters, parameters, training_flops
 
 SMALL = tiny(num_layers=3, ffn_hidden_size=20, num_kv_heads=None)
+RESOLVED_7B = resolve_model(LLAMA_7B, 8)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -22,9 +24,8 @@ SMALL = tiny(num_layers=3, ffn_hidden_size=20, num_kv_heads=None)
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize(("kv", "head_dim"), [(4, 6), (2, 6), (1, 10)])
 def test_parameters_are_those_of_the_model(tied: bool, qkv_bias: bool, qk_norm: bool, kv: int, head_dim: int) -> None:
-    model = dataclasses.replace(
-        SMALL, tie_embeddings=tied, qkv_bias=qkv_bias, qk_norm=qk_norm, num_kv_heads=kv, head_dim=head_dim
-    )
+    options = {"tie_embeddings": tied, "qkv_bias": qkv_bias, "qk_norm": qk_norm, "num_kv_heads": kv}
+    model = resolve_model(dataclasses.replace(SMALL, head_dim=head_dim, **options), 8)
     with torch.device("meta"):
         decoder = Decoder(model, range(3))
     assert parameters(model) == sum(p.numel() for p in decoder.parameters())
@@ -43,7 +44,7 @@ def test_parameters_are_those_of_the_model(tied: bool, qkv_bias: bool, qk_norm: 
     ids=str,
 )
 def test_parameters_of_options_are_those_of_the_model(options: dict[str, Any]) -> None:
-    model = dataclasses.replace(SMALL, num_kv_heads=2, head_dim=6, **options)
+    model = resolve_model(dataclasses.replace(SMALL, num_kv_heads=2, **options), 8)
     with torch.device("meta"):
         decoder = Decoder(model, range(3))
     assert parameters(model) == sum(p.numel() for p in decoder.parameters())
@@ -51,7 +52,7 @@ def test_parameters_of_options_are_those_of_the_model(options: dict[str, Any]) -
 
 
 def test_a_window_saves_the_scores_it_hides() -> None:
-    model = dataclasses.replace(SMALL, num_kv_heads=4, head_dim=6)
+    model = resolve_model(SMALL, 64)
     full, whole = layer_flops(model, 64), layer_flops(dataclasses.replace(model, sliding_window=64), 64)
     assert full == whole
     windowed = layer_flops(dataclasses.replace(model, sliding_window=8), 64)
@@ -59,11 +60,11 @@ def test_a_window_saves_the_scores_it_hides() -> None:
 
 
 def test_known_sizes() -> None:
-    assert parameters(LLAMA_7B) == 6_738_415_616  # Touvron et al. 2023; as Hugging Face counts it
+    assert parameters(RESOLVED_7B) == 6_738_415_616  # Touvron et al. 2023; as Hugging Face counts it
     # 6 FLOPs per parameter and token, the embedding not multiplied, plus attention's 6 s h a layer, halved by causality
-    weights = parameters(LLAMA_7B) - 32000 * 4096 - 65 * 4096
+    weights = parameters(RESOLVED_7B) - 32000 * 4096 - 65 * 4096
     attention = 32 * 6 * 2048 * 4096
-    assert training_flops(LLAMA_7B, 2048) == pytest.approx(6 * weights + attention, rel=1e-12)
+    assert training_flops(RESOLVED_7B, 2048) == pytest.approx(6 * weights + attention, rel=1e-12)
 
 
 @pytest.mark.parametrize(

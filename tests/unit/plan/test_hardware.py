@@ -41,19 +41,64 @@ def test_a_gpu_that_is_not_known(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "teraflops"),
+    ("name", "bf16", "fp32"),
     [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989.4),
-        ("NVIDIA H100 PCIe", "bf16", 756.5),
-        ("NVIDIA A100-SXM4-80GB", "tf32", 156),
-        ("NVIDIA GeForce RTX 4090 D", "fp16", 147.1),
-        ("Tesla V100-SXM2-16GB", "fp16", 125),
-        ("Tesla V100-SXM2-16GB", "bf16", None),  # it has none
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None),  # a slice: the name does not say of what speed
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", None),
-        ("NVIDIA A1000", "bf16", None),
-        ("NVIDIA H100 80GB HBM3", "fp8", None),
+        ("NVIDIA A100-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A100-PCIE-40GB", 312, 19.5),
+        ("NVIDIA A800-SXM4-80GB", 312, 19.5),
+        ("NVIDIA A10", 125, 31.2),
+        ("NVIDIA A10G", 70, 31.5),
+        ("NVIDIA H100 80GB HBM3", 989.4, 66.9),
+        ("NVIDIA H100 PCIe", 756.5, 51.2),
+        ("NVIDIA H100 NVL", 835.5, 60),
+        ("NVIDIA H200", 989.4, 66.9),
+        ("NVIDIA H20", 148, 44),
+        ("NVIDIA H800", 989.4, 66.9),
+        ("NVIDIA GH200 480GB", 989.4, 66.9),
+        ("NVIDIA B200", 2250, 75),
+        ("NVIDIA GB200", 2500, 80),
+        ("NVIDIA L4", 121, 30.3),
+        ("NVIDIA L40S", 362, 91.6),
+        ("NVIDIA GeForce RTX 3090", 71, 35.6),
+        ("NVIDIA GeForce RTX 3090 Ti", 80, 40),
+        ("NVIDIA GeForce RTX 4090", 165.2, 82.6),
+        ("NVIDIA GeForce RTX 5090", 209.5, 104.8),
+        ("AMD Instinct MI250X", 191.5, 47.9),
+        ("AMD Instinct MI300X", 1307.4, 163.4),
     ],
 )
-def test_the_longest_name_that_fits_counts(name: str, precision: str, teraflops: float | None) -> None:
-    assert peak_flops(name, precision) == (None if teraflops is None else teraflops * 1e12)
+def test_names_as_torch_spells_them(name: str, bf16: float, fp32: float) -> None:
+    assert peak_flops(name, "bf16") == pytest.approx(bf16 * 1e12)
+    assert peak_flops(name, "fp32") == pytest.approx(fp32 * 1e12)
+
+
+def test_volta_has_fp16_and_no_bf16() -> None:
+    assert peak_flops("Tesla V100-SXM2-32GB", "fp16") == 125e12
+    assert peak_flops("Tesla V100-PCIE-16GB", "fp16") == 112e12
+    assert peak_flops("Tesla V100-SXM2-32GB", "bf16") is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA RTX A1000",  # no A100
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "GRID A100-10C",
+        "NVIDIA Future 1",
+        "",
+    ],
+)
+def test_unknown_or_not_whole(name: str) -> None:
+    assert peak_flops(name, "bf16") is None
+
+
+def test_no_peak_of_other_precisions() -> None:
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "fp64") is None
+
+
+def test_the_table_is_in_order_of_precision() -> None:
+    for name, (_, (fp16, bf16, tf32, fp32)) in GPUS.items():
+        assert bf16 in (fp16, None), name
+        assert (fp16 or 0) >= (tf32 or 0), name
+        assert (tf32 or fp32 or 0) >= (fp32 or 0) > 0, name

@@ -13,7 +13,6 @@ from megalite.checkpoint.save import write_whole
 from megalite.config import Config, resolve, to_yaml
 from megalite.config.schema import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megalite.config.shapes import shapes
-from megalite.config.trained import adapter_shapes
 from megalite.engine.restore import State
 
 ONE = ParallelConfig(tp=1, pp=1, sp=False)
@@ -32,7 +31,7 @@ def _make_run(folder: Path, **sections: Any) -> Path:
     train = TrainConfig(run_dir=str(folder), seq_len=64, steps=7, global_batch_size=4, micro_batch_size=2)
     data = DataConfig(path="data/old", valid={"en": "data/en"}, tokenizer="tokenizers/old.model")
     config = resolve(Config(**{"model": MODEL, "parallel": ONE, "train": train, "data": data, **sections}), 1)
-    parameters = adapter_shapes(config) if config.tune.mode == "lora" else shapes(config.model)
+    parameters = config.shapes.factors if config.tune.mode == "lora" else shapes(config.model)
     described = {f"weight.{name}": (torch.float32, shape) for name, shape in parameters.items()}
     state = State(step=7, consumed_samples=28, base="0123456789abcdef /gone")
     step = folder / "checkpoints" / "step-00000007"

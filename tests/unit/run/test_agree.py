@@ -1,4 +1,4 @@
-"""What ranks compare, and what is said where they differ."""
+"""What ranks compare, and what is printed if they differ."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ def facts(rank: int = 0, error: str = "", printed: bool = False, **found: str) -
     return {"host": f"h{rank}", "node": rank, "error": error, "printed": printed, "facts": found}
 
 
-def test_the_first_difference_is_told() -> None:
+def test_the_first_difference_is_reported() -> None:
     assert difference([facts(), facts(1)]) is None
     assert difference([facts(a="is 1"), facts(1), facts(2, a="is 1")]) is None
     found = difference([facts(**{"optim.lr": "is 1"}), facts(1), facts(2, **{"optim.lr": "is 2"})])
@@ -26,7 +26,7 @@ def test_the_first_difference_is_told() -> None:
     assert "set parallel.tp and parallel.pp" in found[1]
 
 
-def test_an_error_comes_before_differences_and_is_told_once() -> None:
+def test_an_error_comes_before_differences_and_is_printed_once() -> None:
     assert difference([facts(a="is 1"), facts(1, a="is 2"), facts(2, "no file")]) == (2, "no file")
     assert difference([facts(0, "no file", printed=True), facts(1, "no file")]) == (0, "")
 

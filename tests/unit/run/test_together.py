@@ -1,4 +1,4 @@
-"""What a failure in the world is called, and how it is told: one line for the user's, a traceback for ours."""
+"""Exit status and output of a failure in the world: one line for users' mistakes, a traceback for bugs."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def config() -> Config:
         (ValueError("no room"), 2, "error: no room"),
         (TrainingError("diverged"), 2, "error: diverged"),
         (FileNotFoundError(2, "No such file or directory", "a.bin"), 2, "error: a.bin: No such file or directory"),
-        (ImportError("No module named 'x'"), 2, "error: No module named 'x'; python -m megalite.doctor says"),
+        (ImportError("No module named 'x'"), 2, "error: No module named 'x'; python -m megalite.doctor shows"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"),
             1,

@@ -71,12 +71,12 @@ def test_separators_of_unicode_do_not_end_a_line(tmp_path: Path) -> None:
 
 
 def refuse_beyond(size: int) -> None:
-    """From here on this process cannot make a file larger than so many bytes (-1: any)."""
+    """Limit the size of files that this process writes, in bytes (-1: no limit)."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def test_a_disk_that_refuses_is_told_once_and_costs_no_line(tmp_path: Path) -> None:
+def test_a_failing_disk_is_reported_once_and_costs_no_line(tmp_path: Path) -> None:
     metrics, path = Metrics(tmp_path), tmp_path / "metrics.jsonl"
     metrics.write("train", step=1, loss=1.0)
     refuse_beyond(path.stat().st_size + 10)  # within a line
@@ -93,8 +93,12 @@ def test_a_disk_that_refuses_is_told_once_and_costs_no_line(tmp_path: Path) -> N
     assert [row["step"] for row in read_metrics(tmp_path)["train"]] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize(("number", "says"), [(28, "Free some space"), (122, "quota"), (30, "read-only"), (5, "dmesg")])
-def test_every_refusal_has_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "remedy"), [(28, "Free some space"), (122, "quota"), (30, "read-only"), (5, "dmesg")]
+)
+def test_every_write_error_has_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
     metrics = Metrics(tmp_path)
 
     def broken(*_: object) -> None:
@@ -106,10 +110,10 @@ def test_every_refusal_has_its_remedy(tmp_path: Path, monkeypatch: pytest.Monkey
     ((text, may_end),) = metrics.problems()
     assert may_end
     assert text.startswith(f"{tmp_path}/metrics.jsonl cannot be written: {os.strerror(number)}. ")
-    assert says in text
+    assert remedy in text
 
 
-def test_a_file_that_alone_is_removed_is_begun_anew(tmp_path: Path) -> None:
+def test_a_removed_file_is_started_again(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path)
     metrics.write("train", step=1, loss=1.0)
     (tmp_path / "metrics.jsonl").unlink()
@@ -191,7 +195,7 @@ def test_tensorboard_of_a_resumed_run_has_each_step_once(tmp_path: Path) -> None
     assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
-def test_tensorboard_missing_is_told_before_torch_is_imported(
+def test_a_missing_tensorboard_is_reported_before_torch_is_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find_spec, load = importlib.util.find_spec, builtins.__import__

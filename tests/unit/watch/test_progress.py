@@ -118,7 +118,7 @@ def test_what_stays_replaces_the_live_line(terminal: Callable[[], Terminal]) -> 
     )
 
 
-def test_one_rank_speaks(terminal: Callable[[], Terminal]) -> None:
+def test_one_rank_prints(terminal: Callable[[], Terminal]) -> None:
     screen = terminal()
     progress = Progress(False, 20, 1)
     progress.step(1, 3.0, [])
@@ -150,7 +150,7 @@ def test_a_bar_on_a_terminal(errors: Callable[[bool], io.StringIO], clock: list[
         assert screen.getvalue() == f"{ERASE}preprocessing [#####...............]  25%  12 documents  eta 30s"
         assert len(screen.getvalue()) < 80 + len(ERASE)
         clock[0] += 10
-        bar.advance(2000)  # more than was said
+        bar.advance(2000)  # more than the total
         assert screen.getvalue().split(ERASE)[-1] == "preprocessing [####################] 100%  eta 0s"
     assert screen.getvalue().endswith(ERASE)
 
