@@ -16,14 +16,13 @@ from megalite.config import (
     TuneConfig,
     check,
     resolve,
-    resolve_model,
 )
 from megalite.config.shapes import shapes
 from megalite.config.trained import adapted
 from megalite.plan import counts
 from megalite.plan.costs import memory
 
-MODEL = resolve_model(TINY, 8)
+MODEL = TINY
 
 
 def config(mode: str = "lora", model: ModelConfig = MODEL, **tune: object) -> Resolved:

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megalite import ops
-from megalite.config import ResolvedModel, resolve_model
+from megalite.config import ResolvedModel
 from megalite.config.shapes import shapes
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 
-MODEL = resolve_model(tiny(vocab_size=31, num_layers=3, ffn_hidden_size=20, qkv_bias=True, qk_norm=True), 12)
+MODEL = tiny(vocab_size=31, num_layers=3, ffn_hidden_size=20, qkv_bias=True, qk_norm=True)
 B, S = 2, 10
 
 
