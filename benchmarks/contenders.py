@@ -100,7 +100,7 @@ def megalite_step(shape: Shape, contender: Contender) -> Iterator[Step]:
 
         def step() -> float:
             # as in megalite's trainer
-            values = [*engine.forward_backward(microbatches), engine.gradient_squares()]
+            values = [*engine.forward_backward(microbatches).values(), engine.gradient_squares()]
             sums = engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
             engine.grads.flat.mul_(clip_scale(config.optim, sums[2], sums[1])[1])
             engine.optimizer.step(config.optim.lr)

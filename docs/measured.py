@@ -38,7 +38,7 @@ def _train(axis: str, tied: bool, steps: int) -> list[tuple[float, Any]]:
             mask, positions = torch.ones(b, s), torch.arange(s).expand(b, s)
             rows = tokens.split(b)[replica.rank :: replica.size]
             batch = [Microbatch(row[:, :-1], row[:, 1:], mask, positions) for row in rows]
-            values = [*engine.forward_backward(batch), engine.gradient_squares()]
+            values = [*engine.forward_backward(batch).values(), engine.gradient_squares()]
             loss, valid, squares = engine.mesh.world.all_reduce(torch.tensor(values, dtype=torch.float64)).tolist()
             engine.update(1e-3, clip_scale(config.optim, squares, valid)[1])
             losses.append(loss / valid)

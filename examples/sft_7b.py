@@ -6,8 +6,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite.run.entry import pretrain
+from megalite.run.objective import TUNING
 from megalite.run.together import leave
 
 if __name__ == "__main__":
     corpus = Path(__file__).resolve().parent / "corpus"
-    leave(pretrain(sys.argv[1:], default_preset="sft-7b", corpus=corpus, tuning=True))
+    leave(pretrain(sys.argv[1:], default_preset="sft-7b", corpus=corpus, objective=TUNING))

@@ -186,10 +186,16 @@ def loss(options: argparse.Namespace, source: Source, scratch: str) -> tuple[Sou
     text_bytes = indexed.sidecar.get("text_bytes")
 
     def run(stage: "Stage") -> dict[str, Any]:
-        from megalite.inference.measure import held_out
+        from megalite.engine.heldout import held_out
 
-        nats, tokens = held_out(stage, windows)
-        found = {"seq_len": seq_len, "tokens": tokens, "loss": nats / tokens, "perplexity": math.exp(nats / tokens)}
+        sums = held_out(stage, windows, "held-out loss", shows=stage.mesh.world.rank == 0)
+        nats, tokens = sums["loss"], sums["tokens"]
+        found = {
+            "seq_len": seq_len,
+            "tokens": int(tokens),
+            "loss": nats / tokens,
+            "perplexity": math.exp(nats / tokens),
+        }
         # the first token of the text is never predicted
         return found | ({"bits_per_byte": nats / math.log(2) / text_bytes} if text_bytes else {})
 

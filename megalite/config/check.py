@@ -1,4 +1,4 @@
-"""All rules that tie one key to another, and to the number of ranks. Messages carry the numbers and what would work."""
+"""All rules between keys, and between keys and the number of ranks. Messages give the numbers and what would work."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _either(values: Iterable[int]) -> str:
 
 
 def valid_tp(model: ModelConfig) -> list[int]:
-    """Tensor-parallel sizes that divide the heads and divide, or are a multiple of, the kv heads."""
+    """Tensor-parallel sizes: they divide the query heads, and divide or are a multiple of the kv heads."""
     kv = model.num_kv_heads or model.num_heads
     return [
         tp
@@ -68,12 +68,12 @@ def _check_model(config: Resolved) -> None:
         )
     _require(
         m.attention_dropout == 0 or config.train.kernels != "fused",
-        f"train.kernels=fused has no attention with model.attention_dropout={m.attention_dropout}; "
+        f"train.kernels=fused does not support model.attention_dropout={m.attention_dropout}; "
         f"use train.kernels=auto or model.attention_dropout=0",
     )
     _require(
         m.sliding_window is None or config.train.kernels != "fused",
-        f"train.kernels=fused has no attention with model.sliding_window={m.sliding_window}; use train.kernels=auto",
+        f"train.kernels=fused does not support model.sliding_window={m.sliding_window}; use train.kernels=auto",
     )
 
 
@@ -87,7 +87,7 @@ def _check_rope(m: ResolvedModel) -> None:
     _require(
         0 < m.rope_fraction <= 1 and rotated >= 2 and rotated % 2 == 0,
         f"model.rope_fraction={m.rope_fraction} rotates {rotated} of head_dim {m.head_dim} features; it must be "
-        f"an even number of them, from 2 on: e.g. model.rope_fraction={max(2, m.head_dim // 4 * 2) / m.head_dim:g}",
+        f"an even number of at least 2: e.g. model.rope_fraction={max(2, m.head_dim // 4 * 2) / m.head_dim:g}",
     )
     _require(
         m.rope_scaling != "none" or m.rope_factor == 1,
@@ -122,8 +122,8 @@ def _check_topology(config: Resolved, world_size: int) -> None:
         f"parallel.recompute_layers={p.recompute_layers} has no effect with parallel.recompute=none; "
         f"use parallel.recompute=full or selective",
     )
-    _require(p.zero in (0, 1), f"parallel.zero={p.zero}: only optimizer states are divided; use 0 or 1")
-    _require(p.cp == 1, f"parallel.cp={p.cp}: context parallelism is not built yet; use parallel.cp=1")
+    _require(p.zero in (0, 1), f"parallel.zero={p.zero}: only optimizer states can be sharded; use 0 or 1")
+    _require(p.cp == 1, f"parallel.cp={p.cp}: context parallelism is not supported yet; use parallel.cp=1")
     product = p.pp * p.dp * p.cp * p.tp
     if product != world_size:
         model_ranks = p.pp * p.cp * p.tp
@@ -187,12 +187,12 @@ def _check_optim(config: Resolved) -> None:
     _require(o.min_lr <= o.lr, f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}; lower it or raise optim.lr")
     _require(
         o.lr * o.weight_decay < 1,
-        f"optim.lr={o.lr} x optim.weight_decay={o.weight_decay} = {o.lr * o.weight_decay:g} turns weights around in "
-        f"each step; it must be less than 1: lower one of them",
+        f"optim.lr={o.lr} x optim.weight_decay={o.weight_decay} = {o.lr * o.weight_decay:g} flips the sign of "
+        f"weights in each step; it must be less than 1: lower one of them",
     )
     _require(
         o.lr_schedule != "inverse_sqrt" or o.warmup_samples > 0,
-        "optim.lr_schedule=inverse_sqrt falls as the root of warmup_samples / samples; set optim.warmup_samples",
+        "optim.lr_schedule=inverse_sqrt decays as sqrt(warmup_samples / samples); set optim.warmup_samples",
     )
     _require(
         o.loss_scale_min <= o.loss_scale_initial,
@@ -227,7 +227,7 @@ def _check_data(config: Resolved) -> None:
     d = config.data
     _require(
         d.path is None or d.sft is None,
-        f"data.path={d.path} and data.sft={d.sft} are both set; a run learns from one of them",
+        f"data.path={d.path} and data.sft={d.sft} are both set; set one of them",
     )
     skipped_ranges(config.train.skip_samples)
     _require(

@@ -1,9 +1,9 @@
-"""What a user can get wrong, as exceptions whose text is the message."""
+"""Exceptions whose text is the message for the user."""
 
 
 class ConfigError(ValueError):
-    """A mistake of the user's: one line with the value, the rule and a remedy."""
+    """A mistake in the configuration, in one line: the value, the rule and a remedy."""
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on, and the user has to change something."""
+    """The run cannot continue unless the user changes something."""

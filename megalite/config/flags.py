@@ -1,6 +1,6 @@
-"""Names that are no keys: what each is here, with its value filled in, or why it is not supported.
+"""Advice for names that are not keys: the key in megalite, with its value, or why it is not supported.
 
-The table is `flags.yaml`: what users of other engines type first.
+The table is `flags.yaml`: flags of other engines that their users type first.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megalite.config.values import number, shown
 TABLE = Path(__file__).parent / "flags.yaml"
 ON, OFF = ("true", "1", "yes", "on"), ("false", "0", "no", "off", "none")
 HERE = "here it is "
-# of names that are spelled wrong; far ones are worse than none
+# similarity of a misspelt name; a bad guess is worse than none
 NEAR = 0.75
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """A name that is no key. `values`: what stood behind it; `dashes`: what stood before it."""
+    """A name that is not a key. `values`: the words after it; `dashes`: the dashes before it."""
 
     name: str
     values: tuple[str, ...] = ()
@@ -39,9 +39,9 @@ class Unknown:
 
 
 def explain(unknown: Sequence[Unknown], known: Mapping[str, Any], where: str = "") -> ConfigError:
-    """One error for all of them. `known`: values of keys as text, with which others are computed."""
+    """One error for all unknown names. `known`: values of keys as text, from which others are computed."""
     values = {key: value for key, value in known.items() if isinstance(value, str)}
-    # what one flag says, another may need: a ratio the steps, the steps the batch
+    # one flag may need another: a ratio needs the steps, the steps the batch
     for _ in range(3):
         for each in unknown:
             advice = _advice(each, values) or ""
@@ -50,18 +50,18 @@ def explain(unknown: Sequence[Unknown], known: Mapping[str, Any], where: str = "
                 values.pop(open_[1], None)
             if "train.epochs" in values:
                 values.pop("train.steps", None)
-    said = [(each, _advice(each, values) or _near(each)) for each in unknown]
+    advised = [(each, _advice(each, values) or _near(each)) for each in unknown]
     start = f"{where}: " if where else ""
-    if len(said) == 1:
-        (each, advice), form = said[0], "; keys are set as key=value" if said[0][0].dashes else ""
+    if len(advised) == 1:
+        (each, advice), form = advised[0], "; keys are set as key=value" if advised[0][0].dashes else ""
         return ConfigError(f"{start}unknown {'flag' if each.dashes else 'key'} {each}; {advice}{form}")
-    each_one = "; ".join(f"{each}: {advice.removeprefix(HERE)}" for each, advice in said)
-    return ConfigError(f"{start}{len(said)} unknown flags or keys; keys are set as key=value: {each_one}")
+    each_one = "; ".join(f"{each}: {advice.removeprefix(HERE)}" for each, advice in advised)
+    return ConfigError(f"{start}{len(advised)} unknown flags or keys; keys are set as key=value: {each_one}")
 
 
 @cache
 def _table() -> dict[str, list[tuple[str, str]]]:
-    """Of each name (kind, text of the table)."""
+    """The rows of the table by name: (kind, text)."""
     found: dict[str, list[tuple[str, str]]] = {}
     for kind, rows in read_yaml_file(TABLE).items():
         for text, names in rows.items():
@@ -83,7 +83,7 @@ def _keys() -> dict[str, list[str]]:
 
 
 def _advice(each: Unknown, known: Mapping[str, str]) -> str | None:
-    """What to write for a name that the table or the schema has, else None."""
+    """What to write instead of a name that the table or the schema has, else None."""
     plain = each.name.replace("-", "_").lower()
     last = plain.rsplit(".", 1)[-1]
     for name, values in ((plain, each.values), (last, each.values), *_negated(last, each.values)):
@@ -110,7 +110,7 @@ def _negated(name: str, values: tuple[str, ...]) -> list[tuple[str, tuple[str, .
 
 
 def _setting(key: str, values: Sequence[str]) -> str:
-    """`key=value`, or the key alone where it is not known what to write."""
+    """`key=value`, or `key=...` if the value is not known."""
     section, name = key.split(".")
     hint = hints_of(SECTIONS[section]).get(name)
     if not values:
@@ -123,7 +123,7 @@ def _setting(key: str, values: Sequence[str]) -> str:
         text = re.sub(r"[\s,\[\]'\"]+", " ", text).strip()
         text = {"all": "", "all-linear": "", "all_linear": ""}.get(text, text)
     elif len(values) > 1 and key != "parallel.stages":
-        return f"{key}=..., which takes one value and not {len(values)}"
+        return f"{key}=..., which takes one value, not {len(values)}"
     return f"{key}={shown(text)}" if " " not in text else f'{key}="{shown(text)}"'
 
 
@@ -154,7 +154,7 @@ def _of_table(rows: Sequence[tuple[str, str]], values: tuple[str, ...], known: M
 
 
 def _product(rule: str, values: tuple[str, ...], known: Mapping[str, str]) -> str:
-    """`KEY = * a / b`, computed as far as the factors are known."""
+    """Evaluate a rule such as `KEY = * a / b` as far as its factors are known."""
     key, _, factors = rule.partition(" = ")
     words = factors.split()
     section, name = key.split(".")
@@ -179,12 +179,12 @@ def _number(text: str) -> float | None:
         number = float(text)
     except ValueError:
         return None
-    # what is beyond is nonsense, and no float can be rounded there
+    # larger numbers are nonsense, and a float cannot be rounded there
     return number if abs(number) < 1e18 else None
 
 
 def _near(each: Unknown) -> str:
-    """For a name that nothing is known of: the nearest key or flag, if one is near."""
+    """The nearest key or flag to an unknown name, if one is near."""
     plain = shown(each.name.replace("-", "_").lower())
     last, keys = plain.rsplit(".", 1)[-1], _keys()
     section = ".".join(plain.split(".")[:2])
@@ -194,7 +194,7 @@ def _near(each: Unknown) -> str:
     near = difflib.get_close_matches(last, list(keys), n=1, cutoff=NEAR)
     begun = [name for name in keys if len(last) > 3 and name.startswith(f"{last}_")]
     for name in near or begun[:1]:
-        # of those of one name, the one in the section that was written
+        # of keys with the same name, the one in the section that was written
         found += sorted(keys[name], key=lambda key: not plain.startswith(key.split(".")[0]))
     if found:
         return f"did you mean {found[0]}?"

@@ -1,7 +1,7 @@
-"""Parameter groups: which learning rate and weight decay a parameter gets, by its name.
+"""Parameter groups: learning rate and weight decay by parameter name.
 
-`optim.groups` is text: "PATTERN SETTING=NUMBER ...; PATTERN ...", with lr_scale and weight_decay for settings and * and
-? in patterns as in file names. Of several patterns that fit the first counts.
+`optim.groups` is text: "PATTERN SETTING=NUMBER ...; PATTERN ...". Settings are lr_scale and weight_decay; patterns use
+* and ? as in file names, and the first that matches a name wins.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SETTINGS = {"lr_scale": Range(1e-6, 1000, 0.1, zero=True), "weight_decay": Range
 
 @dataclass(frozen=True)
 class Group:
-    """`lr_scale` multiplies the learning rate; `weight_decay` None: matrices decay by optim.weight_decay, no others."""
+    """`lr_scale` multiplies the learning rate; `weight_decay` None: optim.weight_decay for matrices, else 0."""
 
     pattern: str
     lr_scale: float = 1.0
@@ -30,7 +30,7 @@ class Group:
 
 
 def parse_groups(text: str) -> list[Group]:
-    """`optim.groups` as data; ConfigError where it cannot be read."""
+    """Parse `optim.groups`. Raises ConfigError if it is not valid."""
     found = []
     for part in filter(str.strip, text.split(";")):
         pattern, *words = part.split()
@@ -57,7 +57,7 @@ def parse_groups(text: str) -> list[Group]:
 
 
 def check_groups(c: OptimConfig, names: Collection[str]) -> None:
-    """ConfigError if a pattern fits none of `names`, the parameters of the whole model."""
+    """Raise ConfigError if a pattern matches none of `names`, the parameters of the whole model."""
     for group in parse_groups(c.groups):
         if not any(map(re.compile(translate(group.pattern)).match, names)):
             near = difflib.get_close_matches(shown(group.pattern), list(names)[:2000], n=1, cutoff=0.0)
@@ -65,7 +65,7 @@ def check_groups(c: OptimConfig, names: Collection[str]) -> None:
 
 
 def group_settings(c: OptimConfig, name: str, matrix: bool) -> tuple[float, float]:
-    """(factor of the learning rate, weight decay) of parameter `name`."""
+    """(factor of the learning rate, weight decay) of the parameter `name`."""
     usual = c.weight_decay if matrix else 0.0
     fits = (group for group in parse_groups(c.groups) if fnmatchcase(name, group.pattern))
     group = next(fits, Group(name))

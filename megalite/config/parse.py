@@ -1,4 +1,4 @@
-"""From the command line and YAML to a `Config`: preset, then file, then overrides, the later winning."""
+"""Parses the command line and YAML into a `Request`: preset, then file, then overrides; later ones win."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ HARDWARE = {"world": Range(1, 10**6, 64), "per_node": Range(1, 1024, 8), "gpu": 
 
 
 def from_mapping(nested: Mapping[str, Any], where: str = "config") -> Config:
-    """A `Config` from {section: {key: text}}; ConfigError for a wrong type or unknown keys, naming what they are here.
+    """Make a `Config` of {section: {key: text}}.
 
-    Ranges are held by `check`.
+    Raises ConfigError for a wrong type, and for unknown keys, with their names in megalite. `check` checks ranges.
     """
     if unknown := list(_unknown_keys(nested)):
         raise explain(unknown, _flat(nested), where)
@@ -42,7 +42,7 @@ def from_mapping(nested: Mapping[str, Any], where: str = "config") -> Config:
             raise ConfigError(f"{where}: {section} is a section; write e.g. {_first_key(section)}=...")
         hints = hints_of(SECTIONS[section])
         choices = {f.name: (f.metadata["choices"], f.metadata["near"]) for f in dataclasses.fields(SECTIONS[section])}
-        # train.epochs may say how long the run is
+        # train.epochs may set the length instead
         given = {k: v for k, v in values.items() if (section, k) != ("train", "steps") or not _is_null(v)}
         sections[section] = SECTIONS[section](
             **{k: coerce(f"{section}.{k}", v, hints[k], *choices[k]) for k, v in given.items()}
@@ -55,7 +55,7 @@ def _is_null(value: Any) -> bool:
 
 
 def _unknown_keys(nested: Mapping[str, Any]) -> Iterator[Unknown]:
-    """The keys that the schema does not have; below an unknown section each of its own."""
+    """Yield the keys that the schema does not have, and every key of an unknown section."""
     for section, values in nested.items():
         if section in SECTIONS and isinstance(values, Mapping):
             names = hints_of(SECTIONS[section])
@@ -73,7 +73,7 @@ def _leaves(name: str, value: Any) -> Iterator[Unknown]:
 
 
 def _words(value: Any) -> tuple[str, ...]:
-    """A value of a file as a flag's would be; nothing of what no flag holds."""
+    """A value of a file as the words of a flag; none if no flag could have it."""
     words = value if isinstance(value, list) else [value]
     return tuple(shown(w, 200) for w in words[:20]) if all(isinstance(w, str) and w for w in words) else ()
 
@@ -95,7 +95,7 @@ def _merge(base: Nested, extra: Mapping[str, Any]) -> None:
 
 
 def _override(nested: Nested, text: str) -> str:
-    """Apply one `a.b=c` to `nested`; gives back the key."""
+    """Apply one `a.b=c` to `nested`. Returns the key."""
     key, _, value = text.partition("=")
     parts = key.strip().split(".")
     parsed = read_yaml(value, shown(key)) if value[:1] in ("[", "{", '"', "'") else value
@@ -125,9 +125,9 @@ class _Version(argparse.Action):
 
 
 def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog: str) -> Request:
-    """Preset, then YAML file, then overrides, the later winning.
+    """Parse a command line: preset, then YAML file, then overrides; later ones win.
 
-    Raises ConfigError for a mistake; `--help` and `--version` print and raise SystemExit(0).
+    `prog`: the name in --help. Raises ConfigError for a mistake, and SystemExit(0) after --help or --version.
     """
     words = _sorted_words(argv)
     options = _parser(prog).parse_args(words.options)
@@ -161,7 +161,7 @@ def parse_command_line(argv: Sequence[str], *, default_preset: str | None, prog:
     hardware = _hardware(words.hardware)
     if hardware and not (options.dry_run or options.print_config):
         raise ConfigError(
-            f"{' '.join(words.hardware)} is for --dry-run: a run has the ranks that torchrun starts, on their GPUs"
+            f"{' '.join(words.hardware)} is for --dry-run: a run uses the ranks that torchrun starts, on their GPUs"
         )
     return Request(
         config,
@@ -180,20 +180,20 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
         usage=f"{prog} [--preset NAME] [--config FILE.yaml] [section.key=value ...]",
-        description="Train a model. Under torchrun each process is one rank; without it there is one process.",
-        epilog="with --dry-run also, to plan for hardware that is not here:\n"
-        "  world=N       ranks in all\n"
-        "  gpu=NAME      or the GiB of one: gpu=h100, gpu=a100-40, gpu=24\n"
-        "  per_node=N    ranks of a node, default 8\n\n"
+        description="Train a model. Under torchrun each process is one rank; without it there is one rank.",
+        epilog="with --dry-run, to plan for other hardware:\n"
+        "  world=N       number of ranks\n"
+        "  gpu=NAME      name of the GPU, or its GiB: gpu=h100, gpu=a100-40, gpu=24\n"
+        "  per_node=N    ranks per node, default 8\n\n"
         "keys, set in YAML or as section.key=value:" + key_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--preset", metavar="NAME", help="one of: " + ", ".join(preset_names()))
     parser.add_argument("--config", metavar="FILE", action=_Once, help="YAML file with the sections below")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration and plan, and end")
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration and plan, and exit")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     return parser
 
 
@@ -206,7 +206,7 @@ class _Once(argparse.Action):
 
 @dataclass
 class _Words:
-    """A command line by kind."""
+    """The words of a command line, by kind."""
 
     options: list[str]
     overrides: list[str]
@@ -215,7 +215,7 @@ class _Words:
 
 
 def _sorted_words(argv: Sequence[str]) -> _Words:
-    """Options, `section.key=value` (also --section.key=value and --section.key value), hardware, and names unknown."""
+    """Sort words into options, `section.key=value` (also with dashes, or as two words), hardware, and unknown names."""
     found, words = _Words([], [], [], []), list(argv)
     while words:
         word = words.pop(0)
@@ -253,7 +253,7 @@ def _is_key(name: str) -> bool:
 
 
 def _begins(word: str) -> bool:
-    """Whether `word` begins something new, and is no value of the flag before it."""
+    """Whether `word` starts an option or override, rather than being a value of the flag before it."""
     name = word.split("=")[0]
     override = "=" in word and (name.split(".")[0] in SECTIONS or name in HARDWARE)
     return override or bool(re.match(r"--?[A-Za-z]", word))

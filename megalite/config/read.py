@@ -1,7 +1,7 @@
 """YAML as text, and text as the type of its key.
 
-YAML's own guesses are switched off: `1e-3` is a number because the key is a float, `no` is refused for a bool,
-`12:30:45` and `010` are not silently other numbers, and a key written twice is an error.
+YAML's own guesses are off: `1e-3` is a number because the key is a float, `no` is refused for a bool, `12:30:45` and
+`010` do not silently become other numbers, and a key written twice is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _no_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str,
 
 
 class _TextLoader(yaml.SafeLoader):
-    """YAML with text, lists and mappings only: a scalar is the text that was written, a tag is an error."""
+    """YAML of text, lists and mappings only: a scalar is its text as written, a tag is an error."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as in the base class
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
@@ -51,9 +51,9 @@ class _TextLoader(yaml.SafeLoader):
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """Nested text of YAML; ConfigError, with the line, where it is not valid."""
+    """Parse YAML into nested text. Raises ConfigError, with the line, if it is not valid."""
     try:
-        # a SafeLoader that knows fewer types still: it builds text, lists and mappings, and no object
+        # a SafeLoader with fewer types: it makes text, lists and mappings only
         return yaml.load(text, _TextLoader)
     except yaml.reader.ReaderError as error:
         number = text.count("\n", 0, error.position) + 1
@@ -72,7 +72,7 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml_file(path: Path) -> Any:
-    """The nested text of a YAML file; ConfigError with the line where it is not valid."""
+    """Read a YAML file into nested text. Raises ConfigError, with the line, if it is not valid."""
     if not path.is_file():
         raise ConfigError(f"--config {path}: {'is a folder' if path.is_dir() else 'no such file'}; name a YAML file")
     if path.stat().st_size > MOST_BYTES:
@@ -84,7 +84,7 @@ def read_yaml_file(path: Path) -> Any:
     nested = read_yaml(text, str(path)) or {}
     if not isinstance(nested, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' with keys below, found {type(nested).__name__}")
-    # a section whose keys are all commented out
+    # an empty section has all its keys commented out
     return {section: {} if values == "" else values for section, values in nested.items()}
 
 
@@ -133,7 +133,7 @@ def _most_alike(value: str, choices: Sequence[str]) -> str | None:
 
 
 def _plain(value: str) -> str:
-    """Digits without the underscores between them."""
+    """`value` without underscores between digits."""
     return re.sub(r"(?<=[0-9])_(?=[0-9])", "", value)
 
 
@@ -142,7 +142,7 @@ def _int(key: str, value: str) -> int:
     if len(plain) <= MOST_DIGITS:
         if re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", plain):
             return int(plain)
-        # not by way of a float, which has 15 digits
+        # not through a float, which has 15 digits
         if re.fullmatch(r"[+-]?[0-9]+(\.[0-9]*)?[eE]\+?[0-9]+", plain) and Decimal(plain).adjusted() < MOST_DIGITS:
             exact = Decimal(plain)
             if exact == exact.to_integral_value():
@@ -150,7 +150,9 @@ def _int(key: str, value: str) -> int:
     elif re.fullmatch(r"[+-]?[0-9]+", plain):
         raise ConfigError(f"{key}={shown(value, 30)}: a number of {len(plain)} digits; write at most {MOST_DIGITS}")
     octal = re.fullmatch(r"0[0-9]+", plain)
-    why = "a leading zero is octal to some readers; write it without" if octal else "write a whole number, e.g. 8"
+    why = (
+        "a leading zero means octal to some YAML parsers; write it without" if octal else "write a whole number, e.g. 8"
+    )
     raise ConfigError(f"{key}={shown(value)}: expected int; {why}")
 
 
@@ -159,5 +161,5 @@ def _float(key: str, value: str) -> float:
     if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", plain):
         raise ConfigError(f"{key}={shown(value)}: expected float; write a number, e.g. 3e-4")
     if float(plain) == 0 and re.search("[1-9]", plain.lower().split("e")[0]):
-        raise ConfigError(f"{key}={shown(value)} is nearer to 0 than a float can be; write 0 or a larger number")
+        raise ConfigError(f"{key}={shown(value)} is too small for a float; write 0 or a larger number")
     return float(plain)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megalite.config.batch import total_samples
-from megalite.config.model import Complete, ResolvedModel, resolve_model, rule_of, values_of
+from megalite.config.keys import Complete, rule_of, values_of
+from megalite.config.model import ResolvedModel, resolve_model
 from megalite.config.schema import SECTIONS, Config, OptimConfig, ParallelConfig
 from megalite.config.trained import NamedShapes, named_shapes
 from megalite.config.values import check_values

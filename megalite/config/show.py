@@ -1,4 +1,4 @@
-"""The configuration as text: help of every key, and YAML that reads back."""
+"""A configuration as YAML that reads back, and the help of every key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def type_name(hint: Any) -> str:
 
 
 def key_help() -> str:
-    """Every key with its type, default and one line."""
+    """The help of every key: type, range, default and one line."""
     lines = []
     for section, cls in SECTIONS.items():
         hints = hints_of(cls)
@@ -49,7 +49,7 @@ def _scalar(value: Any) -> str:
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as YAML that reads back to the same `Config`."""
+    """`config` as YAML; parsing it gives an equal `Config`."""
     lines = []
     for section in SECTIONS:
         lines.append(f"{section}:")

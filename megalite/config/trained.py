@@ -1,6 +1,6 @@
-"""Which parameters a run trains, by name: tune.mode, the projections that LoRA adapts, tune.freeze. No torch here.
+"""Which parameters a run trains, by tune.mode, tune.lora_targets and tune.freeze. No torch here.
 
-Patterns are written one after another, divided by spaces, with * and ? as in file names.
+Patterns use * and ? as in file names; spaces separate them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _trained(model: Mapping[str, Shape], factors: Mapping[str, Shape], tune: Tun
     if not chosen:
         raise ConfigError(
             "tune.mode=bitfit trains biases and this model has none (model.qkv_bias, linear_bias and norm=layernorm "
-            "give them, as in Qwen2 and GPT-2); use tune.mode=lora or ffn_only"
+            "add them, as in Qwen2 and GPT-2); use tune.mode=lora or ffn_only"
         )
     patterns = tune.freeze.split()
     _require_all_used("tune.freeze", patterns, [*model, *factors])
@@ -102,7 +102,7 @@ def _trained(model: Mapping[str, Shape], factors: Mapping[str, Shape], tune: Tun
 
 
 def _matcher(patterns: Collection[str]) -> Callable[[str], object]:
-    """Whether a name fits one of `patterns`."""
+    """A function of a name that is true if the name matches one of `patterns`."""
     # one expression: fnmatch keeps few compiled, and a deep model has thousands of names
     return re.compile("|".join(map(translate, patterns)) or r"(?!)").match
 
@@ -111,4 +111,4 @@ def _require_all_used(key: str, patterns: Collection[str], names: Collection[str
     for pattern in patterns:
         if not any(map(re.compile(translate(pattern)).match, names)):
             near = difflib.get_close_matches(shown(pattern), sorted(names)[:2000], n=3, cutoff=0.0)
-            raise ConfigError(f"{key}: nothing is named {shown(pattern)}; near to it: {', '.join(near)}")
+            raise ConfigError(f"{key}: {shown(pattern)} matches nothing; similar names: {', '.join(near)}")

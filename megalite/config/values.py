@@ -1,6 +1,6 @@
-"""Which values a key takes: the range of a number, and what a text or a path may be.
+"""Which values a key accepts: the range of a number, and rules for text and paths.
 
-`config/schema.py` gives each key its rule; `check_values` holds every value of a configuration against it.
+Each key has its rule in `config/schema.py`; `check_values` checks every value of a configuration against it.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 from megalite.config.errors import ConfigError
 
 LONGEST = 4096  # bytes of a path on Linux, and enough for a list of patterns
-# file systems of the kernel: a folder made there is lost, or cannot be made
+# the kernel's file systems: a folder cannot be made there, or is lost
 KERNEL = ("/proc", "/sys", "/dev")
-# control characters, halves of a character, and the separators that some readers take for line ends
+# control characters, surrogates, and separators that some programs treat as line ends
 CONTROL = ("Cc", "Cs", "Zl", "Zp")
-# what other programs write for "not set"
+# what other programs write for a value that is not set
 NOTHING = ("", "null", "none", "~", "true", "false")
 
 
 def shown(value: object, longest: int = 80) -> str:
-    """`value` for a message: one line, control characters written out, long ones cut."""
-    # only what is shown is turned into text: nested YAML aliases grow without bound
+    """`value` for a message: on one line, control characters escaped, cut at `longest` characters."""
+    # nested YAML aliases can be huge: convert no more than is shown
     text = value if isinstance(value, str) else repr(value)[: 2 * longest] if _small(value) else f"a {_kind(value)}"
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: longest + 1])
     return text if len(text) <= longest else text[: longest - 3] + "..."
@@ -37,7 +37,7 @@ def _kind(value: object) -> str:
 
 
 def _small(value: object, depth: int = 2) -> bool:
-    """Whether `value` is nested so little that its repr is short to make."""
+    """Whether `value` is nested so little that its repr is cheap."""
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list | tuple):
@@ -46,7 +46,7 @@ def _small(value: object, depth: int = 2) -> bool:
 
 
 def number(value: float) -> str:
-    """As people write it: 1e-8 and 1e9, not 1e-08 and 1000000000."""
+    """`value` as people write it: 1e-8 and 1e9, not 1e-08 and 1000000000."""
     if isinstance(value, int) and (abs(value) < 10**6 or value % 10**6):
         return str(value)
     return re.sub(r"e\+?(-?)0*(\d+)", r"e\1\2", f"{value:g}")
@@ -54,7 +54,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`; `above` leaves out `least`, `below` leaves out `most`, `zero` adds 0."""
+    """Numbers from `least` to `most`; `above` excludes `least`, `below` excludes `most`, `zero` also allows 0."""
 
     least: float
     most: float
@@ -64,9 +64,10 @@ class Range:
     zero: bool = False
 
     def holds(self, value: float) -> bool:
+        """Whether `value` is in the range."""
         if self.zero and value == 0:
             return True
-        # written so that NaN is outside
+        # NaN compares false, and so is outside
         low = value > self.least if self.above else value >= self.least
         return low and (value < self.most if self.below else value <= self.most)
 
@@ -78,7 +79,7 @@ class Range:
 
     @property
     def brief(self) -> str:
-        """For --help: `1 to 1000`, `0, 1e-6 to 1e6`, `> 0 to 1`."""
+        """The range for --help: `1 to 1000`, `0, 1e-6 to 1e6`, `> 0 to 1`."""
         return (
             f"{'0, ' if self.zero else ''}{'> ' if self.above else ''}{number(self.least)} to "
             f"{'< ' if self.below else ''}{number(self.most)}"
@@ -86,7 +87,7 @@ class Range:
 
 
 def check_values(config: Any) -> None:
-    """Raise ConfigError for the first value of a `Config` that its key does not take."""
+    """Raise ConfigError for the first value of a `Config` that breaks the rule of its key."""
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for key in dataclasses.fields(values):
@@ -110,12 +111,12 @@ def _check(key: str, value: Any, rule: Mapping[str, Any]) -> None:
 
 
 def check_text(key: str, text: str, path: str) -> None:
-    """ConfigError if `text` cannot be the value of `key`. `path`: "" for no path, "in" to read, "out" to write."""
+    """Raise ConfigError if `text` is not valid for `key`. `path`: "" for no path, "in" to read, "out" to write."""
     if path and text.strip().lower() in NOTHING:
         what = "a folder to write to" if path == "out" else "a file or folder"
-        raise ConfigError(f"{key}={text} names nothing; write {what}, e.g. {_example(key, path)}")
+        raise ConfigError(f"{key}={text} does not name anything; write {what}, e.g. {_example(key, path)}")
     if any(unicodedata.category(c) in CONTROL for c in text):
-        raise ConfigError(f"{key}={shown(text)} holds control characters; write printable text on one line")
+        raise ConfigError(f"{key}={shown(text)} contains control characters; write printable text on one line")
     if len(text.encode()) > LONGEST:
         raise ConfigError(f"{key}={shown(text)} is {len(text.encode())} bytes long; use at most {LONGEST}")
     if not path:
@@ -124,12 +125,12 @@ def check_text(key: str, text: str, path: str) -> None:
     if long is not None:
         raise ConfigError(f"{key}={shown(text)}: a name of {len(long.encode())} bytes; file names have at most 255")
     if text.startswith("~"):
-        raise ConfigError(f"{key}={text}: ~ after = is not replaced by your home folder; write e.g. {key}=$HOME/...")
+        raise ConfigError(f"{key}={text}: the shell does not expand ~ after =; write e.g. {key}=$HOME/...")
     if path == "in" and re.fullmatch(r"[+-]?[0-9.]+([eE][+-]?[0-9]+)?", text) and re.search("[0-9]", text):
-        raise ConfigError(f"{key}={text} is a number, expected a file or folder; one of that name is ./{text}")
+        raise ConfigError(f"{key}={text} is a number, expected a file or folder; for one with that name write ./{text}")
     if path == "out":
         if text != text.strip():
-            raise ConfigError(f"{key}={text!r} begins or ends with a space; write it without")
+            raise ConfigError(f"{key}={text!r} begins or ends with a space; remove it")
         _check_folder(key, text)
 
 
@@ -138,10 +139,12 @@ def _example(key: str, path: str) -> str:
 
 
 def _check_folder(key: str, text: str) -> None:
-    """ConfigError where no folder of a user's can be: the root, and the kernel's file systems."""
+    """Raise ConfigError for the root folder and for the kernel's file systems."""
     real = os.path.realpath(text)
     if real == "/":
         raise ConfigError(f"{key}={text} is the root of the file system; write a folder, e.g. {_example(key, 'out')}")
     inside = next((k for k in KERNEL if real == k or real.startswith(k + "/")), None)
     if inside and not real.startswith("/dev/shm/"):
-        raise ConfigError(f"{key}={text} is in {inside}, which is no disk; write a folder, e.g. {_example(key, 'out')}")
+        raise ConfigError(
+            f"{key}={text} is in {inside}, which is not a disk; write a folder, e.g. {_example(key, 'out')}"
+        )

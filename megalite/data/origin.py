@@ -79,14 +79,14 @@ def with_its_tokenizer(data: DataConfig, run_dir: Path, say: Callable[[str], Non
     if data.tokenizer is not None:
         if not made_with(prefix, load_tokenizer(data.tokenizer)):
             say(
-                f"note: {prefix} was made with another file than data.tokenizer={data.tokenizer}: "
+                f"note: {prefix} was made with another tokenizer than data.tokenizer={data.tokenizer}: "
                 f"{recorded_tokenizer(prefix)}"
             )
     elif found := find_tokenizer_of(prefix, run_dir):
         say(f"data.tokenizer={found}: {prefix} was made with it")
         return dataclasses.replace(data, tokenizer=str(found))
     elif name := recorded_tokenizer(prefix):
-        say(f"note: the tokenizer that {prefix} was made with is not there or another: {name}; {needed}")
+        say(f"note: the tokenizer that made {prefix} is missing or has changed: {name}; {needed}")
     else:
-        say(f"note: {prefix} does not say with which tokenizer it was made; {needed}")
+        say(f"note: {prefix} does not name the tokenizer that made it; {needed}")
     return data

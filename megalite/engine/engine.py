@@ -38,11 +38,11 @@ class Engine(Stage):
     buffers: ParamBuffers | None
     microbatch_losses: Sequence[Tensor] = ()
 
-    def forward_backward(self, microbatches: Sequence[Microbatch], loss_scale: float = 1.0) -> tuple[float, float]:
-        """Gradients of loss_scale · Σ mask · ce over this replica's microbatches.
+    def forward_backward(self, microbatches: Sequence[Microbatch], loss_scale: float = 1.0) -> dict[str, float]:
+        """Compute the gradients of loss_scale · Σ mask · ce over this replica's microbatches.
 
-        They are summed over replicas and left in `grads.reduced`.
-        Returns (Σ loss, valid tokens) of this replica on one of its ranks, the last stage's tp rank 0; zeros on others.
+        They are summed over replicas and left in `grads.reduced`. Returns the `sums` of this replica on one rank of it,
+        the last stage's tp rank 0, otherwise zeros.
         """
         self.grads.begin(len(microbatches))
         waiting = set(self.models)
@@ -55,7 +55,7 @@ class Engine(Stage):
 
         results = self._run(microbatches, True, loss_scale=loss_scale, reduce=reduce)
         self.microbatch_losses = [result["loss"] for result in results]
-        return self._totals(self.microbatch_losses, microbatches)
+        return self._totals(results, microbatches)
 
     def reduce_gradients(self) -> None:
         """Complete the sums of each gradient: over replicas, partial tp gradients, kv replicas, tied ends."""
@@ -88,7 +88,8 @@ class Engine(Stage):
         A tied matrix belongs to the first rank of the pipeline, a frozen parameter to the first replica.
         """
         copy = self.config.model.tie_embeddings and not self.mesh.is_first_stage
-        frozen = {n: range(p.numel() if self.mesh.dp.rank == 0 else 0) for n, p in self.parameters.items()}
+        first = self.mesh.group("dp", "cp").rank == 0
+        frozen = {n: range(p.numel() if first else 0) for n, p in self.parameters.items()}
         spans = {**frozen, **self.grads.spans}
         return {n: spans[n] for n in self.stored() if not (copy and n == "embed.weight")}
 
@@ -119,12 +120,17 @@ class Engine(Stage):
         return {"weight": self.stored(), **self.optimizer.state()}
 
 
-def build(config: Resolved, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Engine:
-    """This rank's engine for a resolved, checked `config`; `value` as in `build_stage`."""
+def build(
+    config: Resolved,
+    world: World,
+    value: Callable[[str, tuple[int, ...]], Tensor] | None = None,
+    head: str = "next-token",
+) -> Engine:
+    """This rank's engine for a resolved, checked `config`; `value` and `head` as in `build_stage`."""
     m, p = config.model, config.parallel
     chosen = config.shapes.trained
     check_groups(config.optim, [*config.shapes.model, *config.shapes.factors])
-    stage = build_stage(config, world, value)
+    stage = build_stage(config, world, value, head)
     mesh, models, parameters, shards = stage.mesh, stage.models, stage.parameters, stage.shards
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in chosen)
@@ -133,7 +139,7 @@ def build(config: Resolved, world: World, value: Callable[[str, tuple[int, ...]]
     alone = ("embed.weight",) if m.tie_embeddings and mesh.pp.size > 1 else ()
     # both ends of the model on one rank, but in two stages: two backwards a microbatch add to the tied matrix
     twice = {"embed.weight": 2} if m.tie_embeddings and mesh.pp.size == 1 and len(models) > 1 else {}
-    grads = GradBuffers(active, mesh.dp, p.bucket_mb * 2**20, p.overlap, p.zero > 0, alone, twice)
+    grads = GradBuffers(active, mesh.group("dp", "cp"), p.bucket_mb * 2**20, p.overlap, p.zero > 0, alone, twice)
     buffers = None
     if p.zero:
         units = [
@@ -144,7 +150,7 @@ def build(config: Resolved, world: World, value: Callable[[str, tuple[int, ...]]
         ]
         buffers = ParamBuffers(active, grads, units)
     optimizer = make_optimizer(config, mesh, active, shards, grads, buffers)
-    return Engine(config, mesh, models, parameters, shards, grads, optimizer, buffers)
+    return Engine(config, mesh, models, parameters, shards, stage.sums, grads, optimizer, buffers)
 
 
 def make_optimizer(
@@ -172,5 +178,5 @@ def make_optimizer(
         held=grads.held,
         sharded=grads.sharded,
         tp=mesh.tp,
-        dp=mesh.dp,
+        dp=mesh.group("dp", "cp"),
     )

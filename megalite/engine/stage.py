@@ -16,7 +16,7 @@ from megalite.config.parameters import global_name
 from megalite.engine.batches import Microbatch
 from megalite.model.context import Context
 from megalite.model.cut_table import cut_model
-from megalite.model.decoder import Decoder
+from megalite.model.decoder import HEADS, Decoder
 from megalite.model.dropout import sample_keys
 from megalite.model.init import draw, materialise
 from megalite.model.lora import adapt
@@ -47,15 +47,15 @@ class StageChunk:
 
     def forward(self, microbatch: int, arrived: Values, deferred: Jobs | None) -> Values | dict[str, Tensor]:
         mb, labelled = self.microbatches[microbatch], self.loss and not self.leaving
-        out: Tensor = self.model(
+        out: Tensor | dict[str, Tensor] = self.model(
             arrived[0] if arrived else mb.tokens,
             Context(mb.positions, mb.bounds, self.keys(mb), deferred=deferred),
             mb.labels if labelled else None,
             mb.loss_mask if labelled else None,
         )
-        if self.leaving:
-            return (out,)
-        return {"loss" if self.loss else "logits": out}
+        if isinstance(out, dict):
+            return out
+        return (out,) if self.leaving else {"logits": out}
 
 
 @dataclass
@@ -63,6 +63,7 @@ class Stage:
     """One rank's part of the model, without gradients or optimizer.
 
     models: the rank's stages by global number. parameters, shards: of all its stages, by global parameter name.
+    sums: the names of what the model's head sums over a batch, and `tokens`, the sum of the loss mask.
     """
 
     config: Resolved
@@ -70,6 +71,7 @@ class Stage:
     models: dict[int, Decoder]
     parameters: dict[str, nn.Parameter]
     shards: dict[str, Shard]
+    sums: tuple[str, ...]
 
     def __post_init__(self) -> None:
         self._plans = cache(self._lowered)
@@ -131,16 +133,15 @@ class Stage:
         """Σ mask · ce of each microbatch, on every tp rank of the last stage; [] on the others. No gradients."""
         return [result["loss"] for result in self._run(microbatches, training=False)]
 
-    def evaluate(self, microbatches: Sequence[Microbatch]) -> tuple[float, float]:
-        """(Σ loss, valid tokens) of this replica on one of its ranks, the last stage's tp rank 0; zeros on others."""
-        return self._totals(self.losses(microbatches), microbatches)
+    def evaluate(self, microbatches: Sequence[Microbatch]) -> dict[str, float]:
+        """The `sums` of this replica on one rank of it, the last stage's tp rank 0, otherwise zeros. No gradients."""
+        return self._totals(self._run(microbatches, training=False), microbatches)
 
-    def _totals(self, losses: Sequence[Tensor], microbatches: Sequence[Microbatch]) -> tuple[float, float]:
+    def _totals(self, results: Sequence[dict[str, Tensor]], microbatches: Sequence[Microbatch]) -> dict[str, float]:
         if not self.mesh.is_last_stage or self.mesh.tp.rank != 0:
-            return 0.0, 0.0
-        total = torch.stack(list(losses)).double().sum()
-        tokens = torch.stack([mb.loss_mask.sum() for mb in microbatches]).double().sum()
-        return float(total), float(tokens)
+            return dict.fromkeys(self.sums, 0.0)
+        results = [{**found, "tokens": mb.loss_mask.sum()} for found, mb in zip(results, microbatches, strict=True)]
+        return {name: float(torch.stack([each[name] for each in results]).double().sum()) for name in self.sums}
 
 
 def stage_costs(config: Resolved) -> Costs:
@@ -152,10 +153,16 @@ def stage_costs(config: Resolved) -> Costs:
     return Costs(stage_factors=tuple(n * len(layers) / sum(layers) for n in layers))
 
 
-def build_stage(config: Resolved, world: World, value: Callable[[str, tuple[int, ...]], Tensor] | None = None) -> Stage:
+def build_stage(
+    config: Resolved,
+    world: World,
+    value: Callable[[str, tuple[int, ...]], Tensor] | None = None,
+    head: str = "next-token",
+) -> Stage:
     """This rank's part of the model of a resolved, checked `config`.
 
-    value(global name, whole shape): the initial whole parameter; default: drawn from train.seed.
+    value(global name, whole shape): the initial whole parameter; default: drawn from train.seed. head: what ends the
+    model, a key of HEADS.
     """
     m, p, t = config.model, config.parallel, config.train
     mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
@@ -172,6 +179,7 @@ def build_stage(config: Resolved, world: World, value: Callable[[str, tuple[int,
                 last=stage == len(layers) - 1,
                 kernel=t.kernels,
                 label_smoothing=config.optim.label_smoothing,
+                head=head,
             )
         cut_model(model, m, mesh.tp, p.sp)
         adapt(model, config, mesh.tp)
@@ -186,7 +194,7 @@ def build_stage(config: Resolved, world: World, value: Callable[[str, tuple[int,
         )
         shards |= {global_name(name, m.tie_embeddings): shard for name, shard in own.items()}
         _share(model, parameters, m.tie_embeddings)
-    return Stage(config, mesh, models, parameters, shards)
+    return Stage(config, mesh, models, parameters, shards, (*HEADS[head].sums, "tokens"))
 
 
 def _share(model: Decoder, parameters: dict[str, nn.Parameter], tied: bool) -> None:

@@ -1,4 +1,4 @@
-"""Losses, log-likelihoods and replies of a model at any layout, the same on every rank."""
+"""Log-likelihoods and replies of a model at any layout, the same on every rank."""
 
 from __future__ import annotations
 
@@ -6,31 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from megalite.data.dataset import WindowDataset
-from megalite.engine.batches import Microbatch, load_microbatches
+from megalite.engine.batches import Microbatch
+from megalite.engine.heldout import AT_ONCE
 from megalite.engine.stage import Stage
 from megalite.inference.decode import stream
 from megalite.inference.eval_rows import Cloze, Scores
 from megalite.inference.reply import Reply, Settings
 from megalite.watch.progress import Bar
-
-AT_ONCE = 32
-"""Microbatches of one forward through the pipeline."""
-
-
-def held_out(stage: Stage, windows: WindowDataset) -> tuple[float, int]:
-    """(Σ nats, tokens predicted) over all windows."""
-    loss = tokens = 0.0
-    chunk = AT_ONCE * stage.config.train.micro_batch_size
-    with _bar(stage, "held-out loss", len(windows)) as bar:
-        for first in range(0, len(windows), chunk):
-            samples = range(first, min(first + chunk, len(windows)))
-            sums = stage.evaluate(load_microbatches(windows, samples, stage.config, stage.mesh))
-            loss, tokens = loss + sums[0], tokens + sums[1]
-            bar.advance(len(samples), f"{bar.done + len(samples)} of {len(windows)} windows")
-    total = torch.tensor([loss, tokens], dtype=torch.float64, device=stage.mesh.device)
-    loss, tokens = stage.mesh.world.all_reduce(total).tolist()
-    return loss, int(tokens)
 
 
 def _bar(stage: Stage, what: str, total: int) -> Bar:

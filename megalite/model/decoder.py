@@ -75,7 +75,12 @@ class CrossEntropy(nn.Module):
 
 
 class LossHead(nn.Module):
-    """Final norm and output head: hidden [b, s, h] -> the summed loss, or without labels -> logits [b, s, vocab]."""
+    """Final norm and output head: hidden [b, s, h] -> named sums, or without labels -> logits [b, s, vocab].
+
+    `sums` are the names of what it sums over a batch: scalars, of which backward starts from `loss`.
+    """
+
+    sums = ("loss",)
 
     def __init__(self, norm: nn.Module, head: Linear, label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -84,15 +89,19 @@ class LossHead(nn.Module):
 
     def forward(
         self, hidden: Tensor, context: Context, labels: Tensor | None = None, loss_mask: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor | dict[str, Tensor]:
         logits = self.head(self.norm(hidden), context)
         if labels is None:
             return self.cross_entropy.whole(logits)
-        return self.cross_entropy(logits, labels, loss_mask)
+        return {"loss": self.cross_entropy(logits, labels, loss_mask)}
+
+
+HEADS = {"next-token": LossHead}
+"""What can end the model, by the name under which an objective asks for it."""
 
 
 class Decoder(nn.Module):
-    """The layers `layers` of the model; `first` has the embeddings, `last` the loss head.
+    """The layers `layers` of the model; `first` has the embeddings, `last` the loss head, which `head` of HEADS names.
 
     The whole model is `Decoder(config, range(config.num_layers))`.
     """
@@ -105,8 +114,11 @@ class Decoder(nn.Module):
         last: bool = True,
         kernel: str = "auto",
         label_smoothing: float = 0.0,
+        head: str = "next-token",
     ) -> None:
         super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"head={head} is not supported; use {', '.join(HEADS)}")
         # 0: no rotation, positions are learned
         self.rot_dim = int(c.head_dim * c.rope_fraction) if c.position == "rope" else 0
         self.rope_theta, self.rope_scaling = c.rope_theta, rope_scaling(c)
@@ -119,10 +131,10 @@ class Decoder(nn.Module):
         self.loss_head = None
         self.tied = c.tie_embeddings and first and last
         if last:
-            head = Linear(c.hidden_size, c.vocab_size, bias=False)
+            output = Linear(c.hidden_size, c.vocab_size, bias=False)
             if self.tied and self.embed is not None:
-                head.weight = self.embed.weight
-            self.loss_head = LossHead(make_norm(c), head, label_smoothing)
+                output.weight = self.embed.weight
+            self.loss_head = HEADS[head](make_norm(c), output, label_smoothing)
 
     def set_recompute(self, kind: str, layers: int) -> None:
         """Let the first `layers` blocks (0: all) keep fewer activations.
@@ -140,7 +152,7 @@ class Decoder(nn.Module):
 
     def forward(
         self, x: Tensor, context: Context, labels: Tensor | None = None, loss_mask: Tensor | None = None
-    ) -> Tensor:
+    ) -> Tensor | dict[str, Tensor]:
         """Tokens [b, s] (first stage) or hidden states [b, s, h] -> hidden states, or the result of the loss head.
 
         labels, loss_mask: [b, s], for the loss; without labels the loss head returns logits. ValueError: the context

@@ -1,15 +1,15 @@
 """Gradients of a rank in one flat buffer, cut into buckets that are summed over the replicas once per step.
 
-A bucket's reduction starts when the last microbatch's gradient of its last parameter is there, so it travels while the
-layers before it still compute (Li et al. 2020, "PyTorch Distributed", section 3.2.3). Sharded, a bucket is
-reduce-scattered: each replica gets the sum of its own share, of which alone it keeps optimizer states (ZeRO stage 1,
-Rajbhandari et al. 2020, section 5.1).
+The reduction of a bucket starts when the last microbatch has added to its last parameter, and overlaps the backward of
+the layers before it (Li et al. 2020, "PyTorch Distributed", section 3.2.3). With sharding a bucket is reduce-scattered:
+each replica receives the sum of its own share, and keeps optimizer states for that share only (ZeRO stage 1,
+Rajbhandari et al. 2020, section 5.1). Not every parameter need have the same replicas; those of one bucket do.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,18 +19,20 @@ from torch.profiler import record_function
 from megalite.parallel.groups import Group, Pending
 
 # Elements to which parameters and shares are aligned when sharded. A vectorised update treats the last few elements of
-# a tensor by other instructions, so where a share begins must not show: it begins where a vector does.
+# a tensor by other instructions; a share that starts on a vector's boundary gets the same bits as the whole tensor.
 ALIGNMENT = 64
 
 
 @dataclass(eq=False)
 class Bucket:
-    """A contiguous part of the flat buffer; `waiting` counts gradients still to come before it may travel.
+    """A contiguous part of the flat buffer, summed over `group`.
 
-    `offsets[name]`: where in `flat` the parameter begins.
+    `offsets[name]`: where in `flat` the parameter begins. `waiting`: gradients still to be added before the reduction
+    may start.
     """
 
     number: int
+    group: Group
     flat: Tensor
     offsets: dict[str, int]
     waiting: int = 0
@@ -44,13 +46,15 @@ class Bucket:
 class GradBuffers:
     """`main_grad[name]`: the gradient of each parameter, summed over microbatches, a view of `flat`.
 
+    `group`: the replicas over which gradients are summed; `groups[name]` replaces it for the parameters it names.
     Gradients accumulate in promote(dtype, fp32); parameters of that dtype accumulate straight into the view.
-    Parameters are laid out in reverse, the order in which backward reaches them; one named in `alone` has a bucket of
-    its own. `accumulations`: how many gradients of a parameter each microbatch adds, where it is not one.
+    Parameters are laid out by group, and within one in reverse, the order in which backward reaches them; one named in
+    `alone` has a bucket of its own. `accumulations`: how many gradients of a parameter each microbatch adds, if it is
+    not one.
 
-    `spans[name]`: elements of the flattened local parameter that this rank answers for, of all ranks of `group`: its
-    share when `sharded`, else rank 0 has all. `reduced[name]`: the part of the flattened gradient that is summed over
-    the group after `finish`, [len(spans[name])] when sharded, else all of it.
+    `spans[name]`: elements of the flattened local parameter that this rank, of all replicas, counts in norms and stores
+    in checkpoints: its share if `sharded`; otherwise the first replica has all. `reduced[name]`: the part of the
+    flattened gradient that is summed over the replicas after `finish`: [len(spans[name])] if sharded, otherwise all.
     """
 
     def __init__(
@@ -62,8 +66,9 @@ class GradBuffers:
         sharded: bool = False,
         alone: Collection[str] = (),
         accumulations: Mapping[str, int] | None = None,
+        groups: Mapping[str, Group] | None = None,
     ) -> None:
-        self.group, self.overlap, self.sharded = group, overlap, sharded
+        self.overlap, self.sharded = overlap, sharded
         self.accumulations = accumulations or {}
         self._parameters = dict(list(parameters.items())[::-1])
         # a stage may train nothing
@@ -71,12 +76,16 @@ class GradBuffers:
         self.dtype = torch.promote_types(first.dtype, torch.float32)
         per_bucket = max(1, math.ceil(bucket_bytes / self.dtype.itemsize))
         unit = ALIGNMENT if sharded else 1
-        layouts = [self._offsets(names, unit) for names in self._in_buckets(per_bucket, alone)]
-        sizes = [-(-end // (unit * group.size)) * unit * group.size if sharded else end for _, end in layouts]
+        layouts = [
+            (replicas, *self._offsets(bucket, unit))
+            for replicas, names in self._by_group(group, groups or {})
+            for bucket in self._in_buckets(names, per_bucket, alone)
+        ]
+        sizes = [-(-end // (unit * g.size)) * unit * g.size if sharded else end for g, _, end in layouts]
         self.flat = torch.zeros(sum(sizes), dtype=self.dtype, device=first.device)
         self.buckets = [
-            Bucket(number, flat, offsets)
-            for number, (flat, (offsets, _)) in enumerate(zip(self.flat.split(sizes), layouts))
+            Bucket(number, replicas, flat, offsets)
+            for number, (flat, (replicas, offsets, _)) in enumerate(zip(self.flat.split(sizes), layouts))
         ]
         self.main_grad: dict[str, Tensor] = {}
         self.spans: dict[str, range] = {}
@@ -90,18 +99,26 @@ class GradBuffers:
                 self.reduced[name] = flat[self.held(name).start : self.held(name).stop]
                 self._watch(name, parameter, bucket)
 
-    def _in_buckets(self, per_bucket: int, alone: Collection[str]) -> Iterator[list[str]]:
-        names: list[str] = []
+    def _by_group(self, group: Group, groups: Mapping[str, Group]) -> list[tuple[Group, list[str]]]:
+        """The parameters of each group of replicas; groups of the same ranks are one."""
+        found: dict[tuple[int, ...], tuple[Group, list[str]]] = {}
         for name in self._parameters:
-            if name in alone and names:
-                yield names
-                names = []
-            names.append(name)
-            if name in alone or sum(self._parameters[n].numel() for n in names) >= per_bucket:
-                yield names
-                names = []
-        if names:
-            yield names
+            replicas = groups.get(name, group)
+            found.setdefault(replicas.ranks, (replicas, []))[1].append(name)
+        return list(found.values())
+
+    def _in_buckets(self, names: Iterable[str], per_bucket: int, alone: Collection[str]) -> Iterator[list[str]]:
+        bucket: list[str] = []
+        for name in names:
+            if name in alone and bucket:
+                yield bucket
+                bucket = []
+            bucket.append(name)
+            if name in alone or sum(self._parameters[n].numel() for n in bucket) >= per_bucket:
+                yield bucket
+                bucket = []
+        if bucket:
+            yield bucket
 
     def _offsets(self, names: list[str], unit: int) -> tuple[dict[str, int], int]:
         """Where each parameter begins, and where the last one ends."""
@@ -112,10 +129,11 @@ class GradBuffers:
         return offsets, end
 
     def _span(self, bucket: Bucket, offset: int, numel: int) -> range:
+        group = bucket.group
         if not self.sharded:
-            return range(numel if self.group.rank == 0 else 0)
-        share = bucket.flat.numel() // self.group.size
-        low, high = (min(max(share * rank - offset, 0), numel) for rank in (self.group.rank, self.group.rank + 1))
+            return range(numel if group.rank == 0 else 0)
+        share = bucket.flat.numel() // group.size
+        low, high = (min(max(share * rank - offset, 0), numel) for rank in (group.rank, group.rank + 1))
         return range(low, high)
 
     def held(self, name: str) -> range:
@@ -145,16 +163,17 @@ class GradBuffers:
             bucket.pending = None
 
     def _start(self, bucket: Bucket) -> None:
-        if self.group.size == 1:
+        group = bucket.group
+        if group.size == 1:
             return
         with record_function(f"start reducing bucket {bucket.number}"):
             if self.sharded:
-                bucket.pending = self.group.start_scatter_rows(bucket.flat.view(self.group.size, -1))
+                bucket.pending = group.start_scatter_rows(bucket.flat.view(group.size, -1))
             else:
-                bucket.pending = self.group.start_all_reduce(bucket.flat)
+                bucket.pending = group.start_all_reduce(bucket.flat)
 
     def finish(self) -> None:
-        """Return when every bucket, or this rank's share of it, is summed over the group."""
+        """Return when every bucket, or this rank's share of it, is summed over its replicas."""
         for bucket in self.buckets:
             if bucket.pending is None:
                 self._start(bucket)
@@ -165,7 +184,8 @@ class GradBuffers:
     def scale(self, factor: float) -> None:
         """Multiply what is reduced."""
         for bucket in self.buckets:
-            (bucket.flat.view(self.group.size, -1)[self.group.rank] if self.sharded else bucket.flat).mul_(factor)
+            group, flat = bucket.group, bucket.flat
+            (flat.view(group.size, -1)[group.rank] if self.sharded else flat).mul_(factor)
 
 
 def all_reduce_together(tensors: list[Tensor], group: Group) -> None:

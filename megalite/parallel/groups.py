@@ -6,7 +6,7 @@ implementation of the same interface, megalite.parallel.threads, runs every rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -97,6 +97,12 @@ def share_text(group: Group, text: str | None, device: torch.device) -> str | No
     if group.rank == source and raw is not None:
         shared.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
     return bytes(group.broadcast(shared, source).tolist()).decode()
+
+
+def sum_numbers(group: Group, values: Mapping[str, float], device: torch.device) -> dict[str, float]:
+    """Sum numbers over the group, each under its name, in one float64 all-reduce. Every rank has the same names."""
+    total = group.all_reduce(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
+    return dict(zip(values, total.tolist(), strict=True))
 
 
 class World(Protocol):

@@ -1,10 +1,11 @@
-"""Where a rank stands: the ranks of a run as one array over the axes (pp, dp, cp, tp), tp innermost.
+"""The ranks of a run as one array over the axes (pp, dp, cp, tp), and the groups that are slices of it.
 
-Neighbouring ranks share a node, so the axis that talks most, tp, is innermost (Narayanan et al. 2021, section 3). Each
-group is a slice of that one array.
+tp varies fastest: it communicates most, and neighbouring ranks share a node (Narayanan et al. 2021, section 3).
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -12,34 +13,61 @@ from megalite.parallel.groups import Group, World
 
 AXES = ("pp", "dp", "cp", "tp")
 
+# Every mesh creates the groups over these axes, in this order. torch.distributed needs all ranks to create all groups
+# in one order, which a group that is created where it is first used cannot promise.
+GROUPS = (AXES, ("pp",), ("dp",), ("cp",), ("tp",), ("dp", "cp"))
+
+
+def slices(shape: Sequence[int], axes: Collection[str]) -> list[list[int]]:
+    """Split the ranks of a mesh of `shape` (pp, dp, cp, tp) into lists that differ in the coordinates of `axes` alone.
+
+    Ranks of a list are in ascending order; lists are ordered by the coordinates they share.
+    """
+    kept = [number for number, axis in enumerate(AXES) if axis not in axes]
+    varied = [number for number, axis in enumerate(AXES) if axis in axes]
+    size = int(np.prod([shape[number] for number in varied], dtype=int))
+    grid = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    found: list[list[int]] = grid.transpose(*kept, *varied).reshape(-1, size).tolist()
+    return found
+
 
 class Mesh:
     """The groups of one rank.
 
-    `mesh.tp.rank` and `mesh.tp.size` are the coordinate and the extent on the tp axis; likewise pp, dp, cp.
-    `embed` joins the first and the last pipeline stage (tied embeddings); `kv` joins the tp ranks that hold replicas of
-    one kv group: `kv_replicas` neighbours when tp is `kv_replicas` times the number of kv heads.
+    `mesh.tp.rank` and `mesh.tp.size` are this rank's coordinate on the tp axis and the size of that axis; likewise pp,
+    dp, cp. `mesh.group("dp", "cp")` is the group over two axes together: the ranks that hold the same parameters.
+    `embed` joins the first and the last pipeline stage (tied embeddings). `kv` joins the tp ranks that hold the same
+    key and value heads: `kv_replicas` neighbours if tp is `kv_replicas` times the number of kv heads.
     """
 
     def __init__(
         self, world: World, *, tp: int = 1, pp: int = 1, dp: int = 1, cp: int = 1, kv_replicas: int = 1
     ) -> None:
-        assert pp * dp * cp * tp == world.size, (pp, dp, cp, tp, world.size)
+        shape = (pp, dp, cp, tp)
+        assert pp * dp * cp * tp == world.size, (*shape, world.size)
         self.link = world
         self.device = world.device
-        grid = np.arange(world.size).reshape(pp, dp, cp, tp)
-        self.world = world.split([list(range(world.size))])
-        self.pp, self.dp, self.cp, self.tp = (
-            world.split(np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis]).tolist()) for axis in range(4)
-        )
+        self._groups = {axes: world.split(slices(shape, axes)) for axes in GROUPS}
+        self.world = self.group(*AXES)
+        self.pp, self.dp, self.cp, self.tp = (self.group(axis) for axis in AXES)
         self.embed: Group = Group([world.rank], 0)
         if pp > 1:
-            ends = np.moveaxis(grid[[0, -1]], 0, -1).reshape(-1, 2).tolist()
-            middle = [[rank] for rank in grid[1:-1].reshape(-1).tolist()]
-            self.embed = world.split(ends + middle)
+            pipelines = slices(shape, ("pp",))
+            ends = [[ranks[0], ranks[-1]] for ranks in pipelines]
+            self.embed = world.split(ends + [[rank] for ranks in pipelines for rank in ranks[1:-1]])
         self.kv: Group = Group([world.rank], 0)
         if kv_replicas > 1:
-            self.kv = world.split(grid.reshape(-1, kv_replicas).tolist())
+            self.kv = world.split(np.arange(world.size).reshape(-1, kv_replicas).tolist())
+
+    def group(self, *axes: str) -> Group:
+        """The ranks that differ from this one in the coordinates of `axes` alone, in any order of `axes`.
+
+        Raises ValueError for axes that GROUPS does not list.
+        """
+        ordered = tuple(axis for axis in AXES if axis in axes)
+        if len(ordered) != len(axes) or ordered not in self._groups:
+            raise ValueError(f"the mesh has no group over {', '.join(axes)}; list it in GROUPS of {__name__}")
+        return self._groups[ordered]
 
     @property
     def is_first_stage(self) -> bool:

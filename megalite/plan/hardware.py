@@ -1,11 +1,11 @@
-"""What GPUs have, by name: memory, and what they compute at most. No torch here.
+"""Memory and peak FLOP/s of GPUs, by name. No torch here.
 
 Peaks are dense, without sparsity, in TFLOP/s of one device as torch counts devices, from the vendors' data sheets:
 NVIDIA A100, A800, A10, A30, A40, L4, L40, L40S, T4, V100, H100 (SXM, PCIe, NVL), H200, H20, GH200, HGX B100/B200 and
 GB200 NVL72; the architecture white papers of GA102, AD102 and GB202 for RTX (fp32 accumulation); AMD Instinct MI210,
-MI250, MI250X, MI300X, MI325X and MI355X. Where a sheet gives only the figure with sparsity, half of it.
+MI250, MI250X, MI300X, MI325X and MI355X. If a sheet gives only the figure with sparsity, the peak is half of it.
 
-Memory is what the driver reports in all, in GiB: less than the name on the box where ECC or the driver takes a part.
+Memory is the total that the driver reports, in GiB: less than the nominal size if ECC or the driver reserves a part.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from megalite.config import ConfigError
 from megalite.config.values import Range, shown
 
 PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
-# a slice of a GPU, or one held back by its case: the name says nothing of its speed
+# a slice of a GPU, or a laptop's: the name does not determine the speed
 NOT_WHOLE = re.compile(r"\b(MIG|vGPU|GRID|Laptop|Max-Q)\b", re.IGNORECASE)
 Peaks = tuple[float | None, float | None, float | None, float | None]
-# name: GiB, of each size that is sold; fp16, bf16, tf32, fp32 (matrix cores where torch uses them for fp32), None: not
-# there, or not published
+# name: GiB of each size that is sold; fp16, bf16, tf32, fp32 (matrix cores if torch uses them for fp32); None: not
+# supported, or not published
 GPUS: dict[str, tuple[tuple[float, ...], Peaks]] = {
     "V100": ((16, 32), (112, None, None, 14.0)),  # PCIe, the slowest
     "V100-SXM2": ((16, 32), (125, None, None, 15.7)),
@@ -69,7 +69,10 @@ GIB_OF_A_GPU = Range(1, 2048, 80)
 
 
 def gpu_gib(text: str) -> float:
-    """GiB of a GPU named as people do (h100, a100-80gb, "RTX 4090"), or given as a number (80, 23.5, 80GiB)."""
+    """GiB of a GPU by a common name (h100, a100-80gb, "RTX 4090") or a number (80, 23.5, 80GiB).
+
+    Raises ConfigError if the name is not known, or there are several sizes.
+    """
     plain = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(?:gi?b|g)?", text.strip().lower())
     if plain and GIB_OF_A_GPU.holds(float(plain[1])):
         return float(plain[1])
@@ -80,12 +83,12 @@ def gpu_gib(text: str) -> float:
         if asked in (short, f"nvidia{short}", short.removeprefix("rtx")):
             if len(sizes) > 1:
                 each = " or ".join(f"gpu={name.lower()}-{size:g}" for size in sizes)
-                raise ConfigError(f"gpu={text}: there are {name} of several sizes; write {each}")
+                raise ConfigError(f"gpu={text}: {name} comes in several sizes; write {each}")
             return sizes[0]
         box = re.fullmatch(
             rf"(?:nvidia)?{short}(?:sxm[0-9]?|pcie)?([0-9]+(?:[.][0-9]+)?)(?:gi?b|g)?(?:hbm[0-9]e?)?", asked
         )
-        # the size on the box is up to 8 % more than what the driver reports
+        # the nominal size is up to 8 % more than what the driver reports
         for size in sizes:
             if box and size * 0.99 <= float(box[1]) <= size * 1.08:
                 return size
@@ -101,9 +104,9 @@ def _squashed(name: str) -> str:
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """FLOP/s at most of the device `name` (as torch or NVML spell it), None where it is not known.
+    """Peak FLOP/s of the device `name`, as torch or NVML spell it; None if it is not known.
 
-    `precision`: fp16, bf16, tf32 or fp32. Of several names that fit the longest counts.
+    `precision`: fp16, bf16, tf32 or fp32. The longest name in the table that matches is used.
 
     >>> peak_flops("NVIDIA H100 80GB HBM3", "bf16")
     989400000000000.0

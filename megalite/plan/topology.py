@@ -1,6 +1,6 @@
-"""Which tp x pp a run takes, and whether it fits: what `plan` says that it needs, held against what ranks have.
+"""Chooses tp x pp for a run and checks that it fits: what it needs, compared with what the ranks have.
 
-No torch here: what cannot fit is told before anything is allocated.
+No torch here: a run that cannot fit is refused before anything is allocated.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from megalite.plan.costs import GIB, Memory, memory, rank_memory
 from megalite.plan.counts import parameters
 from megalite.plan.hardware import gpu_gib
 
-# of a GPU's memory, what a plan may use: fragmentation and other processes take the rest
+# share of a GPU's memory that a plan may use; the rest is for fragmentation and other processes
 USABLE = 0.94
-NODE = 8  # ranks of a node, where a plan for other hardware does not say
+NODE = 8  # ranks per node of other hardware, unless per_node is given
 C = TypeVar("C", bound=Config)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run has: `local` of its `ranks` on one node, each with `free` bytes on `device` ("cuda" or "cpu")."""
+    """A run's hardware: `ranks`, `local` of them per node, each with `free` bytes on `device` ("cuda" or "cpu")."""
 
     ranks: int
     local: int
@@ -47,7 +47,7 @@ def this_machine(device: str, ranks: int, local: int) -> Machine:
 
 
 def other_machine(device: str, ranks: int, local: int | None, gpu: str | None) -> Machine:
-    """The hardware of `world=N gpu=NAME per_node=N`; without `gpu` the nodes are like this one."""
+    """The hardware of `world=N gpu=NAME per_node=N`; without `gpu`, nodes like this one."""
     local = min(local or NODE, ranks)
     if gpu is None:
         return dataclasses.replace(this_machine(device, ranks, local), name="nodes like this one")
@@ -58,7 +58,10 @@ def other_machine(device: str, ranks: int, local: int | None, gpu: str | None) -
 
 
 def device_memory(device: str, local_ranks: int) -> tuple[str, int]:
-    """("cuda" or "cpu", bytes free for one rank): NVML's total of the smallest GPU, or this machine's memory shared."""
+    """("cuda" or "cpu", bytes for one rank): the smallest GPU's memory by NVML, or this rank's share of main memory.
+
+    Raises ConfigError if train.device=cuda and there is no GPU.
+    """
     if device != "cpu":
         gpus = gpu_memory()
         if gpus:
@@ -69,19 +72,19 @@ def device_memory(device: str, local_ranks: int) -> tuple[str, int]:
 
 
 def gpu_memory() -> list[int]:
-    """Total bytes of each GPU by NVML; empty where there is no driver."""
+    """Total bytes of each GPU by NVML; empty without a driver."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-    except Exception:  # no driver, no library: both mean that there is no GPU to plan for
+    except Exception:  # without driver or library there is no GPU to plan for
         return []
     handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
     return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles]
 
 
 def available_memory() -> int:
-    """Bytes of memory this machine can still give, within its cgroup's limit."""
+    """Bytes of memory still available on this machine, within its cgroup's limit."""
     text = Path("/proc/meminfo").read_text() if Path("/proc/meminfo").exists() else ""
     found = [int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable")]
     total = found[0] if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -92,9 +95,9 @@ def available_memory() -> int:
 
 
 def _layouts(config: Config, ranks: int, local: int) -> Iterator[Resolved]:
-    """`config`, resolved, at every tp x pp that obeys the rules where it leaves them open."""
+    """Yield `config`, resolved, at every valid tp x pp that it leaves open."""
     m, p, t = config.model, config.parallel, config.train
-    # how long the learning rate decays is no matter of memory, and slow to find out for a long ramp
+    # the length of the decay does not affect memory, and takes long to compute for a long ramp
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, decay_samples=10**15))
     for tp in valid_tp(m) if p.tp is None else [p.tp]:
         if p.tp is None and (tp > local or (p.sp and t.seq_len % tp)):
@@ -110,11 +113,11 @@ def _layouts(config: Config, ranks: int, local: int) -> Iterator[Resolved]:
 
 
 def choose_topology(config: Config, machine: Machine, explicit: frozenset[str]) -> tuple[Config, str]:
-    """`config` with tp and pp set, and a line that says why.
+    """Return `config` with tp and pp set, and a line that says why.
 
-    A preset's own tp and pp hold where they divide the ranks; a user's are never changed. Otherwise the smallest
-    tp x pp that fits the memory leaves the most replicas; of two alike the one with the larger tp, up to a node's
-    ranks, has the smaller bubble.
+    The user's values are never changed; a preset's are used if they divide the ranks. Otherwise the smallest tp x pp
+    that fits into memory is chosen, which leaves the most replicas; of equals, the one with the larger tp, up to the
+    ranks of a node, which has the smaller bubble.
     """
     p, ranks = config.parallel, machine.ranks
     if p.stages is not None and "parallel.pp" not in explicit:
@@ -130,7 +133,7 @@ def choose_topology(config: Config, machine: Machine, explicit: frozenset[str]) 
     config = dataclasses.replace(config, parallel=p)
     found = [(memory(layout, machine.device), layout.parallel) for layout in _layouts(config, ranks, machine.local)]
     if not found:
-        # no topology obeys every rule: let the checks say which is broken
+        # no topology is valid: the checks then name the rule that is broken
         one = dataclasses.replace(p, tp=p.tp or 1, pp=p.pp or 1)
         return dataclasses.replace(config, parallel=one), "no topology divides"
     fitting = [f for f in found if f[0].total <= machine.free]
@@ -164,9 +167,10 @@ def _ranks(count: int) -> str:
 
 
 def check_memory(config: Resolved, machine: Machine, first_try: bool = False) -> Memory:
-    """The need of a resolved configuration; ConfigError with the bytes by kind, and what would fit, if it is too much.
+    """Return the memory that the fullest rank needs.
 
-    `first_try`: the user has asked for nothing yet, and any model will do.
+    Raises ConfigError, with the bytes by kind and what would fit, if it is more than a rank has. `first_try`: the user
+    has set nothing, so that any model will do.
     """
     need = memory(config, machine.device)
     if need.total <= machine.free:
@@ -182,7 +186,7 @@ def check_memory(config: Resolved, machine: Machine, first_try: bool = False) ->
 
 
 def _remedies(config: Resolved, machine: Machine, need: Memory) -> list[str]:
-    """What would make it fit: keys that do alone, else together, then other hardware."""
+    """What would make it fit: single keys that do, or all of them together, then other hardware."""
     p, t = config.parallel, config.train
     changes = {
         "parallel.recompute=full": p.recompute != "full",
@@ -194,7 +198,7 @@ def _remedies(config: Resolved, machine: Machine, need: Memory) -> list[str]:
     fits = [c for c in useful if memory(_changed(config, c), machine.device).total <= machine.free]
     if not fits and len(useful) > 1 and memory(_changed(config, *useful), machine.device).total <= machine.free:
         fits = [" ".join(useful)]
-    # the longest sequence that fits, and other cuts of the model over the same ranks, or more of them
+    # the longest sequence that fits, and another topology on the same ranks, or on more
     lengths = (t.seq_len >> k for k in range(1, 4) if (t.seq_len >> k) % p.tp == 0 and t.seq_len >> k >= 512)
     shorter = (f"train.seq_len={n}" for n in lengths)
     fits += [c for c in shorter if memory(_changed(config, c), machine.device).total <= machine.free][:1]
@@ -225,7 +229,7 @@ def _changed(config: C, *changes: str) -> C:
 
 
 def memory_table(config: Resolved, machine: Machine) -> str:
-    """The bytes of each rank by kind, a line for stages that are alike, and whether they fit."""
+    """The bytes of each rank by kind, with one line for equal stages, and whether they fit."""
     p, rows = config.parallel, []
     width = p.tp * p.dp * p.cp
     needs = rank_memory(config, machine.device)

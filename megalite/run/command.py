@@ -73,10 +73,10 @@ def _drop_other_data(request: Request, path: str, file: Config, say: Say) -> Req
         if f"data.{mine}" not in request.typed or getattr(request.config.data, mine) is None or was is None:
             continue
         if f"data.{other}" not in request.typed:
-            say(f"data.{other}={was} of {path} is left out: data.{mine} is set")
+            say(f"data.{other}={was} of {path} is ignored: data.{mine} is set")
             request = request.replaced(data={other: None})
         if "data.valid" not in request.typed and file.data.valid:
-            say(f"data.valid of {path} is left out: its sets are of the other kind")
+            say(f"data.valid of {path} is ignored: its sets are of the other kind")
             request = request.replaced(data={"valid": {}})
         return _start_from_run(request, path, say) if _is_run_config(path) else request
     return request
@@ -86,12 +86,12 @@ def _start_from_run(request: Request, path: str, say: Say) -> Request:
     """A run in a folder of its own that starts from the weights of the run whose config.yaml is `path`."""
     source = Path(path).parent
     if not {"checkpoint.load", "model.from_hf"} & request.typed:
-        say(f"checkpoint.load={source}: the run whose configuration was named")
+        say(f"checkpoint.load={source}: the run of --config")
         request = request.replaced(checkpoint={"load": str(source)}, model={"from_hf": None})
     if "train.run_dir" not in request.typed:
         kind = "sft" if request.config.data.sft else "pretrain"
         folder = source.with_name(f"{kind}-{source.name}")
-        say(f"train.run_dir={folder}: {source} keeps the run that it holds")
+        say(f"train.run_dir={folder}: {source} keeps its own run")
         request = request.replaced(train={"run_dir": str(folder)})
     return request
 
@@ -102,10 +102,10 @@ def _drop_other_weights(request: Request, path: str, say: Say) -> Request:
     if load is None or from_hf is None:
         return request
     if "checkpoint.load" in request.typed and "model.from_hf" not in request.typed:
-        say(f"model.from_hf={from_hf} of {path} is left out: checkpoint.load is set")
+        say(f"model.from_hf={from_hf} of {path} is ignored: checkpoint.load is set")
         return request.replaced(model={"from_hf": None})
     if "model.from_hf" in request.typed and "checkpoint.load" not in request.typed:
-        say(f"checkpoint.load={load} of {path} is left out: model.from_hf is set")
+        say(f"checkpoint.load={load} of {path} is ignored: model.from_hf is set")
         return request.replaced(checkpoint={"load": None})
     return request
 
@@ -116,15 +116,15 @@ def _drop_other_length(request: Request, path: str, file: Config, say: Say) -> R
     if not mine:
         return request
     if mine == {"train.epochs"} and train.epochs is not None and "train.steps" in request.explicit:
-        say(f"train.steps={train.steps} of {path} is left out: train.epochs is set")
+        say(f"train.steps={train.steps} of {path} is ignored: train.epochs is set")
         request = request.forgetting("train.steps")
     if mine == {"train.steps"} and train.epochs is not None:
-        say(f"train.epochs={train.epochs:g} of {path} is left out: train.steps is set")
+        say(f"train.epochs={train.epochs:g} of {path} is ignored: train.steps is set")
         request = request.replaced(train={"epochs": None})
     decay = file.optim.decay_samples
     computed = decay == total_samples(file.train, file.parallel.dp or 1)
     if computed and "optim.decay_samples" not in request.typed:
-        say(f"optim.decay_samples={decay} of {path} is left out: it was the length of that run")
+        say(f"optim.decay_samples={decay} of {path} is ignored: it was the length of that run")
         request = request.replaced(optim={"decay_samples": None})
     return request
 
@@ -157,13 +157,13 @@ def with_added_tokens(request: Request) -> Request:
         return request
     wrong = [token for token in add if not token.strip() or token != token.strip()]
     if wrong or len(set(add)) < len(add):
-        what = f"{wrong[0]!r} begins or ends with a space, or is empty" if wrong else "a token stands there twice"
+        what = f"{wrong[0]!r} begins or ends with a space, or is empty" if wrong else "a token is listed twice"
         raise ConfigError(f"model.add_tokens: {what}; write each token once, e.g. [<|im_start|>, <|im_end|>]")
     if config.data.tokenizer is None:
         raise ConfigError("model.add_tokens: to which tokenizer? Set data.tokenizer too")
     if config.tune.mode == "lora":
         raise ConfigError(
-            "model.add_tokens: tune.mode=lora does not train the embeddings, so new tokens would never mean anything; "
+            "model.add_tokens: tune.mode=lora does not train the embeddings, so new tokens would stay untrained; "
             "use tune.mode=full, or a template whose control strings the tokenizer has"
         )
     size = max(config.model.vocab_size, load_tokenizer(config.data.tokenizer, add).vocab_size)

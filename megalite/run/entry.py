@@ -26,6 +26,7 @@ from megalite.plan.topology import Machine, check_memory, lay_out, other_machine
 from megalite.run.agree import Report, report
 from megalite.run.command import understand
 from megalite.run.length import with_curve, with_epochs
+from megalite.run.objective import Objective, objective_of
 from megalite.run.resume import resume_from, take_run_folder
 from megalite.run.together import (
     HERE,
@@ -52,11 +53,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: bool = False) -> int:
-    """Run `examples/pretrain_7b.py`, or with `tuning` `examples/sft_7b.py`. Returns the exit status.
+def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, objective: Objective | None = None) -> int:
+    """Run `examples/pretrain_7b.py`, or the script of another objective. Returns the exit status.
 
-    `corpus`: the folder of text that the preset tiny learns from by default.
+    objective: what the script trains for; None: the one that applies to the configuration. corpus: the folder of text
+    that the preset tiny learns from by default.
     """
+    tuning = objective is not None and objective.starts_trained
     hear_signals()
     log_choices()
     try:
@@ -71,7 +74,9 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
             return show_plan(request, config, machine)
         check_memory(config, machine, first_try(request))
         check_this_machine(config)
-        config, data = find_data(request, config, corpus, tuning)
+        config = with_demo_data(request, config, corpus, tuning)
+        objective = objective or objective_of(config)
+        config, data = open_sets(config, objective, scan=RANK == 0)
         config = with_epochs(config, request, len(data.train), WORLD_SIZE, say)
         config = with_curve(config, request, say)
         resume = resume_from(config, say)
@@ -85,7 +90,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, tuning: 
         mine = report(config, resume, HERE) if WORLD_SIZE > 1 else None
     except (ConfigError, ValueError, OSError) as error:
         return fail(error, meets=not {"--dry-run", "--print-config"} & set(argv))
-    return run(config, data, resume, mine)
+    return run(config, objective, data, resume, mine)
 
 
 def log_choices() -> None:
@@ -128,7 +133,7 @@ def show_plan(request: Request, config: Resolved, machine: Machine) -> int:
     if RANK == 0 and request.hardware is None and (config.data.path is not None or config.data.sft is not None):
         with tempfile.TemporaryDirectory(prefix="megalite-") as scratch:
             data = dataclasses.replace(config.data, cache_dir=scratch)
-            config, opened = open_sets(dataclasses.replace(config, data=data), scan=True)
+            config, opened = open_sets(dataclasses.replace(config, data=data), objective_of(config), scan=True)
             say(f"data: {opened.fingerprint}; one epoch is {len(opened.train)} samples")
             with_epochs(config, request, len(opened.train), WORLD_SIZE, say)
     return 0
@@ -140,7 +145,7 @@ def check_this_machine(config: Resolved) -> None:
     # each thread costs memory, and an entry in the machine's table of processes
     if threads > max(16, cores):
         raise ConfigError(
-            f"train.threads={threads} of each rank on a machine of {cores} cores; use train.threads="
+            f"train.threads={threads} per rank on a machine with {cores} cores; use train.threads="
             f"{max(1, cores // LOCAL_RANKS)} or less, or 0 to share the cores among the ranks"
         )
     if RANK == 0:
@@ -150,27 +155,21 @@ def check_this_machine(config: Resolved) -> None:
     require_peers()
 
 
-def find_data(request: Request, config: Resolved, corpus: Path, tuning: bool) -> tuple[Resolved, DataSets]:
-    """The data of the run, opened and checked, and `config` with what names it. Raises ValueError as `open_data`."""
+def with_demo_data(request: Request, config: Resolved, corpus: Path, tuning: bool) -> Resolved:
+    """`config` with the data that the preset tiny has if the user names none."""
     chosen = config.data.path is not None or config.data.sft is not None or config.model.from_hf is not None
-    if request.preset == "tiny" and not chosen:
-        from megalite.data.demo import demo_data
+    if request.preset != "tiny" or chosen:
+        return config
+    from megalite.data.demo import demo_data
 
-        data = demo_data(config.data, corpus, config.model.vocab_size, tuning)
-        config = dataclasses.replace(config, data=data)
-    if tuning and config.data.sft is None:
-        raise ConfigError(
-            "data.sft is not set: which conversations should the model learn from? e.g. data.sft=chats.jsonl "
-            "data.tokenizer=tokenizer.json checkpoint.load=runs/llama2-7b"
-        )
-    return open_sets(config, scan=RANK == 0)
+    data = demo_data(config.data, corpus, config.model.vocab_size, tuning)
+    return dataclasses.replace(config, data=data)
 
 
-def open_sets(config: Resolved, scan: bool) -> tuple[Resolved, DataSets]:
-    from megalite.data.sets import open_data
-
+def open_sets(config: Resolved, objective: Objective, scan: bool) -> tuple[Resolved, DataSets]:
+    """The data of the run, opened and checked, and `config` with their tokenizer. Raises ValueError."""
     config = dataclasses.replace(config, data=with_its_tokenizer(config.data, Path(config.train.run_dir), say))
-    return config, open_data(config, scan)
+    return config, objective.open_data(config, scan)
 
 
 def is_complete(config: Resolved, resume: Path) -> bool:
@@ -180,13 +179,13 @@ def is_complete(config: Resolved, resume: Path) -> bool:
         return False
     say(
         f"{config.train.run_dir} is complete: step {step} of {config.train.steps}; "
-        f"raise train.steps to go on, or choose another train.run_dir"
+        f"raise train.steps to continue, or choose another train.run_dir"
         + ("; tools/checkpoint.py convert exports it" if config.train.export_hf else "")
     )
     return True
 
 
-def run(config: Resolved, data: DataSets, resume: Path | None, mine: Report | None) -> int:
+def run(config: Resolved, objective: Objective, data: DataSets, resume: Path | None, mine: Report | None) -> int:
     """Train, then export if train.export_hf is set. Returns the exit status. `mine`: the report to the other ranks."""
     done = False
 
@@ -194,7 +193,7 @@ def run(config: Resolved, data: DataSets, resume: Path | None, mine: Report | No
         nonlocal done
         from megalite.run.trainer import train
 
-        done = train(config, data, world, resume).step >= config.train.steps and not config.train.eval_only
+        done = train(config, objective, data, world, resume).step >= config.train.steps and not config.train.eval_only
 
     try:
         status = in_world(config, main, mine, Path(config.train.run_dir))
@@ -214,4 +213,4 @@ def export(run_dir: Path, target: Path) -> None:
     from megalite.exchange.convert import to_hf_folder
 
     folder = to_hf_folder(run_dir, target)
-    say(f"exported {folder}" + ("" if find_tokenizer(folder) else ", without a tokenizer: none lies with the run"))
+    say(f"exported {folder}" + ("" if find_tokenizer(folder) else ", without a tokenizer: the run has none"))

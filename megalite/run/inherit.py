@@ -56,7 +56,7 @@ def inherit_checkpoint(request: Request, tuning: bool, say: Say) -> Request:
         request = request.replaced(checkpoint={"load_optim": False})
     length = saved.train.seq_len
     if length < request.config.train.seq_len and "train.seq_len" not in request.explicit:
-        say(f"train.seq_len={length}: {load} was trained on so many tokens")
+        say(f"train.seq_len={length}: {load} was trained with sequences of that length")
         request = request.replaced(train={"seq_len": length})
     if is_adapter(manifest):
         request = _inherit_adapter(request, saved.tune, load, say)

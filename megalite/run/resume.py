@@ -33,7 +33,7 @@ def resume_from(config: Config, say: Say) -> Path | None:
     if resume == "never" and run_dir.is_dir() and holds_files(run_dir):
         raise ConfigError(
             f"train.run_dir={run_dir} is not empty and checkpoint.resume=never; choose another folder, "
-            f"or checkpoint.resume=auto to go on"
+            f"or checkpoint.resume=auto to continue"
         )
     if newest is not None:
         _check_continued(config, newest)
@@ -75,7 +75,7 @@ def _check_continued(config: Config, newest: Path) -> None:
     kept = config_of(manifest).model.add_tokens
     if kept != config.model.add_tokens:
         raise ConfigError(
-            f"{newest} was trained with model.add_tokens=[{', '.join(kept)}]; use the same here, or begin another run "
+            f"{newest} was trained with model.add_tokens=[{', '.join(kept)}]; use the same here, or start another run "
             f"with checkpoint.load={newest.parents[1]}"
         )
     check_adapter(manifest, config, newest, resume=True)
@@ -93,8 +93,8 @@ def _check_loaded(config: Config, source: Path) -> None:
     counts_on = config.checkpoint.load_optim and (config.tune.mode != "lora" or is_adapter(manifest))
     if manifest["step"] >= config.train.steps and counts_on and not config.train.eval_only:
         raise ConfigError(
-            f"{source} is at step {manifest['step']}, of train.steps={config.train.steps} none is left; raise "
-            f"train.steps, or take the weights alone with checkpoint.load_optim=false"
+            f"{source} is at step {manifest['step']} and train.steps={config.train.steps}: no step is left; raise "
+            f"train.steps, or load only its weights with checkpoint.load_optim=false"
         )
 
 
@@ -102,7 +102,7 @@ def _say_changes(config: Config, saved: Path, say: Say) -> None:
     try:
         changed = changed_keys(saved, config) if saved.is_file() else []
     except ConfigError as error:
-        say(f"note: {error}; it is written again")
+        say(f"note: {error}; it will be rewritten")
         return
     for line in changed:
         say(f"changed since the last run: {line}")

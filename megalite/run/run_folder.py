@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be written, its configuration, tokenizer and chat template, its wish to go on."""
+"""The folder of a run: whether it can be written, and its configuration, tokenizer, chat template and REQUEUE."""
 
 from __future__ import annotations
 

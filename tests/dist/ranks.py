@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -186,9 +187,10 @@ def pretrain_at(folders: Sequence[Path], argv: Sequence[str]) -> int:
 def finetune(argv: Sequence[str]) -> int:
     """What `examples/sft_7b.py --preset tiny` does in each process."""
     from megalite.run import entry
+    from megalite.run.objective import TUNING
 
     corpus = REPOSITORY / "examples" / "corpus"
-    return entry.pretrain(["--preset", "tiny", *argv], default_preset="sft-7b", corpus=corpus, tuning=True)
+    return entry.pretrain(["--preset", "tiny", *argv], default_preset="sft-7b", corpus=corpus, objective=TUNING)
 
 
 def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Signals) -> int:
@@ -197,11 +199,11 @@ def pretrain_with(argv: Sequence[str], rank: int, step: int, *signals: signal.Si
 
     whole_step = trainer.train_step
 
-    def interrupted(run: trainer.Run) -> str:
-        if run.state.step + 1 == step:
+    def interrupted(engine: Any, objective: Any, dataset: Any, state: Any, *more: Any) -> Any:
+        if state.step + 1 == step:
             for number in signals:
                 os.kill(os.getpid(), number)
-        return whole_step(run)
+        return whole_step(engine, objective, dataset, state, *more)
 
     if os.environ["RANK"] == str(rank):
         trainer.train_step = interrupted

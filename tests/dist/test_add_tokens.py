@@ -115,7 +115,7 @@ def test_what_is_refused(made: Path, tmp_path: Path) -> None:
         ([*common, *one, ADD, "checkpoint.load_optim=true"], "checkpoint.load_optim=false"),
         ([*common, *one, ADD, "tune.mode=lora"], "tune.mode=lora does not train the embeddings"),
         ([*common, *one, "model.add_tokens=[' a']"], "begins or ends with a space"),
-        ([*common, *one, "model.add_tokens=[a, a]"], "a token stands there twice"),
+        ([*common, *one, "model.add_tokens=[a, a]"], "a token is listed twice"),
     ):
         assert_refused(argv, words)
     run_ranks(1, finetune, [*common[:-1], "train.steps=1", *one, ADD])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import Ended, Ranks, different, pretrain, refused, run_ranks, whole_tensors
@@ -44,18 +45,16 @@ def tmpfs(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 def pretrain_limited(argv: list[str], rank: int, steps: range) -> int:
     """`pretrain`, in which files of one rank may have 3000 bytes at most while it saves `steps`."""
-    from megalite.run import trainer
+    from megalite.checkpoint.save import Saver
 
-    whole_save = trainer.save
+    whole_start = Saver.start
 
-    def limited(run: trainer.Run, last: bool = True) -> None:
-        with trainer._save_may_fail(run):
-            trainer._saved(run, run.saver.finish())  # the limit is for the next alone
-        limit = 3000 if run.state.step in steps and os.environ["RANK"] == str(rank) else resource.RLIM_INFINITY
+    def limited(saver: Saver, shards: Any, spans: Any, kinds: Any, state: dict[str, Any]) -> None:
+        limit = 3000 if state["step"] in steps and os.environ["RANK"] == str(rank) else resource.RLIM_INFINITY
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        whole_save(run, last)
+        whole_start(saver, shards, spans, kinds, state)
 
-    trainer.save = limited
+    Saver.start = limited
     return pretrain(argv)
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import Ranks, different, pretrain, run_ranks, whole_tensors
@@ -79,10 +80,10 @@ def slow_step(argv: list[str], step: int) -> int:
 
     whole_step = trainer.train_step
 
-    def slow(run: trainer.Run) -> str:
-        if run.state.step + 1 == step:
+    def slow(engine: Any, objective: Any, dataset: Any, state: Any, *more: Any) -> Any:
+        if state.step + 1 == step:
             time.sleep(600)
-        return whole_step(run)
+        return whole_step(engine, objective, dataset, state, *more)
 
     trainer.train_step = slow
     return pretrain(argv)

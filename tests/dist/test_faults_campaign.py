@@ -22,7 +22,7 @@ TIMEOUT_S, STEPS = 10.0, 6
 # where the signal comes: at the first call, or that of a later step, of a function
 PHASES = {
     "command line": ("megalite.run.command", "parse_command_line", 1),
-    "data": ("megalite.data.sets", "open_data", 1),
+    "data": ("megalite.data.pretraining", "open_stream", 1),
     "meeting": ("megalite.run.together", "join", 1),
     "reports": ("megalite.run.together", "settle", 1),
     "run folder": ("megalite.run.agree", "_problem", 1),
@@ -33,7 +33,7 @@ PHASES = {
     "first evaluation": ("megalite.run.trainer", "evaluate", 1),
     "step": ("megalite.run.trainer", "train_step", 4),
     "backward": ("megalite.engine.engine", "Engine.forward_backward", 3),
-    "sum": ("megalite.run.trainer", "_sum", 6),
+    "sum": ("megalite.run.step", "sum_numbers", 3),
     "update": ("megalite.engine.engine", "Engine.update", 3),
     "save": ("megalite.checkpoint.save", "Saver.start", 2),
     "write": ("megalite.checkpoint.save", "Saver._write", 2),

@@ -164,6 +164,6 @@ def test_an_empty_configuration_of_a_run_is_written_again(settings, tmp_path: Pa
         step = int(complete(tmp_path)[-1].name.removeprefix("step-")) + 1
         ended = run_ranks(1, pretrain, [*argv, f"train.steps={step}"])
         assert f"note: {tmp_path}/{said}" in ended.out[0]
-        assert "it is written again" in ended.out[0]
+        assert "it will be rewritten" in ended.out[0]
         assert "changed since" not in ended.out[0]
         assert (tmp_path / "config.yaml").read_text().count("\n") == whole.count("\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, resolve_model
 from megalite.config.shapes import shapes
 from megalite.data.corpus import train_tokenizer
 from megalite.exchange.convert import to_hf_folder, write_run
@@ -27,9 +27,8 @@ ROOT = Path(__file__).parents[2]
 CORPUS = ROOT / "examples" / "corpus"
 PAGE = (ROOT / "docs" / "generate.md").read_text(encoding="utf-8")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-MODEL = ModelConfig(
-    vocab_size=500, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_hidden_size=64, init_std=0.3
-)
+SHAPE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "ffn_hidden_size": 64}
+MODEL = resolve_model(ModelConfig(vocab_size=500, **SHAPE, init_std=0.3), 256)
 START_S = 120.0
 
 

@@ -47,7 +47,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(
     argv = settings(tmp_path / "run", *CUT)
     ended = run_ranks(RANKS, pretrain_with, argv, rank, 5, number)
     reason = number.name if rank == 0 else "another rank received a stop signal"
-    assert f"stopped at step 5: {reason}; the same command goes on from here" in ended.out[0]
+    assert f"stopped at step 5: {reason}; run the same command to resume" in ended.out[0]
     assert "".join(ended.err) == ""
     assert [folder.name for folder in complete(tmp_path / "run")] == ["step-00000005"]
 
@@ -91,7 +91,7 @@ def test_a_signal_while_a_run_starts_stops_it_before_the_first_step(
     argv, run_dir = settings(tmp_path / "run", *CUT), tmp_path / "run"
     ended = run_ranks(RANKS, pretrain_hit, argv, rank, "weights", signal.SIGTERM, tmp_path / "clock")
     reason = "SIGTERM" if rank == 0 else "another rank received a stop signal"
-    assert f"stopped before step 1: {reason}; the same command goes on from here" in ended.out[0]
+    assert f"stopped before step 1: {reason}; run the same command to resume" in ended.out[0]
     assert "".join(ended.err) == ""
     assert complete(run_dir) == []
     assert (run_dir / "REQUEUE").read_text().startswith(f"step 0\nreason {reason}\n")

@@ -64,6 +64,7 @@ NEVER = [
             "run.command",
             "run.inherit",
             "run.length",
+            "run.objective",
             "run.resume",
             "run.run_folder",
         )

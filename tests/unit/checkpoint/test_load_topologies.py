@@ -79,7 +79,7 @@ def take_step(engine: Engine, step: int) -> float:
         positions = torch.arange(SEQ).expand(BATCH, SEQ)
         found.append(Microbatch(tokens[:, :-1], tokens[:, 1:], torch.ones(BATCH, SEQ), positions))
     dp = engine.mesh.dp
-    loss, tokens = engine.forward_backward(found[dp.rank :: dp.size])
+    loss, tokens = engine.forward_backward(found[dp.rank :: dp.size]).values()
     sums = torch.tensor([loss, tokens, engine.gradient_squares()], dtype=torch.float64)
     loss, tokens, squares = engine.mesh.world.all_reduce(sums).tolist()
     engine.update(1e-2, clip_scale(engine.config.optim, squares, tokens)[1])

@@ -71,7 +71,10 @@ def test_values(override: str, expected: object) -> None:
     ("override", "message"),
     [
         ("train.steps=2.5", "train.steps=2.5: expected int; write a whole number, e.g. 8"),
-        ("train.steps=010", "train.steps=010: expected int; a leading zero is octal to some readers; write it without"),
+        (
+            "train.steps=010",
+            "train.steps=010: expected int; a leading zero means octal to some YAML parsers; write it without",
+        ),
         ("train.steps=0x10", "train.steps=0x10: expected int; write a whole number, e.g. 8"),
         ("train.steps=12:30:45", "train.steps=12:30:45: expected int; write a whole number, e.g. 8"),
         ("train.steps=true", "train.steps=true: expected int; write a whole number, e.g. 8"),

@@ -79,8 +79,8 @@ def test_modes() -> None:
 
 
 def test_mistakes() -> None:
-    assert "near to it: q_proj" in refused(config(lora_targets="q_prj"))
-    assert "tune.freeze: nothing is named layers.7.*; near to it: layers." in refused(
+    assert "similar names: q_proj" in refused(config(lora_targets="q_prj"))
+    assert "tune.freeze: layers.7.* matches nothing; similar names: layers." in refused(
         config("full", freeze="layers.7.*")
     )
     assert "leaves nothing of tune.mode=full to train" in refused(config("full", freeze="*"))

@@ -34,7 +34,7 @@ def test_the_tokenizer_that_is_not_there_is_told_before_the_run(
     Path("moved/tok.model").rename("elsewhere.model")
     assert found("moved/t_text_document") is None
     assert said == [
-        "note: the tokenizer that moved/t_text_document was made with is not there or another: tok.model; generate, "
+        "note: the tokenizer that made moved/t_text_document is missing or has changed: tok.model; generate, "
         "evaluate and export need it: set data.tokenizer"
     ]
     Path("run").mkdir()
@@ -44,10 +44,12 @@ def test_the_tokenizer_that_is_not_there_is_told_before_the_run(
     assert said == []
     other = str(asset("smollm2") / "tokenizer.json")
     assert found("moved/t_text_document", tokenizer=other) == other
-    assert said == [f"note: moved/t_text_document was made with another file than data.tokenizer={other}: tok.model"]
+    assert said == [
+        f"note: moved/t_text_document was made with another tokenizer than data.tokenizer={other}: tok.model"
+    ]
     Path("moved/t_text_document.json").unlink()
     assert found("moved/t_text_document") is None
-    assert said[0].startswith("note: moved/t_text_document does not say with which tokenizer it was made")
+    assert said[0].startswith("note: moved/t_text_document does not name the tokenizer that made it")
 
 
 def test_conversations_made_beforehand_know_their_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

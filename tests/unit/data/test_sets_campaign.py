@@ -14,7 +14,7 @@ from megalite.config import Config, DataConfig, ModelConfig, TrainConfig
 from megalite.data.instructions import Options, write_indexed
 from megalite.data.origin import with_its_tokenizer
 from megalite.data.preprocess import preprocess
-from megalite.data.sets import open_data
+from megalite.run.objective import objective_of
 from megalite.text.chat import ChatTemplate, find_template
 from megalite.text.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def test_damaged_sidecars_are_refused_by_name(
         )
         try:
             data = with_its_tokenizer(config.data, Path(config.train.run_dir), lambda _: None)
-            open_data(dataclasses.replace(config, data=data)).train.batch([0])
+            objective_of(config).open_data(dataclasses.replace(config, data=data), True).train.batch([0])
             counts["read"] += 1
         except ValueError as error:
             named = str(prefix) in str(error) or "sidecar" in str(error)

@@ -15,7 +15,14 @@ from models import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config import (
+    Config,
+    ParallelConfig,
+    ResolvedModel,
+    TrainConfig,
+    check,
+    resolve,
+)
 from megalite.config.shapes import shapes
 from megalite.engine.batches import Microbatch
 from megalite.engine.engine import build
@@ -39,7 +46,7 @@ class Shape:
     head_dim: int
     tps: tuple[int, ...]
 
-    def model(self, tied: bool) -> ModelConfig:
+    def model(self, tied: bool) -> ResolvedModel:
         return tiny(
             num_layers=self.layers,
             num_heads=self.heads,
@@ -276,8 +283,8 @@ def play(case: Case, weights: dict[str, Tensor]) -> list[Rank]:
         engine = build(config, world, lambda name, shape: weights[name])
         dp = engine.mesh.dp
         microbatches = batches(case.isolated)[dp.rank :: dp.size]
-        loss, tokens = engine.forward_backward(microbatches)
-        evaluated = engine.evaluate(microbatches)[0] if case in EXTRA else loss
+        loss, tokens = engine.forward_backward(microbatches).values()
+        evaluated = engine.evaluate(microbatches)["loss"] if case in EXTRA else loss
         held = {name: engine.grads.held(name) for name in engine.parameters}
         return Rank(loss, tokens, engine.shards, held, engine.grads.reduced, engine.gradient_squares(), evaluated)
 

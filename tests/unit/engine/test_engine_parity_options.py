@@ -64,7 +64,7 @@ def largest_error(config: Config, weights: Weights, isolated: bool, loss: float,
     def main(world: World) -> tuple:
         engine = build(config, world, lambda name, shape: weights[name])
         dp = engine.mesh.dp
-        summed, _ = engine.forward_backward(numbered(isolated)[dp.rank :: dp.size])
+        summed = engine.forward_backward(numbered(isolated)[dp.rank :: dp.size])["loss"]
         held = {name: engine.grads.held(name) for name in engine.grads.spans}
         return summed, engine.shards, held, engine.grads.reduced
 

@@ -89,13 +89,13 @@ def play(case: Case) -> list[Rank]:
     def main(world: World) -> Rank:
         engine = build(config, world)
         microbatches = load_microbatches(dataset, range(SAMPLES), config, engine.mesh)
-        loss, tokens = engine.forward_backward(microbatches)
+        sums = engine.forward_backward(microbatches)
         held = {name: engine.grads.held(name) for name in engine.parameters}
         ends = engine.mesh.is_first_stage or engine.mesh.is_last_stage
         if not ends:  # it has read no token
             assert not any(mb.tokens.any() for mb in microbatches)
         masked = sum(not mb.loss_mask.any() for mb in microbatches)
-        return Rank(loss, tokens, engine.shards, held, engine.grads.reduced, masked)
+        return Rank(sums["loss"], sums["tokens"], engine.shards, held, engine.grads.reduced, masked)
 
     return run_threads(case.tp * case.pp * case.dp, main)
 

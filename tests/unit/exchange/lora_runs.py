@@ -110,7 +110,7 @@ def ours(
         found = []
         dp = engine.mesh.dp
         for _ in range(STEPS):
-            loss, tokens = engine.forward_backward(batches(False)[dp.rank :: dp.size])
+            loss, tokens = engine.forward_backward(batches(False)[dp.rank :: dp.size]).values()
             sums = torch.tensor([loss, tokens, engine.gradient_squares()], dtype=torch.float64)
             loss, tokens, squares = engine.mesh.world.all_reduce(sums).tolist()
             engine.update(LR, clip_scale(config.optim, squares, tokens)[1])

@@ -1,9 +1,7 @@
-"""Log-likelihoods and losses at every layout, against transformers on the same weights and against sums by hand."""
+"""Log-likelihoods at every layout, against transformers on the same weights and against sums by hand."""
 
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from assets import asset
@@ -12,12 +10,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megalite.config import Config, ParallelConfig, TrainConfig, resolve
-from megalite.data.dataset import heldout_windows
-from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.engine.stage import build_stage
 from megalite.inference.decode import load_stage
 from megalite.inference.eval_rows import Cloze, cloze_sequences
-from megalite.inference.measure import answer, held_out, log_likelihoods, score
+from megalite.inference.measure import answer, log_likelihoods, score
 from megalite.inference.reply import Reply, Settings
 from megalite.inference.source import open_source
 from megalite.model.layouts import from_hf
@@ -70,25 +66,6 @@ def test_log_likelihoods(tp: int, pp: int, theirs: nn.Module, monkeypatch: pytes
     expected = [by_transformers(theirs, *sequence) for sequence in SEQUENCES]
     for found in run_threads(tp * pp, measure):
         assert found == pytest.approx(expected, rel=1e-5)  # their rotary angles are fp32
-
-
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-def test_held_out_loss(tp: int, pp: int, theirs: nn.Module, tmp_path: Path) -> None:
-    """Every token but the first is predicted once, by those before it in its window."""
-    stream = np.random.default_rng(0).integers(0, 101, 30).tolist()
-    with IndexedWriter(tmp_path / "text", vocab_size=101) as writer:
-        writer.add_document(stream[:11])
-        writer.add_document(stream[11:])
-    windows = heldout_windows(IndexedDataset(tmp_path / "text"), 8)
-    c, weights = config(tp, pp), theirs.state_dict()
-
-    def measure(world: World) -> tuple[float, int]:
-        return held_out(build_stage(c, world, lambda name, _: from_hf(weights.__getitem__, name, c.model)), windows)
-
-    expected = -sum(by_transformers(theirs, stream[i : i + 1], stream[i + 1 : i + 9]) for i in range(0, 29, 8))
-    for nats, tokens in run_threads(tp * pp, measure):
-        assert tokens == 29
-        assert nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_of_zeros_gives_each_token_the_same() -> None:

@@ -77,7 +77,7 @@ def run(world: World, config: Config, deferring: bool) -> tuple[list[Tensor], di
         keys = sample_keys(1, torch.arange(B) + B * number)
         jobs: list | None = [] if deferring else None
         context = Context(torch.arange(S).expand(B, S), keys=keys, deferred=jobs)
-        loss = engine.models[0](tokens, context, tokens.flip(1), torch.ones(B, S))
+        loss = engine.models[0](tokens, context, tokens.flip(1), torch.ones(B, S))["loss"]
         loss.backward()
         losses.append(loss.detach())
         if jobs is not None:

@@ -75,10 +75,10 @@ def test_loss_is_the_masked_sum_of_the_logits_cross_entropy(tokens: Tensor, posi
     logits = model(tokens, Context(positions))
     assert logits.shape == (B, S, 31)
     ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, S)
-    loss = model(tokens, Context(positions), labels=labels, loss_mask=mask)
+    loss = model(tokens, Context(positions), labels=labels, loss_mask=mask)["loss"]
     torch.testing.assert_close(loss, (ce * mask).sum(), rtol=1e-14, atol=0)
 
-    loss = model(tokens, Context(positions), labels=labels, loss_mask=torch.zeros(B, S))
+    loss = model(tokens, Context(positions), labels=labels, loss_mask=torch.zeros(B, S))["loss"]
     loss.backward()
     assert loss.item() == 0
     assert all(p.grad is not None and bool((p.grad == 0).all()) for p in model.parameters())
@@ -174,8 +174,8 @@ def test_a_window_as_long_as_the_sequence_hides_nothing(tokens: Tensor, position
 def test_label_smoothing_is_of_training_alone(tokens: Tensor, positions: Tensor) -> None:
     plain, smooth = make(MODEL), make(MODEL, label_smoothing=0.2)
     args = (tokens, Context(positions), tokens.flip(0), torch.ones(B, S))
-    assert not torch.allclose(plain(*args), smooth(*args))
-    assert torch.equal(plain(*args), smooth.eval()(*args))
+    assert not torch.allclose(plain(*args)["loss"], smooth(*args)["loss"])
+    assert torch.equal(plain(*args)["loss"], smooth.eval()(*args)["loss"])
 
 
 def test_attention_sees_relative_positions(tokens: Tensor, positions: Tensor) -> None:
@@ -199,3 +199,8 @@ def test_rotary_tables_of_the_caller_are_used(tokens: Tensor, positions: Tensor)
     expected = model(tokens, Context(positions + 2))
     assert torch.equal(model(tokens, Context(positions, rope=rope)), expected)
     assert not torch.equal(model(tokens, Context(positions)), expected)
+
+
+def test_a_head_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^head=masked is not supported; use next-token$"):
+        Decoder(MODEL, range(1), head="masked")

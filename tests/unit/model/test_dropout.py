@@ -96,7 +96,7 @@ def losses(config: Config) -> list[float]:
     def main(world: World) -> list[float]:
         engine, found = build(config, world), []
         for step in range(10):
-            found.append(engine.forward_backward(batches(engine, step * GLOBAL_BATCH))[0])
+            found.append(engine.forward_backward(batches(engine, step * GLOBAL_BATCH))["loss"])
             with torch.no_grad():
                 for name, parameter in engine.parameters.items():
                     parameter -= 1.0 / (GLOBAL_BATCH * SEQ) * engine.grads.main_grad[name]

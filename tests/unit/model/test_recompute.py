@@ -57,8 +57,8 @@ def results(config: Config) -> list[tuple]:
 
     def main(world: World) -> tuple:
         engine = build(config, world)
-        loss, _ = engine.forward_backward(batches(config, 4))
-        return loss, engine.grads.flat.clone(), engine.evaluate(batches(config, 4))[0]
+        sums = engine.forward_backward(batches(config, 4))
+        return sums["loss"], engine.grads.flat.clone(), engine.evaluate(batches(config, 4))["loss"]
 
     return run_threads(config.parallel.tp * config.parallel.pp, main)
 
@@ -97,7 +97,7 @@ def test_recompute_cuts_and_adapters_compose_in_either_order(
     def main(world: World, c: Config) -> tuple[float, Tensor]:
         engine = build(c, world, lambda name, _: values[name])
         numbered = [dataclasses.replace(mb, samples=torch.arange(2) + 2 * i) for i, mb in enumerate(batches(config, 4))]
-        return engine.forward_backward(numbered)[0], engine.grads.flat.clone()
+        return engine.forward_backward(numbered)["loss"], engine.grads.flat.clone()
 
     def run(c: Config) -> list[tuple[float, Tensor]]:
         return run_threads(c.parallel.tp * c.parallel.pp, lambda world: main(world, c))
@@ -133,7 +133,7 @@ def test_a_core_replaced_later_is_recomputed_too() -> None:
         assert isinstance(block, Block)
         block.attn.core = counted(AttentionCore("torch"), number)
     tokens = torch.arange(16).view(2, 8)
-    loss = decoder(tokens, Context(torch.arange(8).expand(2, 8)), tokens, torch.ones(2, 8))
+    loss = decoder(tokens, Context(torch.arange(8).expand(2, 8)), tokens, torch.ones(2, 8))["loss"]
     loss.backward()
     assert runs == [2, 1]
 

@@ -1,10 +1,11 @@
 """The loss scale halves at an overflow, doubles after a window of steps without, and is 1 where nothing is scaled."""
 
+import re
+
 import pytest
 
 from megalite.config import Config, OptimConfig, TrainConfig
-from megalite.config.errors import TrainingError
-from megalite.optim.loss_scale import first_scale, next_scale
+from megalite.optim.loss_scale import exhausted, first_scale, next_scale
 
 OPTIM = OptimConfig(loss_scale_initial=8.0, loss_scale_window=3, loss_scale_min=1.0)
 
@@ -31,6 +32,7 @@ def test_other_types_are_not_scaled(dtype: str) -> None:
     assert play(dtype, [True] * 9) == [1] * 10
 
 
-def test_too_low_a_scale_ends_the_run() -> None:
-    with pytest.raises(TrainingError, match=r"loss scale of 1, optim.loss_scale_min=1: .* use train.dtype=bf16"):
-        play("fp16", [False] * 4)
+def test_a_scale_that_cannot_be_halved() -> None:
+    config = Config(optim=OPTIM, train=TrainConfig(dtype="fp16"))
+    assert [exhausted(config, scale) for scale in (8, 4, 2)] == ["", "", ""]
+    assert re.search(r"loss scale of 1, optim.loss_scale_min=1: .* use train.dtype=bf16", exhausted(config, 1))

@@ -1,12 +1,13 @@
 """Where a rank stands, and with whom. The world here only writes down what it is asked: no rank is started."""
 
 from collections.abc import Sequence
+from itertools import combinations, product
 
 import pytest
 import torch
 
 from megalite.parallel.groups import Group, SoloWorld
-from megalite.parallel.mesh import Mesh
+from megalite.parallel.mesh import AXES, GROUPS, Mesh, slices
 
 SHAPES = [(1, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 2), (3, 2, 1), (2, 1, 3), (4, 3, 2)]
 
@@ -80,6 +81,58 @@ def test_kv_joins_neighbours_of_one_tp_group(tp: int, replicas: int) -> None:
         assert mesh.kv.ranks == tuple(range(first, first + replicas))
         assert set(mesh.kv.ranks) <= set(mesh.tp.ranks)
         assert mesh.kv.ranks[mesh.kv.rank] == rank
+
+
+def alike(shape: tuple[int, ...], axes: tuple[str, ...]) -> dict[int, list[int]]:
+    """{rank: ranks that have its coordinates but for those of `axes`}, by comparing every two ranks."""
+    coordinates = list(product(*map(range, shape)))  # the last axis varies fastest
+    fixed = [number for number, axis in enumerate(AXES) if axis not in axes]
+    return {
+        rank: [r for r, there in enumerate(coordinates) if all(there[n] == here[n] for n in fixed)]
+        for rank, here in enumerate(coordinates)
+    }
+
+
+# pp, dp, cp, tp
+FOUR = [(1, 1, 1, 1), (2, 1, 1, 3), (1, 2, 2, 1), (2, 2, 2, 2), (3, 1, 2, 2), (1, 3, 2, 1), (2, 3, 1, 4), (1, 2, 4, 3)]
+SUBSETS = [axes for count in range(5) for axes in combinations(AXES, count)]
+
+
+@pytest.mark.parametrize("axes", SUBSETS, ids="+".join)
+@pytest.mark.parametrize("shape", FOUR)
+def test_slices_of_the_mesh_by_brute_force(shape: tuple[int, ...], axes: tuple[str, ...]) -> None:
+    parts = slices(shape, axes)
+    assert sorted(rank for part in parts for rank in part) == list(range(len(alike(shape, axes))))
+    assert {rank: part for part in parts for rank in part} == alike(shape, axes)
+
+
+@pytest.mark.parametrize(("pp", "dp", "cp", "tp"), FOUR)
+def test_a_group_over_several_axes(pp: int, dp: int, cp: int, tp: int) -> None:
+    size = pp * dp * cp * tp
+    for rank in range(size):
+        mesh = Mesh(PaperWorld(rank, size), pp=pp, dp=dp, cp=cp, tp=tp)
+        for axes in GROUPS:
+            group = mesh.group(*axes)
+            assert list(group.ranks) == alike((pp, dp, cp, tp), axes)[rank]
+            assert group.ranks[group.rank] == rank
+        replicas = mesh.group("dp", "cp")
+        assert replicas.rank == mesh.dp.rank * cp + mesh.cp.rank
+        assert mesh.group("cp", "dp") is replicas
+        assert mesh.group("dp") is mesh.dp
+        assert mesh.group(*AXES) is mesh.world
+
+
+@pytest.mark.parametrize("axes", [("pp", "tp"), (), ("dp", "cp", "tp")])
+def test_a_group_that_is_not_listed_is_refused(axes: tuple[str, ...]) -> None:
+    """Created on demand, it could be created on some ranks only, which then wait for ever."""
+    with pytest.raises(ValueError, match=rf"no group over {', '.join(axes)}; list it in GROUPS of megalite.*mesh$"):
+        Mesh(PaperWorld(0, 4), dp=2, cp=2).group(*axes)
+
+
+@pytest.mark.parametrize("axes", [("ep",), ("dp", "dp")])
+def test_axes_that_the_mesh_does_not_have(axes: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"no group over {', '.join(axes)}"):
+        Mesh(PaperWorld(0, 4), dp=2, cp=2).group(*axes)
 
 
 def test_one_rank() -> None:

@@ -29,7 +29,7 @@ def test_every_gpu_of_the_table_can_be_named() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a100", "gpu=a100: there are A100 of several sizes; write gpu=a100-40 or gpu=a100-80"),
+        ("a100", "gpu=a100: A100 comes in several sizes; write gpu=a100-40 or gpu=a100-80"),
         ("h1000", "gpu=h1000 is not known; write its memory in GiB, e.g. gpu=80, or "),
         ("3000", "gpu=3000: GiB of a GPU must be at least 1 and at most 2048, e.g. gpu=80"),
         ("a100-60", "gpu=a100-60 is not known"),

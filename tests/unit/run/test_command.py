@@ -23,12 +23,12 @@ def test_the_run_s_own_configuration(run: str, capsys: pytest.CaptureFixture[str
     assert config.data.tokenizer == f"{run}/tokenizer.model"
     said = capsys.readouterr().out
     for line in (
-        f"data.path=data/old of {run}/config.yaml is left out: data.sft is set",
-        f"data.valid of {run}/config.yaml is left out",
-        f"checkpoint.load={run}: the run whose configuration was named",
-        f"train.run_dir=runs/sft-mine: {run} keeps the run that it holds",
-        f"train.steps=7 of {run}/config.yaml is left out: train.epochs is set",
-        f"optim.decay_samples=28 of {run}/config.yaml is left out: it was the length of that run",
+        f"data.path=data/old of {run}/config.yaml is ignored: data.sft is set",
+        f"data.valid of {run}/config.yaml is ignored",
+        f"checkpoint.load={run}: the run of --config",
+        f"train.run_dir=runs/sft-mine: {run} keeps its own run",
+        f"train.steps=7 of {run}/config.yaml is ignored: train.epochs is set",
+        f"optim.decay_samples=28 of {run}/config.yaml is ignored: it was the length of that run",
     ):
         assert line in said
     words = ["data.valid.de=de.jsonl", "train.run_dir=x", "data.path=null", "train.steps=null", "train.epochs=2"]

@@ -50,7 +50,7 @@ def located(c: Config, dataset: PretrainDataset, poison: Callable[[Engine, int],
         engine = build(c, world)
         poison(engine, world.rank)
         microbatches = load_microbatches(dataset, range(8, 16), c, engine.mesh)
-        loss, _ = engine.forward_backward(microbatches)
+        loss = engine.forward_backward(microbatches)["loss"]
         losses = engine.mesh.world.all_reduce(torch.tensor([loss], dtype=torch.float64))
         return locate(engine, microbatches, dataset, bool(losses.isfinite().all()))
 
@@ -141,7 +141,7 @@ def test_a_gradient_of_a_finite_loss(dataset: PretrainDataset, mesh: dict[str, i
             return
         forward_backward = engine.forward_backward
 
-        def spoiled(*args: Any) -> tuple[float, float]:
+        def spoiled(*args: Any) -> dict[str, float]:
             result = forward_backward(*args)
             for gradients in (engine.grads.main_grad, engine.grads.reduced):
                 gradients[f"layers.{layer}.attn.out.weight"].view(-1)[:2] = math.nan

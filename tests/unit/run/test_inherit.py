@@ -31,7 +31,7 @@ def test_one_command(run: str, capsys: pytest.CaptureFixture[str]) -> None:
         said = capsys.readouterr().out.splitlines()
         assert said == [
             f"model of {load}: 3 layers of 8, 32000 tokens",
-            f"train.seq_len=64: {load} was trained on so many tokens",
+            f"train.seq_len=64: {load} was trained with sequences of that length",
             f"data.tokenizer={run}/tokenizer.model",
             f"data.template=plain: {run}/tokenizer.model has no chat template of its own",
         ]

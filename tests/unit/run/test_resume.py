@@ -41,7 +41,7 @@ def test_the_newest_checkpoint_is_continued_and_changes_are_said(config: Config,
     ]
     Path(run, "config.yaml").write_text(" \n")
     resume_from(config, said.append)
-    assert said[2:] == [f"note: {run}/config.yaml is empty; it is written again"]
+    assert said[2:] == [f"note: {run}/config.yaml is empty; it will be rewritten"]
 
 
 def test_a_key_that_an_older_version_left_open_has_not_changed(config: Config, run: str) -> None:
@@ -61,7 +61,9 @@ def test_never_and_must(config: Config, run: str) -> None:
 
 def test_a_run_that_starts_from_a_checkpoint_has_steps_left(config: Config, run: str) -> None:
     start = changed(config, train__run_dir="runs/new", checkpoint__load=run)
-    with pytest.raises(ConfigError, match=r"step-00000007 is at step 7, of train.steps=7 none is left; raise train.st"):
+    with pytest.raises(
+        ConfigError, match=r"step-00000007 is at step 7 and train.steps=7: no step is left; raise train.st"
+    ):
         resume_from(start, print)
     for enough in ({"train__steps": 8}, {"checkpoint__load_optim": False}, {"train__eval_only": True}):
         assert resume_from(changed(start, **enough), print) is None

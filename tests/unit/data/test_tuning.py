@@ -11,7 +11,8 @@ from assets import asset
 from megalite.config import Config, DataConfig, ModelConfig, TrainConfig
 from megalite.data import instructions
 from megalite.data.corpus import Corpus
-from megalite.data.sets import DataSets, open_data
+from megalite.data.sets import DataSets
+from megalite.data.tuning import open_conversations
 from megalite.text.chat import BUILT_IN
 from megalite.text.tokenizer import Tokenizer
 
@@ -33,7 +34,7 @@ def test_samples_are_found_in_the_file(chats: Path, corpus: Corpus, tmp_path: Pa
     # with an empty line and one that is not a conversation
     copy.write_text("\n".join([lines[0], "", "{}", *lines[1:]]) + "\n", "utf-8")
     settings = {"bad_rows": "skip", "valid_fraction": 0.0, "packing": False}
-    data = open_data(config(copy, corpus, tmp_path, **settings)).train
+    data = open_conversations(config(copy, corpus, tmp_path, **settings)).train
     seen = set()
     for sample in range(len(data)):
         name, line = data.describe([sample]).rsplit(":", 1)
@@ -47,7 +48,7 @@ def test_samples_are_found_in_the_file(chats: Path, corpus: Corpus, tmp_path: Pa
 
 def test_open_data(chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "megalite")
-    opened = open_data(config(chats, corpus, tmp_path))
+    opened = open_conversations(config(chats, corpus, tmp_path))
     assert sizes(opened) == {"train": 28, "valid": 1}
     assert "30 messages rows, template plain" in caplog.text
     assert "longer than train.seq_len=32 and cut at the end" in caplog.text
@@ -55,24 +56,24 @@ def test_open_data(chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.L
         caplog.text
     )
     assert opened.template == (BUILT_IN / "plain.jinja").read_text("utf-8")
-    assert sizes(open_data(config(chats, corpus, tmp_path, valid_fraction=0.3))) == {"train": 20, "valid": 9}
-    assert sizes(open_data(config(chats, corpus, tmp_path, valid_fraction=0.0))) == {"train": 29}
-    assert sizes(open_data(config(chats, corpus, tmp_path, valid={"x": str(chats)}))) == {"train": 29, "x": 29}
+    assert sizes(open_conversations(config(chats, corpus, tmp_path, valid_fraction=0.3))) == {"train": 20, "valid": 9}
+    assert sizes(open_conversations(config(chats, corpus, tmp_path, valid_fraction=0.0))) == {"train": 29}
+    assert sizes(open_conversations(config(chats, corpus, tmp_path, valid={"x": str(chats)}))) == {"train": 29, "x": 29}
     # the second time the files are found
     made = sorted(tmp_path.glob("sft-*.bin"))
     written = [path.stat().st_mtime_ns for path in made]
-    open_data(config(chats, corpus, tmp_path))
+    open_conversations(config(chats, corpus, tmp_path))
     assert [path.stat().st_mtime_ns for path in made] == written
     # the same from a prefix
     prefix = str(next(path for path in made if "weights" not in path.name))[: -len(".bin")]
-    assert open_data(config(chats, corpus, tmp_path, sft=prefix)).fingerprint.startswith("sft-")
+    assert open_conversations(config(chats, corpus, tmp_path, sft=prefix)).fingerprint.startswith("sft-")
     for change, message in (
         ({"train_on": "last"}, "was made with train_on=assistant, data.train_on=last; make it again"),
         ({"template": "chatml"}, "was made with template plain, data.template=chatml; make it again"),
         ({"tokenizer": str(asset("mistral-v1/tokenizer.model"))}, "was made with another tokenizer"),
     ):
         with pytest.raises(ValueError, match=message):
-            open_data(config(chats, corpus, tmp_path, **{"sft": prefix, **change}))
+            open_conversations(config(chats, corpus, tmp_path, **{"sft": prefix, **change}))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_open_data(chats: Path, corpus: Corpus, tmp_path: Path, caplog: pytest.L
 )
 def test_mistakes(chats: Path, corpus: Corpus, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        open_data(config(chats, corpus, tmp_path, **change))
+        open_conversations(config(chats, corpus, tmp_path, **change))
 
 
 def test_all_ranks_raise_an_error_that_one_has_found(
@@ -98,16 +99,16 @@ def test_all_ranks_raise_an_error_that_one_has_found(
     cache = tmp_path / "cache"
     asked = config(bad, corpus, cache)
     with pytest.raises(ValueError, match=r"bad\.jsonl:31: has none of the keys"):
-        open_data(asked)
+        open_conversations(asked)
     with monkeypatch.context() as patch:
         patch.setattr(instructions, "write_indexed", lambda *_: pytest.fail("the file was read again"))
         with pytest.raises(ValueError, match=r"bad\.jsonl:31: has none of the keys"):
-            open_data(asked)
+            open_conversations(asked)
     # a later run reads the file again
     monkeypatch.setattr(instructions, "SAME_RUN_S", 0.0)
     with pytest.raises(ValueError, match=r"bad\.jsonl:31: has none of the keys"):
-        open_data(asked)
-    assert sizes(open_data(config(bad, corpus, cache, bad_rows="skip", valid_fraction=0.0))) == {"train": 29}
+        open_conversations(asked)
+    assert sizes(open_conversations(config(bad, corpus, cache, bad_rows="skip", valid_fraction=0.0))) == {"train": 29}
 
 
 def test_a_set_in_which_nothing_is_trained_is_refused(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
@@ -121,8 +122,11 @@ def test_a_set_in_which_nothing_is_trained_is_refused(chats: Path, corpus: Corpu
         ({"sft": str(chats), "valid": {"hard": str(long)}}, "data.valid.hard"),
     ):
         with pytest.raises(ValueError, match=rf"^{key}={long}: {rest}"):
-            open_data(config(chats, corpus, tmp_path, **files))
-    assert sizes(open_data(config(long, corpus, tmp_path, overlong="truncate_left"))) == {"train": 63, "valid": 1}
+            open_conversations(config(chats, corpus, tmp_path, **files))
+    assert sizes(open_conversations(config(long, corpus, tmp_path, overlong="truncate_left"))) == {
+        "train": 63,
+        "valid": 1,
+    }
 
 
 def test_held_out_files_say_what_was_noticed(
@@ -135,7 +139,7 @@ def test_held_out_files_say_what_was_noticed(
     for name in ("other.jsonl", "renamed.jsonl"):  # the cache is of the content, the names are of today
         path = other.rename(tmp_path / name)
         caplog.clear()
-        open_data(config(chats, corpus, tmp_path / "cache", **{**options, "valid": {"other": str(path)}}))
+        open_conversations(config(chats, corpus, tmp_path / "cache", **{**options, "valid": {"other": str(path)}}))
         assert f"{name}: 2 prompt/completion rows, template plain" in caplog.text
         assert f"warning: skipped 1 bad row (data.bad_rows=skip): {path}:3: 'prompt' is a number" in caplog.text
         assert f"inside messages were encoded as ordinary text: 1 row (the first: {path}:4)" in caplog.text
@@ -144,20 +148,20 @@ def test_held_out_files_say_what_was_noticed(
 
 def test_pretraining_data_is_refused_as_instruction_data(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such file|is not instruction data"):
-        open_data(config(chats, corpus, tmp_path, sft=str(corpus.train)))
+        open_conversations(config(chats, corpus, tmp_path, sft=str(corpus.train)))
 
 
 def test_a_prefix_of_an_older_version_is_refused(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
-    open_data(config(chats, corpus, tmp_path))
+    open_conversations(config(chats, corpus, tmp_path))
     side = next(path for path in tmp_path.glob("sft-*.json") if "weights" not in path.name)
     values = json.loads(side.read_text("utf-8"))
     del values["report"]
     side.write_text(json.dumps(values), "utf-8")
     with pytest.raises(ValueError, match=r"older megalite or is damaged: .*\.json says nothing of report; make it"):
-        open_data(config(chats, corpus, tmp_path, sft=str(side)[: -len(".json")]))
+        open_conversations(config(chats, corpus, tmp_path, sft=str(side)[: -len(".json")]))
 
 
 def test_a_model_with_a_smaller_vocabulary(chats: Path, corpus: Corpus, tmp_path: Path) -> None:
     small = dataclasses.replace(config(chats, corpus, tmp_path), model=ModelConfig(vocab_size=20))
     with pytest.raises(ValueError, match=r"tokens, model.vocab_size=20; name the tokenizer"):
-        open_data(small)
+        open_conversations(small)
