@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite.config import check
+from megalite.config.dtypes import DTYPES
 from megalite.data.dataset import check_vocabulary, heldout_windows
 from megalite.data.native import open_indexed
 from megalite.data.origin import made_with
@@ -60,9 +61,7 @@ def parse() -> argparse.Namespace:
     common.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: a GPU if there is one)"
     )
-    common.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="of weights and activations (default: the model's)"
-    )
+    common.add_argument("--dtype", choices=tuple(DTYPES), help="of weights and activations (default: the model's)")
     common.add_argument("--json", metavar="FILE", help="write the figures, and the result of each row, to FILE")
     rows = Parser(add_help=False)
     rows.add_argument(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from megalite.config.dtypes import DTYPES
 from megalite.inference.chat import Chat
 from megalite.inference.reply import Reply, Settings, in_order
 from megalite.inference.source import Source, open_source
@@ -72,7 +73,7 @@ def parse() -> argparse.Namespace:
     add("--tp", type=int, metavar="N", help="tensor-parallel ranks (default: the most that can split the model)")
     add("--pp", type=int, metavar="N", help="pipeline stages (default: ranks / tp)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: a GPU if there is one)")
-    add("--dtype", choices=["fp32", "bf16", "fp16", "fp64"], help="of weights and activations (default: the model's)")
+    add("--dtype", choices=tuple(DTYPES), help="of weights and activations (default: the model's)")
     return parser.parse_args()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from megalite.config.dtypes import DTYPES
 from megalite.config.keys import MOST_LAYERS, SHARE, key
 from megalite.config.model import ModelConfig
 from megalite.config.values import Range
@@ -180,7 +181,7 @@ class TrainConfig:
     dtype: str = key(
         "fp32",
         "dtype of weights and activations; bf16 and fp16 keep fp32 master weights, fp16 scales the loss",
-        choices=("fp32", "bf16", "fp16", "fp64"),
+        choices=tuple(DTYPES),
     )
     device: str = key("auto", "auto: cuda if there is a GPU", choices=("auto", "cpu", "cuda"))
     kernels: str = key(

@@ -99,9 +99,11 @@ def kernels() -> Findings:
     """Which kernel train.kernels=auto chooses, by op, device and dtype."""
     import torch
 
+    from megalite.checkpoint.dtypes import to_torch
+    from megalite.config.dtypes import DTYPES
     from megalite.ops.kernel import BUILD_COMMAND, available, use_fused
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+    dtypes = {name: to_torch(row) for name, row in DTYPES.items()}
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     for op, choices in available().items():
         words = []

@@ -20,7 +20,7 @@ from megalite.config.parameters import is_factor
 from megalite.engine.engine import Engine
 from megalite.exchange.base import find_base, is_hf, name_of
 from megalite.exchange.hf_folder import open_folder
-from megalite.exchange.hf_weights import fill, nothing, read_whole
+from megalite.exchange.hf_weights import fill, placeholder, read_whole
 from megalite.model.init import draw
 from megalite.optim.loss_scale import first_scale
 from megalite.parallel.groups import share_text
@@ -34,7 +34,7 @@ def first_values(config: Resolved) -> Callable[[str, tuple[int, ...]], Tensor] |
     if config.model.from_hf is None and config.tune.mode != "lora":
         return None
     return lambda name, shape: (
-        draw(name, shape, config.model, config.train.seed) if is_factor(name) else nothing(name, shape)
+        draw(name, shape, config.model, config.train.seed) if is_factor(name) else placeholder(name, shape)
     )
 
 

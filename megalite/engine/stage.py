@@ -9,7 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from megalite.checkpoint.dtypes import to_torch
 from megalite.config import Resolved
+from megalite.config.dtypes import DTYPES
 from megalite.config.parameters import global_name
 from megalite.engine.batches import Microbatch
 from megalite.model.context import Context
@@ -27,8 +29,6 @@ from megalite.pipeline.schedule import Action, forward_only, make_plan, stages_o
 from megalite.pipeline.simulate import Costs
 from megalite.plan.costs import stage_layers
 from megalite.plan.counts import head_flops, layer_flops
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Stage:
         """Hidden states between stages: [b, s, h], or [b, s/tp, h] under sequence parallelism."""
         c = self.config
         shape = (b, s // self.mesh.tp.size if c.parallel.sp else s, c.model.hidden_size)
-        return Spec(shape, DTYPES[c.train.dtype], self.mesh.device)
+        return Spec(shape, to_torch(DTYPES[c.train.dtype]), self.mesh.device)
 
     def logits(self, tokens: Tensor, positions: Tensor, bounds: Tensor | None) -> Tensor | None:
         """Logits [b, s, vocab] of tokens [b, s], on every tp rank of the last stage; None on the others."""
@@ -189,7 +189,7 @@ def build_stage(
             m,
             mesh.tp,
             value or (lambda name, shape: draw(name, shape, m, t.seed)),
-            dtype=DTYPES[t.dtype],
+            dtype=to_torch(DTYPES[t.dtype]),
             device=mesh.device,
         )
         shards |= {global_name(name, m.tie_embeddings): shard for name, shard in own.items()}

@@ -1,6 +1,6 @@
-"""An adapter written out: merged into a run folder of whole weights, or in the format of Hugging Face's peft, and back.
+"""Merge an adapter into a run folder of whole weights; convert one to Hugging Face's peft format, and back.
 
-peft's format: adapter_config.json and adapter_model.safetensors.
+peft's format is adapter_config.json and adapter_model.safetensors.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from megalite.checkpoint.folder import find, read_manifest, step_folder
 from megalite.checkpoint.load import read_tensor
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.save import write_whole
+from megalite.checkpoint.state import State
 from megalite.config import Config, Resolved, TrainConfig, resolve, to_yaml
 from megalite.config.shapes import projections, shapes
 from megalite.config.trained import adapted
 from megalite.config.values import shown
 from megalite.exchange.adapter_config import FILE, read_settings, require_targets, tune_config
 from megalite.exchange.base import is_hf, name_of
-from megalite.exchange.convert import FRESH, keep_beside, write_run
+from megalite.exchange.convert import keep_files, write_run
 from megalite.exchange.hf_folder import open_folder, read_tensors, require_new
 from megalite.exchange.merge import find_adapter, open_merged
 from megalite.model.names import FAMILIES, names_there
@@ -35,20 +36,19 @@ PREFIX = "base_model.model."
 
 
 def merge_adapter(adapter: Path, target: Path, base: Path | None = None) -> Path:
-    """Write the new run folder `target`, at step 0, of a LoRA run's merged weights. `base` as in `open_merged`."""
+    """Write a LoRA run's merged weights as the new run folder `target`, at step 0. `base` as in `open_merged`."""
     config, get, dtype_of = open_merged(adapter, base)
     run_dir = find_adapter(adapter).parents[1]
     dtypes = {name: dtype_of(name) for name in shapes(config.model)}
-    beside, files = _with_model(run_dir)
-    return write_run(target, config.model, get, dtypes, context=config.train.seq_len, beside=beside, files=files)
+    hf, files = _model_files(run_dir)
+    return write_run(target, config.model, get, dtypes, context=config.train.seq_len, hf=hf, files=files)
 
 
 def export_peft(adapter: Path, target: Path, base_name: str | None = None) -> Path:
-    """Write a LoRA checkpoint's factors to the new folder `target`, as PeftModel.from_pretrained reads them.
+    """Write a LoRA checkpoint's factors to the new folder `target`, for PeftModel.from_pretrained. Returns `target`.
 
-    `base_name`: of the model that peft should put them beside, a name or folder of Hugging Face's; None: where the
-    adapter's base lay, if that is one. Beside q, k and v there stand q, k and v here, so no row changes its place, but
-    for GPT-2's c_attn.
+    `base_name`: name or folder of the Hugging Face model that peft loads them onto; None: the adapter's base, if that
+    is a Hugging Face folder. Factors of q, k and v are separate in both formats, so only rows of GPT-2's c_attn move.
     """
     folder = find_adapter(adapter)
     require_new(target, "target")
@@ -83,11 +83,11 @@ def export_peft(adapter: Path, target: Path, base_name: str | None = None) -> Pa
 
 
 def import_peft(source: Path, base: Path, target: Path) -> Path:
-    """Write peft's adapter folder `source` as a checkpoint of the new run folder `target`, to weights at `base`.
+    """Write peft's adapter folder `source`, for the weights `base`, as a checkpoint of the new run folder `target`.
 
-    `base`: a Hugging Face folder, a run or its checkpoint, whose tokenizer and chat template come along. Start from it
-    with tune.mode=lora, checkpoint.load=target and checkpoint.load_optim=false. ValueError, by name, for what is not
-    LoRA as built here.
+    `base`: a Hugging Face folder, a run or a checkpoint; its tokenizer and chat template are copied. To train from the
+    result: tune.mode=lora, checkpoint.load=target, checkpoint.load_optim=false. Returns the step folder. Raises
+    ValueError, naming the key or tensor, for anything but plain LoRA.
     """
     require_new(target, "target")
     base = base if is_hf(base) else find(base)
@@ -100,13 +100,13 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
     config = dataclasses.replace(config, tune=tune)
     known, expected = _peft_names(config), config.shapes.factors
     for name in sorted(set(factors) ^ set(known.values())):
-        why = f"has no place beside {base}" if name in factors else "is missing, though another layer has it"
-        raise ValueError(f"{source}: tensor {shown(name)} {why}; every layer needs factors beside the same linears")
+        why = f"belongs to no linear of {base}" if name in factors else "is missing, though another layer has it"
+        raise ValueError(f"{source}: tensor {shown(name)} {why}; every layer needs factors for the same linears")
     require_targets(settings, map(_module_of, factors), map(_module_of, every.values()))
     for ours, theirs in known.items():
         if tuple(factors[theirs].shape) != expected[ours]:
             raise ValueError(
-                f"{source}: tensor {theirs} is {list(factors[theirs].shape)}, beside {base} it has to be "
+                f"{source}: tensor {theirs} is {list(factors[theirs].shape)}, for {base} it must be "
                 f"{list(expected[ours])}; is that the right base?"
             )
 
@@ -114,26 +114,26 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
         factor = factors[known[full.removeprefix("weight.")]]
         return factor[_fused_rows(config).argsort()] if full.endswith(".lora_qkv.b") else factor
 
-    beside, files = (base, []) if is_hf(base) else _with_model(base.parents[1])
+    hf, files = (base, []) if is_hf(base) else _model_files(base.parents[1])
     with new_folder(target) as building:
-        if beside is not None:
-            keep_beside(beside, building)
+        if hf is not None:
+            keep_files(hf, building)
         for file in files:
             shutil.copyfile(file, building / file.name)
         described = {f"weight.{name}": (factors[known[name]].dtype, shape) for name, shape in expected.items()}
-        write_whole(step_folder(building, 0), config, described, get, FRESH | {"base": name_of(base)})
+        write_whole(step_folder(building, 0), config, described, get, dataclasses.asdict(State(base=name_of(base))))
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     return step_folder(target, 0)
 
 
-def _with_model(run_dir: Path) -> tuple[Path | None, list[Path]]:
-    """What a run keeps of the model beside its weights: its folder hf/, if it has one, and tokenizer and template."""
-    beside = run_dir / "hf"
-    return beside if beside.is_dir() else None, [*run_dir.glob("tokenizer*"), *run_dir.glob("chat_template.jinja")]
+def _model_files(run_dir: Path) -> tuple[Path | None, list[Path]]:
+    """A run's folder hf/, if it has one, and the files of its tokenizer and chat template."""
+    hf = run_dir / "hf"
+    return hf if hf.is_dir() else None, [*run_dir.glob("tokenizer*"), *run_dir.glob("chat_template.jinja")]
 
 
 def _config_beside(base: Path, run_dir: Path) -> Resolved:
-    """The configuration of a run in `run_dir` that starts from the weights `base`."""
+    """The configuration of a new run in `run_dir` that starts from the weights `base`."""
     if is_hf(base):
         folder = open_folder(base)
         model = dataclasses.replace(folder.model, from_hf=str(base.resolve()))
@@ -167,7 +167,7 @@ def _peft_names(config: Resolved) -> dict[str, str]:
 
 
 def _module_of(factor: str) -> str:
-    """The module of the base that a factor of peft's stands beside."""
+    """The module of the base that a peft factor belongs to."""
     return factor.removeprefix(PREFIX).rsplit(".", 2)[0]
 
 
@@ -179,7 +179,7 @@ def _fused_rows(config: Resolved) -> Tensor:
 
 
 def _targets(config: Resolved, names: set[str], source: Path) -> str:
-    """tune.lora_targets for the factors `names` of peft's."""
+    """tune.lora_targets for the peft factors `names`. Raises ValueError if none is of a linear of a block."""
     used = set()
     for ours, theirs in _peft_names(config).items():
         if theirs in names:
@@ -190,5 +190,5 @@ def _targets(config: Resolved, names: set[str], source: Path) -> str:
         chosen = [p.there for p in inside if (linear, p.name) in used]
         patterns += [linear] if len(chosen) == len(inside) else chosen
     if not patterns:
-        raise ValueError(f"{source} has no factor for any linear of this model's blocks")
+        raise ValueError(f"{source} has no factor for any linear of this model's blocks; is that the right base?")
     return " ".join(patterns)

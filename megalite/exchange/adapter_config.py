@@ -1,7 +1,6 @@
-"""peft's adapter_config.json as a `TuneConfig`: plain LoRA, and everything else refused by name. No torch here.
+"""peft's adapter_config.json as a `TuneConfig`: plain LoRA only, everything else is refused by name. No torch here.
 
-The keys are those that peft's LoraConfig has had from 0.2 to 0.21. What a key of another peft or tool changes is not
-known, so one that is not in these tables has to be null.
+The keys are those of peft's LoraConfig from 0.2 to 0.21. What any other key changes is not known, so it must be null.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from megalite.exchange.hf_config import ARCHITECTURES
 from megalite.exchange.hf_fields import Fields, read_json
 
 FILE = "adapter_config.json"
-# beginnings that leave the base as it was. pissa, olora, loftq, corda and lora_ga put other weights in its place, and
-# mica trains one factor alone
+# initialisations that leave the base unchanged. pissa, olora, loftq, corda and lora_ga change its weights, and mica
+# trains only one factor
 INITIAL = (True, False, "gaussian", "orthogonal", "eva")
-# key -> the values at which peft computes plain LoRA, beside null
+# key -> the values, besides null, with which peft computes plain LoRA
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
@@ -34,7 +33,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("megatron_config", "velora_config", "monteclora_config", "arrow_config", "kasa_config"), ()),
     "use_bdlora": (),
 }
-# what the numbers are not computed from: origins, how training began, and what belongs to a key above
+# keys that do not change the computation: origin, initialisation, and options of a key above
 FREE = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config"),
@@ -47,7 +46,7 @@ MOST_RANK = 2**20
 
 
 def read_settings(folder: Path) -> Fields:
-    """The keys of a folder's adapter_config.json. ValueError, by name, for what is not plain LoRA."""
+    """The keys of a folder's adapter_config.json. Raises ValueError, naming the key, for anything but plain LoRA."""
     fields = Fields(read_json(folder / FILE), str(folder / FILE))
     for key, value in fields.values.items():
         if key not in NEUTRAL and key not in FREE | READ and value is not None:
@@ -64,14 +63,14 @@ def read_settings(folder: Path) -> Fields:
         )
     mapping, bases = fields.values.get("auto_mapping") or {}, list(ARCHITECTURES.values())
     if not isinstance(mapping, dict) or mapping.get("base_model_class", bases[0]) not in bases:
-        raise fields.refuse("auto_mapping", f"is not supported; the base has to be one of {', '.join(bases)}")
+        raise fields.refuse("auto_mapping", f"is not supported; the base must be one of {', '.join(bases)}")
     for key in ("fan_in_fan_out", "inference_mode", "merge_weights"):
         fields.flag(key, False)
     return fields
 
 
 def tune_config(fields: Fields) -> TuneConfig:
-    """Rank, scale and dropout; ValueError for numbers that are none."""
+    """Rank, alpha and dropout. Raises ValueError if one is out of range."""
     return TuneConfig(
         mode="lora",
         lora_rank=fields.whole("r", high=MOST_RANK),
@@ -80,51 +79,57 @@ def tune_config(fields: Fields) -> TuneConfig:
     )
 
 
-def require_targets(fields: Fields, held: Iterable[str], modules: Iterable[str]) -> None:
-    """ValueError unless the factors that the file has belong to the modules that peft would put factors beside.
+def require_targets(fields: Fields, stored: Iterable[str], modules: Iterable[str]) -> None:
+    """Raise ValueError unless the file has factors for exactly the modules that peft would adapt.
 
-    `held`: of which modules the file has factors; `modules`: of all linears of the base's blocks. Factors of another
-    module peft would leave unread, and to a module without any it would add random ones.
+    `stored`: modules that the file has factors for; `modules`: all linears of the base's blocks. peft would ignore
+    factors of other modules, and add random ones to targeted modules without any.
     """
-    held = set(held)
+    stored = set(stored)
     for module in modules:
-        if _is_targeted(fields, module) != (module in held):
-            rest = f"{module}, whose factors the file has" if module in held else f"more: the file has none of {module}"
-            word = "does not name" if module in held else "names"
+        if _is_targeted(fields, module) != (module in stored):
+            rest = (
+                f"{module}, whose factors the file has" if module in stored else f"{module}, whose factors are missing"
+            )
+            word = "does not name" if module in stored else "names"
             raise fields.refuse("target_modules", f"{word} {shown(rest)}; save the adapter again with peft")
 
 
 def _is_targeted(fields: Fields, module: str) -> bool:
-    """Whether peft puts factors beside the module (check_target_module_exists in peft/tuners/tuners_utils.py)."""
+    """Whether peft adapts the module (check_target_module_exists in peft/tuners/tuners_utils.py)."""
     excluded = fields.values.get("exclude_modules")
-    if excluded and _fits(fields, "exclude_modules", module):
+    if excluded and _matches(fields, "exclude_modules", module):
         return False
     target = fields.values.get("target_modules")
     if isinstance(target, str) and target.lower() == "all-linear":
         return True
-    return _fits(fields, "target_modules", module)
+    return _matches(fields, "target_modules", module)
 
 
-def _fits(fields: Fields, key: str, module: str) -> bool:
-    """A text is a pattern of the whole name; of a list each word is the name or its end, from a point on."""
+def _matches(fields: Fields, key: str, module: str) -> bool:
+    """Whether a key's value matches the module: a pattern for the whole name, or a list of names or endings."""
     names = fields.values.get(key)
     if isinstance(names, str):
         try:
-            if _may_take_for_ever(names):
-                raise fields.refuse(key, "repeats a repetition, which may take for ever; list module names instead")
+            if _may_be_exponential(names):
+                raise fields.refuse(
+                    key, "repeats a repetition, which may take forever to match; list module names instead"
+                )
             return re.fullmatch(names, module) is not None
         except (re.error, RecursionError, OverflowError) as error:
-            raise fields.refuse(key, f"is no pattern ({error}); save the adapter again with peft") from None
+            raise fields.refuse(
+                key, f"is not a regular expression ({error}); save the adapter again with peft"
+            ) from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise fields.refuse(key, "is neither a text nor a list of texts; name the modules that have factors")
+        raise fields.refuse(key, "is neither a string nor a list of strings; name the modules that have factors")
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 @functools.cache
-def _may_take_for_ever(pattern: str) -> bool:
-    """Whether a repetition or a choice stands within a repetition, or there are very many of them.
+def _may_be_exponential(pattern: str) -> bool:
+    """Whether a pattern has a repetition or a choice within a repetition, or more than 12 of them.
 
-    Python's matcher then tries exponentially many ways on a name that does not fit.
+    Python's matcher may then take exponential time on a name that does not match.
     """
     repeats, found = (parser.MAX_REPEAT, parser.MIN_REPEAT), 0
 

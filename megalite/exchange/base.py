@@ -1,7 +1,4 @@
-"""The weights that LoRA's factors belong to: where they lie, and a fingerprint by which others are refused.
-
-No torch: that a base is gone or another is told first.
-"""
+"""The base weights that LoRA factors belong to: their path, and a fingerprint to refuse others. No torch here."""
 
 from __future__ import annotations
 
@@ -13,19 +10,20 @@ from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config
 from megalite.exchange.hf_folder import weight_files
 
-# of each end of a file of Hugging Face's, which has no checksums: its header and some of its values
+# bytes hashed at each end of a Hugging Face file, which has no checksums: its header and some values
 _SAMPLE = 2**20
 
 
 def is_hf(folder: Path) -> bool:
-    """Whether it is a Hugging Face folder and not a run or one of its checkpoints."""
+    """Whether a folder is a Hugging Face folder, not a run folder or a checkpoint."""
     return (folder / "config.json").is_file() and not (folder / "manifest.json").is_file()
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells weights from others: of a checkpoint its digest, in which every block has its checksum.
+    """16 hex digits that identify weights.
 
-    Of a Hugging Face folder a hash of config.json and of size, first and last MiB of each file.
+    Of a checkpoint: from its manifest's digest, which covers the checksum of every block. Of a Hugging Face folder: a
+    SHA-256 of config.json and of name, size, first and last MiB of each weight file.
     """
     if not is_hf(folder):
         digest: str = read_manifest(folder)["digest"]
@@ -42,15 +40,15 @@ def fingerprint(folder: Path) -> str:
 
 
 def name_of(base: Path) -> str:
-    """Fingerprint and place, as an adapter's manifest keeps them."""
+    """Fingerprint and absolute path of a base, as an adapter's manifest stores them."""
     return f"{fingerprint(base)} {base.resolve()}"
 
 
 def find_base(config: Config, source: Path | None) -> Path:
-    """The weights under a run of LoRA that starts from `source`, or goes on from it if that is an adapter.
+    """The base weights of a LoRA run: model.from_hf or checkpoint.load, or, if that is an adapter, the adapter's base.
 
-    They are model.from_hf or checkpoint.load, or where that is an adapter the base that this one names. ValueError
-    where an adapter to go on from was trained on another.
+    `source`: the checkpoint that the run starts from or resumes. Raises ValueError if it is an adapter that was trained
+    on other weights.
     """
     named = Path(config.model.from_hf) if config.model.from_hf else find(config.checkpoint.load or "")
     base = named if is_hf(named) or not is_adapter(read_manifest(named)) else base_of(named)
@@ -58,23 +56,23 @@ def find_base(config: Config, source: Path | None) -> Path:
         known, here = manifest["base"].partition(" "), fingerprint(base)
         if known[0] != here:
             raise ValueError(
-                f"{source} holds adapters to the weights {known[0]} of {known[2]}, and {base} is {here}; "
-                f"set checkpoint.load or model.from_hf to those that they were trained on"
+                f"{source} holds adapters for the weights {known[0]} of {known[2]}, but {base} is {here}; "
+                f"set checkpoint.load or model.from_hf to the weights they were trained on"
             )
     return base
 
 
 def base_of(adapter: Path, base: Path | None = None) -> Path:
-    """The weights that an adapter's checkpoint belongs to: `base`, or what lies where they lay when it was trained.
+    """The base weights of an adapter's checkpoint: `base`, or those at the path recorded when it was trained.
 
-    ValueError where they are gone or others.
+    Raises ValueError if they are missing or have another fingerprint.
     """
     known, _, place = read_manifest(adapter)["base"].partition(" ")
     path = base or Path(place)
     try:
         found = path if is_hf(path) else find(path)
     except ValueError as error:
-        raise ValueError(f"{adapter} holds adapters, and their base is not there: {error}") from None
+        raise ValueError(f"{adapter} holds adapters whose base is missing: {error}") from None
     if fingerprint(found) != known:
-        raise ValueError(f"{adapter} holds adapters to the weights {known}, and {found} is {fingerprint(found)}")
+        raise ValueError(f"{adapter} holds adapters for the weights {known}, but {found} is {fingerprint(found)}")
     return found

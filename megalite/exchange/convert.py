@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a run folder at step 0, and a checkpoint as a Hugging Face folder; tensor by tensor.
+"""Convert a Hugging Face folder to a run folder at step 0, and a checkpoint to a Hugging Face folder, by tensor.
 
-What came with a model beside its weights (config.json, tokenizer, chat template, generation settings) is kept in the
-run folder under hf/, and goes back out with it.
+The other files of a model (config.json, tokenizer, chat template, generation settings) are kept in the run folder under
+hf/, and exported with it.
 """
 
 from __future__ import annotations
@@ -32,15 +32,12 @@ from megalite.plan.counts import parameters
 from megalite.text.tokenizer_files import copy_files
 from megalite.watch.progress import Bar
 
-# the counters of a run that has not begun
-FRESH = dataclasses.asdict(State())
-
 
 def from_hf_folder(source: Path, target: Path, dtype: str | None = None) -> Path:
-    """Write the new run folder `target`, at step 0, of the Hugging Face folder `source`.
+    """Write the Hugging Face folder `source` as the new run folder `target`, at step 0. Returns `target`.
 
-    `dtype` (fp32, bf16, ...): of all weights; None: each as it is stored. ValueError as in `open_folder`, and where
-    `target` is there.
+    `dtype` (fp32, bf16, ...): for all weights; None: each as stored. Raises ValueError as `open_folder` does, and if
+    `target` exists.
     """
     folder = open_folder(source)
     stored = {name: stored_dtype(folder, name) for name in shapes(folder.model)}
@@ -50,7 +47,7 @@ def from_hf_folder(source: Path, target: Path, dtype: str | None = None) -> Path
         lambda name: read_whole(folder, name),
         dict.fromkeys(stored, to_torch(DTYPES[dtype])) if dtype else stored,
         context=folder.context,
-        beside=source,
+        hf=source,
     )
 
 
@@ -61,56 +58,56 @@ def write_run(
     dtypes: Mapping[str, torch.dtype],
     *,
     context: int,
-    beside: Path | None = None,
+    hf: Path | None = None,
     files: Iterable[Path] = (),
 ) -> Path:
-    """Write a run folder at step 0 whose parameter `name` is `get(name)`, to be stored as `dtypes[name]`.
+    """Write a run folder at step 0 whose parameter `name` is `get(name)`, stored as `dtypes[name]`. Returns `target`.
 
-    `beside`: a Hugging Face folder whose other files are kept with it. `files`: others, laid on top. The folder gets
-    its name when it is whole.
+    `context`: train.seq_len. `hf`: a Hugging Face folder whose other files are kept. `files`: more files, copied into
+    the run folder. `target` appears when it is complete.
     """
     require_new(target, "target")
     train = TrainConfig(run_dir=str(target), seq_len=context, dtype=from_torch(next(iter(dtypes.values()))).name)
     config = resolve(Config(model=dataclasses.replace(model, from_hf=None), train=train), 1)
     with new_folder(target) as building, Bar("converting", parameters(config.model)) as bar:
         (building / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        if beside is not None:
-            keep_beside(beside, building)
+        if hf is not None:
+            keep_files(hf, building)
         for file in files:
             shutil.copyfile(file, building / file.name)
         write_whole(
             step_folder(building, 0),
             config,
             {f"weight.{name}": (dtypes[name], shape) for name, shape in shapes(model).items()},
-            lambda full: fitting(full.removeprefix("weight."), _counted(get, bar), dtypes),
-            FRESH,
+            lambda full: read_as(full.removeprefix("weight."), _counted(get, bar), dtypes),
+            dataclasses.asdict(State()),
         )
     return target
 
 
-def keep_beside(source: Path, run_dir: Path) -> None:
-    """Keep in a run folder what a Hugging Face folder holds beside weights: all under hf/.
+def keep_files(source: Path, run_dir: Path) -> None:
+    """Copy the files of a Hugging Face folder, except weights, to hf/ of a run folder.
 
-    Tokenizer and chat template are on top too, where a run has its own.
+    Tokenizer and chat template are also copied to where a run keeps its own.
     """
     carry(source, run_dir / "hf")
     if (tokenizer := find_tokenizer(source)) is not None:
         copy_files(tokenizer, run_dir)
 
 
-def fitting(name: str, get: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]) -> Tensor:
-    """The parameter in the dtype it is to be stored in; ValueError where a value is beyond its largest."""
+def read_as(name: str, get: Callable[[str], Tensor], dtypes: Mapping[str, torch.dtype]) -> Tensor:
+    """The parameter `get(name)` in the dtype `dtypes[name]`. Raises ValueError if a value is too large for it."""
     values = get(name)
     stored = values.to(dtypes[name])
     if stored.dtype == torch.float16 != values.dtype and not bool(stored.isfinite().all()):
-        raise ValueError(f"{name} has values beyond 65504, the largest of fp16; take bf16 or fp32")
+        raise ValueError(f"{name} has values beyond 65504, the largest of fp16; use bf16 or fp32")
     return stored
 
 
 def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_bytes: int = 2 * 10**9) -> Path:
-    """Write the new Hugging Face folder `target` of a run folder or one of its checkpoints; LoRA's factors are merged.
+    """Write a run folder or checkpoint as the new Hugging Face folder `target`, LoRA factors merged. Returns `target`.
 
-    `dtype` as in `from_hf_folder`; `shard_bytes`: of one safetensors file, unless one parameter is larger.
+    `dtype` as in `from_hf_folder`; `shard_bytes`: at most, per safetensors file, unless one parameter is larger.
     """
     step = find(source)
     run_dir = step.parent.parent
@@ -127,7 +124,7 @@ def to_hf_folder(source: Path, target: Path, dtype: str | None = None, shard_byt
         return export(
             target,
             config.model,
-            lambda name: fitting(name, _counted(get, bar), dtypes),
+            lambda name: read_as(name, _counted(get, bar), dtypes),
             dtypes,
             context=config.train.seq_len,
             carried=carried if carried.is_dir() else None,

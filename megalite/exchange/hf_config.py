@@ -1,16 +1,15 @@
 """Hugging Face's config.json as a `ModelConfig` and back, for Llama, Mistral, Qwen2, Qwen3 and GPT-2. No torch here.
 
-A key that changes the computation is mapped or refused by name. Of a known model_type, transformers computes from the
-keys of its own config class and the few of `NEUTRAL`; all others it carries along, and so does megalite.
+A key that changes the computation is mapped or refused by name. For a known model_type, transformers computes from the
+keys of its config class and those of `NEUTRAL`; it ignores all others, and so does megalite.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from megalite.config import ConfigError, ModelConfig, Request, ResolvedModel
+from megalite.config import ConfigError, Request, ResolvedModel
 from megalite.config.shapes import rows_of
 from megalite.exchange.hf_fields import LARGEST, Fields
 from megalite.exchange.hf_rope import read_rope, write_rope
@@ -22,11 +21,11 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
-# hidden_act -> the gated feed-forward; activation_function -> the plain one
+# hidden_act of gated feed-forwards; activation_function of GPT-2's plain ones
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh"}
 PLAIN = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-# key -> what it may be beside absent and null. Other values change what transformers computes or loads, or belong to a
-# model of another kind that was given this model_type
+# key -> values it may have, besides absent and null. Other values change what transformers computes or loads, or belong
+# to another kind of model with this model_type
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("quantization_config", "auto_map", "per_layer_config", "transformers_weights"), ()),
     **dict.fromkeys(("is_encoder_decoder", "add_cross_attention", "scale_attn_by_inverse_layer_idx"), (False,)),
@@ -46,15 +45,18 @@ GPT2_ALIASES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-# what transformers takes where num_key_value_heads is absent; of the others the number of heads
+# transformers' default of num_key_value_heads; for the other families the number of heads
 KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 MOST_LAYERS = 10_000
-# settings of training, which a run may choose anew
+# settings of training, which a run may set differently
 TRAINING = frozenset({"init_std", "dropout", "attention_dropout"})
 
 
 def read_model(config: Mapping[str, Any], where: str) -> ResolvedModel:
-    """The model that a config.json describes, resolved. ValueError for what megalite does not compute."""
+    """The model that a config.json describes, resolved. Raises ValueError for a key that megalite cannot compute.
+
+    `where`: the file's path, for messages.
+    """
     fields = Fields(config, where)
     family = fields.word("model_type")
     if family not in ARCHITECTURES:
@@ -84,7 +86,7 @@ def _llama(fields: Fields, family: str) -> ResolvedModel:
     mlp_bias = family == "llama" and fields.flag("mlp_bias", False)
     if bias != mlp_bias:
         key, other = ("attention_bias", "mlp_bias") if bias else ("mlp_bias", "attention_bias")
-        raise fields.refuse(key, f"without {other} is not supported; a model has both or neither")
+        raise fields.refuse(key, f"without {other} is not supported; set both or neither")
     return ResolvedModel(
         vocab_size=fields.whole("vocab_size"),
         hidden_size=hidden,
@@ -108,7 +110,7 @@ def _llama(fields: Fields, family: str) -> ResolvedModel:
 
 
 def _window(fields: Fields, family: str, layers: int) -> int | None:
-    """Keys that a query sees, the same in every layer; None: all."""
+    """The window of attention, in tokens, the same in every layer; None: no window."""
     null = "sliding_window" in fields.values and fields.values["sliding_window"] is None
     window, first = None, 0
     if family == "mistral":
@@ -125,16 +127,16 @@ def _window(fields: Fields, family: str, layers: int) -> int | None:
         raise fields.refuse("layer_types", f"is not a list of num_hidden_layers={layers} words")
     if all(kind == "sliding_attention" for kind in kinds) and window:
         return window
-    # Mistral's attention takes its window whatever layer_types says
+    # Mistral's attention uses its window whatever layer_types says
     if all(kind == "full_attention" for kind in kinds) and not (family == "mistral" and window):
         return None
     key = "max_window_layers" if fields.values.get("layer_types") is None else "layer_types"
-    rest = f"with {layers} layers and sliding_window={window} is not supported; all layers need one and the same window"
+    rest = f"with {layers} layers and sliding_window={window} is not supported; all layers need the same window"
     raise fields.refuse(key, rest, fields.values.get(key, first))
 
 
 def _refuse_window(fields: Fields, family: str) -> None:
-    """transformers' cache forgets what is beyond a window even where the family's attention has none."""
+    """Refuse a window: transformers' cache drops keys beyond it even in families whose attention has none."""
     if fields.values.get("sliding_window") is not None:
         raise fields.refuse("sliding_window", f"is not supported for {family}; use null")
 
@@ -143,7 +145,9 @@ def _gpt2(fields: Fields) -> ResolvedModel:
     values = dict(fields.values)
     for alias, key in GPT2_ALIASES.items():
         if alias in values and values.setdefault(key, values[alias]) != values[alias]:
-            raise fields.refuse(alias, f"beside {key}={values[key]} is not supported; transformers takes both for one")
+            raise fields.refuse(
+                alias, f"with {key}={values[key]} is not supported; transformers treats both as one key"
+            )
     fields = Fields(values, fields.where)
     hidden, heads = fields.whole("n_embd"), fields.whole("n_head")
     if hidden % heads:
@@ -153,7 +157,7 @@ def _gpt2(fields: Fields) -> ResolvedModel:
         fields.number(key, 0.1, low=0, below=1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")
     )
     if dropout != embedding:
-        raise fields.refuse("embd_pdrop", f"beside resid_pdrop={dropout} is not supported; make them equal", embedding)
+        raise fields.refuse("embd_pdrop", f"with resid_pdrop={dropout} is not supported; make them equal", embedding)
     return ResolvedModel(
         vocab_size=fields.whole("vocab_size"),
         hidden_size=hidden,
@@ -177,9 +181,9 @@ def _gpt2(fields: Fields) -> ResolvedModel:
 
 
 def write_model(model: ResolvedModel, max_positions: int) -> dict[str, Any]:
-    """The config.json of a resolved `model`, the inverse of `read_model`; ValueError where no family is like it.
+    """The config.json of a resolved `model`, the inverse of `read_model`. Raises ValueError if no family is like it.
 
-    `max_positions`: the context that a rotary model is said to have; learned positions have their own number.
+    `max_positions`: max_position_embeddings of a rotary model, in tokens; learned positions have their own number.
     """
     family = _family(model)
     common = {
@@ -252,7 +256,7 @@ def _family(m: ResolvedModel) -> str:
         if getattr(m, key) != value:
             shown = f"model.activation={m.activation}" if key == "gated" else f"model.{key}={getattr(m, key)}"
             raise ValueError(
-                f"{shown}: the nearest Hugging Face model is {family}, which does not have that; such a model cannot "
+                f"{shown}: the nearest Hugging Face model is {family}, which does not support that; the model cannot "
                 f"be exported (docs/hugging-face.md lists what can)"
             )
     for row in rows_of(m):
@@ -268,20 +272,10 @@ def _reverse(table: Mapping[str, str], value: str) -> str:
     return next(there for there, here in table.items() if here == value)
 
 
-def differing(a: ResolvedModel, b: ResolvedModel) -> list[str]:
-    """The keys in which two models compute differently."""
-    ignored = TRAINING | {"from_hf", "add_tokens"}
-    return [
-        f.name
-        for f in dataclasses.fields(ModelConfig)
-        if f.name not in ignored and getattr(a, f.name) != getattr(b, f.name)
-    ]
-
-
 def set_by_user(request: Request, found: ResolvedModel, where: str, source: str) -> dict[str, Any]:
-    """The keys that the user may set of the model `found` in `where`, as named by the key `source`.
+    """The model keys that the user has set and may set, for the model `found` in the file `where`.
 
-    ConfigError where the user has set the model to something else.
+    `source`: the key that names the file's folder. Raises ConfigError if the user has set another model.
     """
     chosen: dict[str, Any] = {}
     for key in sorted(request.explicit):

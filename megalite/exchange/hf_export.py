@@ -1,6 +1,6 @@
-"""A Hugging Face folder written tensor by tensor: shards of safetensors, their index, config.json and what goes along.
+"""Write a Hugging Face folder by tensor: safetensors files, their index, config.json, tokenizer and other files.
 
-The folder gets its name when all of it is on disk. No more than one parameter is in memory at a time.
+The folder appears when it is complete. At most one parameter is in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from megalite.checkpoint.dtypes import from_torch
 from megalite.checkpoint.publish import new_folder
 from megalite.checkpoint.safetensors_file import make_header
-from megalite.config import ResolvedModel
+from megalite.config import ModelConfig, ResolvedModel
 from megalite.config.shapes import shapes
-from megalite.exchange.hf_config import differing, read_model, write_model
+from megalite.exchange.hf_config import TRAINING, read_model, write_model
 from megalite.exchange.hf_fields import read_json
 from megalite.exchange.hf_folder import INDEX, SINGLE, carry, require_new
 from megalite.exchange.hf_tokenizer import write_tokenizer
@@ -44,11 +44,11 @@ def export(
     template: Path | None = None,
     shard_bytes: int = 2 * 10**9,
 ) -> Path:
-    """Write the model whose parameter `name` is `get(name)`, of dtype `dtypes[name]`, to the new `target`.
+    """Write the model whose parameter `name` is `get(name)`, of dtype `dtypes[name]`, to the new folder `target`.
 
-    `carried`: a folder of the files that came with the model, config.json among them; else they are made of `tokenizer`
-    and `context`. `template`: a chat template in the place of the carried one. ValueError where the model is of no
-    family.
+    `carried`: a folder with the model's config.json and other files to copy; None: they are written from `tokenizer`
+    and `context` (tokens). `template`: a chat template to use instead of the carried one. `shard_bytes`: at most, per
+    file. Returns `target`. Raises ValueError if no Hugging Face family is like the model.
     """
     require_new(target, "target")
     config = _config_json(model, context, carried)
@@ -80,14 +80,24 @@ def _config_json(model: ResolvedModel, context: int, carried: Path | None) -> di
     if wrong := differing(model, there):
         key = wrong[0]
         raise ValueError(
-            f"{path}: model.{key} is {getattr(there, key)} there and {getattr(model, key)} in the checkpoint; move the "
-            f"file away and config.json is made anew"
+            f"{path}: model.{key} is {getattr(there, key)} there and {getattr(model, key)} in the checkpoint; "
+            f"remove the file, and config.json is written anew"
         )
     return config
 
 
+def differing(a: ResolvedModel, b: ResolvedModel) -> list[str]:
+    """The keys in which two models differ, except those that do not change the computation."""
+    ignored = TRAINING | {"from_hf", "add_tokens"}
+    return [
+        f.name
+        for f in dataclasses.fields(ModelConfig)
+        if f.name not in ignored and getattr(a, f.name) != getattr(b, f.name)
+    ]
+
+
 def _put_template(template: Path, folder: Path) -> None:
-    """A run's chat template in the place of all those that lie there, if it is another."""
+    """Replace all chat templates of the folder by the run's, unless they are equal."""
     there = folder / TEMPLATE
     if not (there.is_file() and there.read_bytes() == template.read_bytes()):
         shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
@@ -95,12 +105,12 @@ def _put_template(template: Path, folder: Path) -> None:
 
 
 def _name_turn_end(folder: Path, config: Mapping[str, Any]) -> None:
-    """See that generation_config.json names the token that ends a turn, at which transformers' generate stops."""
+    """Add the token that ends a turn to generation_config.json, so that transformers' generate stops at it."""
     try:
         tokenizer = load_tokenizer(folder)
         ends = turn_ends(ChatTemplate(*find_template(None, tokenizer), tokenizer), tokenizer)
     except ValueError:
-        return  # no tokenizer, or a template that does not show such a conversation
+        return  # no tokenizer, or a template that does not render such a conversation
     path = folder / "generation_config.json"
     kept = ("bos_token_id", "eos_token_id", "pad_token_id")
     found = read_json(path) if path.is_file() else {key: config.get(key) for key in kept}
@@ -117,7 +127,7 @@ def _write_weights(
     dtypes: Mapping[str, torch.dtype],
     shard_bytes: int,
 ) -> None:
-    """The tensors in megalite's order, in as many files as it takes; a file begins with a parameter, never within."""
+    """Write the tensors in megalite's order, in one or more files; no parameter is split between files."""
     hf = hf_shapes(model)
     shards: list[list[str]] = [[]]
     filled = 0

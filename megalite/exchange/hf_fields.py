@@ -1,4 +1,4 @@
-"""JSON files of transformers and peft: their keys, checked for type and range as they are read. No torch here."""
+"""JSON files of transformers and peft, each key checked for type and range when it is read. No torch here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLAIN = (bool, int, float, str, list, dict)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError naming the file where there is none."""
+    """The object in a JSON file. Raises ValueError, naming the file, if it holds anything else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -43,14 +43,15 @@ def as_json(value: object) -> str:
 class Fields:
     """The keys of one JSON object. Every ValueError names file, key and value.
 
-    A key that is absent takes `default`, without one it is an error. A key that is null takes `null`, and again it is
-    an error without: transformers and peft give the two different meanings.
+    An absent key has the value `default`, a null one the value `null`; without them, it is an error. transformers and
+    peft treat absent and null differently.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where
 
     def refuse(self, key: str, why: str, value: Any = _NO_DEFAULT) -> ValueError:
+        """The ValueError to raise for a key: file, key, value, and `why`."""
         value = self.values.get(key) if value is _NO_DEFAULT else value
         return ValueError(f"{self.where}: {shown(key)}={as_json(value)} {why}")
 
@@ -69,6 +70,7 @@ class Fields:
     def whole(
         self, key: str, default: Any = _NO_DEFAULT, null: Any = _NO_DEFAULT, low: int = 1, high: int = LARGEST
     ) -> int:
+        """An integer from `low` to `high`; `default` and `null` may be anything."""
         value: int = self._value(key, (int,), default, null)
         if value is default and key not in self.values:
             return value
@@ -86,7 +88,7 @@ class Fields:
         low: float = -math.inf,
         below: float = math.inf,
     ) -> float:
-        """A finite number with `above` < it, `low` <= it, and it < `below`."""
+        """A finite number x with `above` < x, `low` <= x and x < `below`."""
         given = self._value(key, (float, int), default, null)
         try:
             value = float(given)
@@ -99,21 +101,24 @@ class Fields:
         return value
 
     def flag(self, key: str, default: Any = _NO_DEFAULT) -> bool:
+        """true or false."""
         value: bool = self._value(key, (bool,), default, _NO_DEFAULT)
         return value
 
     def word(self, key: str, default: Any = _NO_DEFAULT) -> str:
+        """A string."""
         value: str = self._value(key, (str,), default, _NO_DEFAULT)
         return value
 
     def choice(self, key: str, choices: Mapping[str, str], default: str) -> str:
+        """What `choices` has for the key's value."""
         value = self.word(key, default)
         if value not in choices:
             raise self.refuse(key, f"is not supported; use one of {', '.join(choices)}", value)
         return choices[value]
 
     def neutral(self, table: Mapping[str, tuple[Any, ...]], why: str) -> None:
-        """ValueError for a key of `table` whose value is neither null nor one of those there."""
+        """Raise ValueError for a key of `table` whose value is neither null nor one of those in the table."""
         for key, allowed in table.items():
             value = self.values.get(key)
             if value is not None and not (isinstance(value, _PLAIN) and value in allowed):

@@ -1,4 +1,4 @@
-"""What model.from_hf and train.export_hf mean to a run, but for the weights. No torch here."""
+"""The keys model.from_hf and train.export_hf, except for the weights. No torch here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megalite.exchange.hf_tokenizer import write_tokenizer
 
 
 def with_hf(request: Request) -> Request:
-    """With model.from_hf: the model of that folder, and its tokenizer. ConfigError where another key contradicts it."""
+    """Set model and tokenizer from the folder model.from_hf, if given. Raises ConfigError if another key disagrees."""
     config, source = request.config, request.config.model.from_hf
     if source is None:
         return request
@@ -30,7 +30,7 @@ def with_hf(request: Request) -> Request:
 
 
 def check_hf(config: Resolved, resume: Path | None) -> None:
-    """ValueError where the folder to start from is damaged, or the one to write at the end could not be written."""
+    """Raise ValueError if the folder model.from_hf is damaged, or train.export_hf could not be written at the end."""
     if config.model.from_hf is not None and resume is None:
         open_folder(config.model.from_hf)
     if config.train.export_hf is None or config.train.eval_only:
@@ -41,19 +41,19 @@ def check_hf(config: Resolved, resume: Path | None) -> None:
         raise ConfigError(f"train.export_hf={target} is train.run_dir; name another folder, e.g. {target / 'export'}")
     kind = write_model(config.model, config.train.seq_len)["model_type"]
     add = config.model.add_tokens
-    if config.data.tokenizer is not None and (_beside(config, None) is None or add):
+    if config.data.tokenizer is not None and (_model_folder(config, None) is None or add):
         with tempfile.TemporaryDirectory() as trial:
             write_tokenizer(Path(config.data.tokenizer), Path(trial), add, kind)
 
 
 def context_warning(config: Resolved) -> str:
-    """What to tell where train.seq_len goes beyond the positions that the model's folder was made for, else ''."""
+    """A warning if train.seq_len exceeds the positions that the model's folder was made for, else ''."""
     load, seq_len = config.checkpoint.load, config.train.seq_len
     try:
-        folder = _beside(config, find(load) if load is not None else None)
+        folder = _model_folder(config, find(load) if load is not None else None)
         found = read_json(folder / "config.json") if folder is not None and (folder / "config.json").is_file() else {}
     except ValueError:
-        return ""  # told where the weights are read
+        return ""  # reported when the weights are read
     context = rope_context(config.model, found.get("max_position_embeddings"))
     if config.model.position != "rope" or context is None or seq_len <= context:
         return ""
@@ -62,23 +62,23 @@ def context_warning(config: Resolved) -> str:
     whole = json.dumps((found.get(key) or {}) | yarn)
     how = "raise the factor" if config.model.rope_scaling != "none" else f'set "{key}": {whole}'
     return (
-        f"WARNING: train.seq_len={seq_len} is more than the {context} positions that {folder}/config.json is made for "
-        f"(max_position_embeddings, rope_scaling); the model has not learned those beyond. Use train.seq_len={context}"
-        f", or stretch RoPE: {how} in config.json"
+        f"WARNING: train.seq_len={seq_len} is more than the {context} positions of {folder}/config.json "
+        f"(max_position_embeddings, rope_scaling); the model was not trained on those beyond. "
+        f"Use train.seq_len={context}, or stretch RoPE: {how} in config.json"
     )
 
 
 def keep_hf(config: Config, source: Path | None, run_dir: Path) -> None:
-    """Keep under `run_dir`/hf what came with the model beside its weights, for the day when it is exported.
+    """Copy the model's files, except weights, to `run_dir`/hf, for a later export.
 
-    `source`: the checkpoint that the run starts from, which may be one of a run that keeps such files.
+    `source`: the checkpoint that the run starts from; its run may have such files.
     """
-    beside = _beside(config, source)
-    if beside is not None and beside.is_dir() and beside.resolve() != (run_dir / "hf").resolve():
-        carry(beside, run_dir / "hf")
+    folder = _model_folder(config, source)
+    if folder is not None and folder.is_dir() and folder.resolve() != (run_dir / "hf").resolve():
+        carry(folder, run_dir / "hf")
 
 
-def _beside(config: Config, source: Path | None) -> Path | None:
+def _model_folder(config: Config, source: Path | None) -> Path | None:
     if config.model.from_hf is not None:
         return Path(config.model.from_hf)
     return source.parent.parent / "hf" if source is not None else None

@@ -1,4 +1,4 @@
-"""Rotary positions in config.json, in the spellings of transformers 4 and 5, and back. No torch."""
+"""Rotary positions in config.json, as transformers 4 and 5 spell them, and back. No torch here."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from megalite.exchange.hf_fields import Fields
 
 
 def read_rope(config: Fields) -> dict[str, Any]:
-    """The rope keys of a `ModelConfig`. ValueError for what megalite does not compute.
+    """The rope keys of a `ModelConfig`. Raises ValueError for a kind of scaling that megalite cannot compute.
 
-    As in transformers, rope_scaling that is not empty comes before rope_parameters, and a rope_theta in either before
-    the one beside it.
+    As in transformers, a non-empty rope_scaling is preferred to rope_parameters, and a rope_theta inside either to the
+    one outside.
     """
     name = "rope_scaling" if config.values.get("rope_scaling") else "rope_parameters"
     found = config.values.get(name) or {}
@@ -35,7 +35,7 @@ def read_rope(config: Fields) -> dict[str, Any]:
     fields |= {"rope_scaling": kind, "rope_factor": rope.number("factor", low=1)}
     if kind == "linear":
         return fields
-    # transformers: the number beside the object, then the one in it, then the model's own context
+    # as in transformers: the number outside the object, then the one in it, then the model's context
     inside = "original_max_position_embeddings"
     length = config if inside in config.values else rope if inside in found else None
     fields["rope_original_max_positions"] = (length or config).whole(inside if length else "max_position_embeddings")
@@ -61,15 +61,16 @@ def _read_yarn(rope: Fields, factor: float) -> dict[str, float]:
     usual = mscale(weights[0]) / mscale(weights[1]) if all(weights) else mscale(1.0)
     given = rope.number("attention_factor", usual, null=usual)
     if not math.isclose(given, usual, rel_tol=1e-6):
-        raise rope.refuse("attention_factor", f"is not supported; factor and mscale give {usual:.6f}")
+        raise rope.refuse("attention_factor", f"is not supported; factor and mscale mean {usual:.6f}")
     names = ("rope_beta_fast", "rope_beta_slow", "rope_mscale", "rope_mscale_all_dim")
     return dict(zip(names, (fast, slow, *weights), strict=True))
 
 
 def rope_context(model: ResolvedModel, max_positions: Any) -> int | None:
-    """The positions that a rotary model is made for; None where `max_positions`, of its config.json, does not say.
+    """The positions that a rotary model supports, in tokens; None if `max_positions` of its config.json is no number.
 
-    Files of llama3 models give the stretched context, those of linear the one before, those of yarn either.
+    Files of llama3 models state the extended context, those with linear scaling the original one, those with yarn
+    either.
     """
     if not isinstance(max_positions, int) or isinstance(max_positions, bool) or max_positions < 1:
         return None
@@ -79,7 +80,7 @@ def rope_context(model: ResolvedModel, max_positions: Any) -> int | None:
 
 
 def write_rope(model: ResolvedModel) -> dict[str, Any]:
-    """The spelling of transformers 4, which 5 reads too."""
+    """The keys of config.json as transformers 4 spells them; transformers 5 reads them too."""
     scaling: dict[str, Any] = {}
     if model.rope_scaling != "none":
         scaling = {"rope_type": model.rope_scaling, "factor": model.rope_factor}

@@ -1,7 +1,7 @@
-"""A run's own tokenizer as the files that transformers' AutoTokenizer opens.
+"""Write a run's tokenizer as files for transformers' AutoTokenizer.
 
-A sentencepiece BPE model becomes a tokenizer.json with the same pieces and merges. Whether it cuts text as the model
-does is tried before it is kept.
+A sentencepiece BPE model becomes a tokenizer.json with the same pieces and merges, which is kept only if it splits
+trial texts as the model does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megalite.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from megalite.text.tokenizer_files import ADDED, CONFIG, MAP, copy_templates, read_optional_json
 
 SPACE = "▁"
-# texts on which both have to agree: spaces, lines, digits, scripts, bytes without a piece
+# texts on which both must agree: spaces, lines, digits, scripts, bytes without a piece
 TRIALS = (
     *("a", " a", "a b", "  two  spaces ", "In the beginning God created the heaven and the earth.", "tab\tnew\n\nline"),
     *(
@@ -35,15 +35,15 @@ TRIALS = (
 def write_tokenizer(
     source: Path, target: Path, add: Iterable[str] = (), model_type: str | None = None
 ) -> dict[str, int | None]:
-    """Write `source`, a tokenizer file or folder, to the folder `target` so that AutoTokenizer reads it as it is here.
+    """Write the tokenizer file or folder `source` to the folder `target`, so that AutoTokenizer encodes the same.
 
-    `add`: as model.add_tokens. `model_type`: of the config.json that will lie there. Gives bos_token_id, eos_token_id
-    and pad_token_id for it. ValueError where a sentencepiece model is of a kind that has no equal tokenizer.json, or
-    transformers would cut text otherwise.
+    `add`: as model.add_tokens. `model_type`: that of the config.json to be written there. Returns its bos_token_id,
+    eos_token_id and pad_token_id. Raises ValueError if no tokenizer.json equals a sentencepiece model, or transformers
+    would split text differently.
     """
     opened = load_tokenizer(source, tuple(add))
     options = read_optional_json(opened.path.with_name(CONFIG))
-    # tokenizer.json holds all tokens, and the strings of special ones are named below
+    # tokenizer.json holds all tokens, and the special ones are named below
     for key in [key for key in options if key.endswith(("_token", "_special_tokens", "_tokens_decoder"))]:
         if not isinstance(options[key], bool):
             del options[key]
@@ -72,25 +72,25 @@ def _require_equal(here: Tokenizer, there: Tokenizer, model_type: str) -> None:
     for text in TRIALS:
         if not _leading_space(here, text) and here.encode(text) != there.encode(text):
             raise ValueError(
-                f"{here.path}: transformers opens the tokenizer of a {model_type} model with steps of its own, which "
-                f"cut {text!r} otherwise; export without data.tokenizer, and open this file as PreTrainedTokenizerFast"
+                f"{here.path}: for a {model_type} model transformers adds its own steps to the tokenizer, which split "
+                f"{text!r} differently; export without data.tokenizer, and open this file as PreTrainedTokenizerFast"
             )
 
 
 def _leading_space(here: Tokenizer, text: str) -> bool:
-    """Whether sentencepiece puts a space before the space that a text begins with, which tokenizers does not."""
+    """Whether a text starts with a space, before which sentencepiece adds another and tokenizers does not."""
     return isinstance(here, SentencePieceTokenizer) and here.prefixes and text.startswith(" ")
 
 
 def _from_sentencepiece(opened: SentencePieceTokenizer) -> tuple[Any, str]:
-    """A tokenizers.Tokenizer that cuts text as `opened` does, and its unknown piece."""
+    """A tokenizers.Tokenizer that splits text as `opened` does, and its unknown piece. Raises ValueError for none."""
     from sentencepiece import SentencePieceProcessor
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     processor = SentencePieceProcessor(model_file=str(opened.path))
     pieces = [processor.id_to_piece(i) for i in range(processor.vocab_size())]
     rank = {piece: i for i, piece in enumerate(pieces)}
-    # the parts that a piece was merged of: all pairs of pieces, the merges learned first coming first
+    # merges: for each piece all pairs of pieces that form it, those learned first coming first
     merges = []
     for i, piece in enumerate(pieces):
         given = processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or piece in opened.defined
@@ -100,7 +100,7 @@ def _from_sentencepiece(opened: SentencePieceTokenizer) -> tuple[Any, str]:
             merges += [(-processor.get_score(i), pair) for pair in known]
     merges.sort(key=lambda merge: merge[0])
     unknown, defined = pieces[processor.unk_id()], sorted(opened.defined, key=len, reverse=True)
-    # with a space before the text, user-defined symbols have to be found after it is there: by a pre-tokenizer
+    # if a space is added before the text, user-defined symbols must be found after that: by a pre-tokenizer
     split = opened.prefixes and bool(defined)
     bpe = models.BPE(
         rank, [m[1] for m in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True, ignore_merges=split
@@ -108,7 +108,7 @@ def _from_sentencepiece(opened: SentencePieceTokenizer) -> tuple[Any, str]:
     made = Tokenizer(bpe)
     made.normalizer = normalizers.Replace(" ", SPACE)
     if opened.prefixes:
-        # only before the text, as sentencepiece does it: not behind each control token
+        # only before the text, as in sentencepiece: not after each control token
         first = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
         symbols = pre_tokenizers.Split(Regex("|".join(map(re.escape, defined))), "isolated")
         made.pre_tokenizer = pre_tokenizers.Sequence([first, symbols]) if split else first
@@ -123,12 +123,14 @@ def _from_sentencepiece(opened: SentencePieceTokenizer) -> tuple[Any, str]:
     for text, number in sorted(opened.added.items(), key=lambda item: item[1]):
         made.add_tokens([AddedToken(text, special=text not in opened.ordinary, normalized=False)])
         if made.token_to_id(text) != number:
-            raise ValueError(f"{opened.path}: {text} is token {number} here and would be another in tokenizer.json")
+            raise ValueError(
+                f"{opened.path}: {text} is token {number} here and would have another id in tokenizer.json"
+            )
     return made, unknown
 
 
 def _try(opened: SentencePieceTokenizer, made: Any, processor: Any, every_piece: bool) -> None:
-    """ValueError where `made` cuts text otherwise than the model."""
+    """Raise ValueError if `made` splits a trial text differently from the model."""
     texts = [*TRIALS]
     for symbol in opened.defined:
         texts += [symbol, f"a{symbol}b", f"a {symbol} {symbol}\n{symbol}c"]
@@ -139,6 +141,6 @@ def _try(opened: SentencePieceTokenizer, made: Any, processor: Any, every_piece:
             continue
         if made.encode(text, add_special_tokens=False).ids != processor.encode(text):
             raise ValueError(
-                f"{opened.path}: no tokenizer.json cuts text as this sentencepiece model does (it is not plain BPE: "
-                f"{text!r} comes out otherwise); put a tokenizer.json beside it in its place"
+                f"{opened.path}: no tokenizer.json splits text as this sentencepiece model does (it is not plain BPE: "
+                f"{text!r} differs); use a tokenizer.json instead"
             )

@@ -1,4 +1,4 @@
-"""Whether transformers computes from a Hugging Face folder what megalite computes from its checkpoint."""
+"""Compare transformers' logits for a Hugging Face folder with megalite's for a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from megalite.checkpoint.contents import config_of
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.checkpoint.load import load
-from megalite.exchange.hf_weights import nothing
+from megalite.exchange.hf_weights import placeholder
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
@@ -46,7 +46,7 @@ class Verdict:
 
 
 def require_transformers() -> None:
-    """ValueError where the other side cannot run."""
+    """Raise ValueError if transformers is not installed."""
     if importlib.util.find_spec("transformers") is None:
         raise ValueError(
             "--verify runs the model in transformers too, which is not installed; pip install transformers"
@@ -55,7 +55,7 @@ def require_transformers() -> None:
 
 @torch.inference_mode()
 def verify(hf: Path, run: Path) -> Verdict:
-    """Run both sides in fp32 on the same random token ids, one after the other, so that one model is in memory."""
+    """Run both models in fp32 on the same random token ids, one after the other, so that one is in memory at a time."""
     require_transformers()
     vocabulary = config_of(read_manifest(find(run))).model.vocab_size
     tokens = torch.randint(vocabulary, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -65,7 +65,7 @@ def verify(hf: Path, run: Path) -> Verdict:
 
 
 def load_decoder(run: Path) -> Decoder:
-    """The whole model of a run folder or checkpoint on the CPU, in fp32, for evaluation."""
+    """The whole model of a run folder or checkpoint on the CPU, in fp32, in eval mode."""
     step = find(run)
     manifest = read_manifest(step)
     model = config_of(manifest).model
@@ -75,7 +75,7 @@ def load_decoder(run: Path) -> Decoder:
         decoder,
         model,
         Group([0], 0),
-        nothing,
+        placeholder,
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -94,7 +94,7 @@ def _transformers_logits(folder: Path, tokens: Tensor) -> Tensor:
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa"
         )
         logits: Tensor = model.eval()(tokens, use_cache=False).logits
-    # whatever transformers raises of a folder that it does not take
+    # transformers raises exceptions of many types for a folder it cannot load
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: transformers cannot run it ({type(error).__name__} {reason})") from None

@@ -1,4 +1,4 @@
-"""Weights out of a Hugging Face folder: whole parameters one at a time, or of each only the rows that a rank holds."""
+"""Read weights from a Hugging Face folder: whole parameters, or only the rows or columns that a rank holds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megalite.parallel.cuts import Shard
 
 
 def fill(parameters: Mapping[str, Tensor], shards: Mapping[str, Shard], folder: HFFolder) -> None:
-    """Give a rank's parameters their values; of each tensor it reads what it holds."""
+    """Fill a rank's parameters in place, reading only the part of each tensor that it holds."""
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(read_local(folder, name, shards[name]))
 
 
-def nothing(name: str, shape: tuple[int, ...]) -> Tensor:
-    """A whole parameter that takes no memory and no time to draw, where `fill` comes after."""
+def placeholder(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A whole parameter of zeros that takes no memory, to be filled by `fill`."""
     return torch.zeros(()).expand(shape)
 
 
@@ -34,7 +34,7 @@ def read_whole(folder: HFFolder, name: str) -> Tensor:
 
 
 def read_local(folder: HFFolder, name: str, shard: Shard) -> Tensor:
-    """What `shard` says a rank holds of the parameter `name`; only those rows, or columns, are read. Padding is 0."""
+    """A rank's part, by `shard`, of the parameter `name`; only those rows or columns are read. Padding is 0."""
     model = folder.model
     there = [folder.tensors[other] for other in names_there(name, model)]
     transposed = is_transposed(name, model)
@@ -43,7 +43,7 @@ def read_local(folder: HFFolder, name: str, shard: Shard) -> Tensor:
     for piece in shard.pieces:
         rows = shard.local_rows(local, piece)
         if shard.dim == 1:
-            # cut by columns: one tensor there, its rows as here
+            # cut by columns: a single tensor there, with rows in the same order
             (stored,) = there
             columns = slice(piece.start, piece.start + piece.length)
             rows.copy_(_read(stored, columns).t() if transposed else _read(stored, slice(None), columns))
@@ -58,7 +58,7 @@ def read_local(folder: HFFolder, name: str, shard: Shard) -> Tensor:
 
 
 def stored_dtype(folder: HFFolder, name: str) -> torch.dtype:
-    """The dtype that holds all tensors a parameter is joined of."""
+    """The smallest dtype that holds all tensors that form a parameter."""
     found = [to_torch(BY_CODE[folder.tensors[other].dtype]) for other in names_there(name, folder.model)]
     dtype = found[0]
     for other in found[1:]:
@@ -67,9 +67,9 @@ def stored_dtype(folder: HFFolder, name: str) -> torch.dtype:
 
 
 def _runs(folder: HFFolder, name: str, rows: range) -> Iterator[tuple[int, int, int]]:
-    """Where `rows` of a parameter stand there: (which of its tensors, first row, end), in order.
+    """Yield where `rows` of a parameter are in the folder: (index of the tensor, first row, end), in order.
 
-    The map of values is asked itself, about row numbers instead of rows.
+    Applies the mapping of values, `from_hf`, to row numbers instead of rows.
     """
     model, there = folder.model, names_there(name, folder.model)
     shapes = [folder.tensors[other].shape for other in there]
@@ -88,10 +88,10 @@ def _runs(folder: HFFolder, name: str, rows: range) -> Iterator[tuple[int, int, 
 
 
 def _read(stored: Stored, *part: slice) -> Tensor:
-    """A tensor, or the part of it, from its file. The file is mapped for this one read, so that no page of it stays."""
+    """Read a tensor, or part of it. The file is mapped for this read only, so that none of its pages stay in memory."""
     try:
         with safe_open(stored.file, framework="pt", device="cpu") as file:
             values: Tensor = file.get_slice(stored.key)[part or (slice(None),)]
             return values
     except (OSError, SafetensorError, KeyError) as error:
-        raise ValueError(f"{stored.file}: tensor {stored.key} cannot be read ({error}); fetch it again") from None
+        raise ValueError(f"{stored.file}: tensor {stored.key} cannot be read ({error}); download it again") from None

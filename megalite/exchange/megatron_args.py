@@ -1,8 +1,8 @@
-"""The arguments that a run of Megatron-LM kept in its checkpoint, as a `ModelConfig`. No torch here.
+"""The arguments that Megatron-LM stores in a checkpoint, as a `ModelConfig`. No torch here.
 
-Names and defaults are those of megatron/training/arguments.py from 2023 to 2026. What the legacy model computes from is
-read here; what it does not know has to be off; what only training, data or other models read may have any value. An
-argument of another name, as forks have them, is refused unless it is off.
+Names and defaults are those of megatron/training/arguments.py from 2023 to 2026. Arguments of the legacy model are read
+(READ), those that it does not support must be off (NEUTRAL), and those of training, data or other models may have any
+value (TRAINING, FAMILIES). An argument of any other name, as in forks, is refused unless it is off.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# argument -> what it may be beside null, where any other value computes something that is not built
+# argument -> the values it may have, besides null; others compute something that is not supported
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("apply_residual_connection_post_layernorm", "apply_layernorm_1p"), (False,)),
     **dict.fromkeys(("layernorm_zero_centered_gamma", "rotary_interleaved", "squared_relu", "onnx_safe"), (False,)),
@@ -122,7 +122,7 @@ TRAINING = _words(
     wgrad_deferral_limit world_size yaml_cfg
     """
 )
-# beginnings of names: of training, logging and hardware, and of models that are turned off above
+# prefixes of names: of training, logging and hardware, and of models that are turned off above
 FAMILIES = tuple(
     _words(
         """
@@ -138,7 +138,7 @@ FAMILIES = tuple(
 
 @dataclass(frozen=True)
 class Described:
-    """A model, the tp x pp that its files are of if that is said, and the positions it was made for."""
+    """A model, the tp x pp of its files (None if not stated), and its context in tokens."""
 
     model: ModelConfig
     tp: int | None
@@ -147,13 +147,15 @@ class Described:
 
 
 def read_args(args: Mapping[str, Any], where: Path) -> Described:
-    """What the arguments describe. ValueError, by name, for what megalite does not compute."""
+    """The model that the arguments describe. Raises ValueError, naming the argument, for anything not supported."""
     fields = Fields({f"args.{key}": value for key, value in args.items()}, str(where))
     for key, value in args.items():
         known = key in NEUTRAL or key in READ or key in TRAINING or key.startswith(FAMILIES)
         off = value is None or (isinstance(value, int | float | str | list | tuple | dict) and not value)
         if not known and not off:
-            raise fields.refuse(f"args.{key}", "is not an argument that megalite knows, and may change the model")
+            raise fields.refuse(
+                f"args.{key}", "is not a known argument of Megatron-LM, and may change the model; it must be off"
+            )
     model = _model(fields)
     tp, pp = (fields.whole(f"args.{key}_model_parallel_size", None) for key in ("tensor", "pipeline"))
     context = fields.whole("args.max_position_embeddings", fields.whole("args.seq_length", 2048, 2048))
@@ -187,25 +189,25 @@ def _model(fields: Fields) -> ModelConfig:
 
 
 def _on(fields: Fields, key: str, default: bool) -> bool:
-    """A switch; null is as if it were not there."""
+    """A switch; null means absent."""
     key = f"args.{key}"
     return default if fields.values.get(key) is None else fields.flag(key)
 
 
 def _vocabulary(fields: Fields) -> int:
-    """The stored rows are padded for tp; without the true number they all count."""
+    """The vocabulary's size. The stored rows are padded for tp; if the true size is missing, all of them count."""
     if fields.values.get("args.vocab_size") is None:
         return fields.whole("args.padded_vocab_size")
-    # the tokenizer of bare numbers adds an end of document to what it was told
+    # NullTokenizer adds an end-of-document token to the given size
     null = fields.values.get("args.tokenizer_type") == "NullTokenizer"
     return fields.whole("args.vocab_size") + null
 
 
 def _activation(fields: Fields, bias: bool) -> str:
-    """GELU is the tanh approximation where it is OpenAI's, or fused with the bias before it."""
+    """The activation. GELU is the tanh approximation with openai_gelu, or if it is fused with the bias before it."""
     if _on(fields, "openai_gelu", False):
         if _on(fields, "swiglu", False):
-            raise fields.refuse("args.openai_gelu", "beside swiglu is not supported")
+            raise fields.refuse("args.openai_gelu", "with swiglu is not supported")
         return "gelu_tanh"
     if _on(fields, "swiglu", False):
         return "swiglu"
@@ -221,9 +223,7 @@ def _positions(fields: Fields) -> dict[str, Any]:
     if kind != "rope":
         raise fields.refuse("args.position_embedding_type", "is not supported; use rope or learned_absolute", kind)
     if fields.number("args.rotary_base", 10000, 10000) != 10000:
-        raise fields.refuse(
-            "args.rotary_base", "is not supported: the legacy model rotates with 10000 whatever it says"
-        )
+        raise fields.refuse("args.rotary_base", "is not supported: the legacy model always rotates with 10000")
     found: dict[str, Any] = {"rope_fraction": fields.number("args.rotary_percent", 1.0, 1.0, above=0)}
     if found["rope_fraction"] > 1:
         raise fields.refuse("args.rotary_percent", "must be at most 1")

@@ -1,4 +1,4 @@
-"""LoRA's factors put into the weights they stand beside: W + (alpha / r) B A."""
+"""Merge LoRA factors into the base weights: W + (alpha / r) B A."""
 
 from __future__ import annotations
 
@@ -25,37 +25,34 @@ Get = Callable[[str], Tensor]
 
 
 def delta(linear: str, chosen: tuple[Projection, ...], config: Resolved, get: Get) -> Tensor:
-    """(alpha / r) B A of the linear `linear`, [out, in] in the order of its rows, in at least fp32.
-
-    `get(name)`: a whole factor.
-    """
+    """(alpha / r) B A of the linear `linear`, [out, in], in at least fp32. `get(name)`: a whole factor."""
     m, t = config.model, config.tune
     parts = {}
     for p in chosen:
         a, b = (get(f"{linear}.lora_{p.name}.{factor}") for factor in "ab")
         wide = torch.promote_types(a.dtype, torch.float32)
-        # what a row is here, join has as the last dimension
+        # join works on the last dimension, so rows become columns
         parts[p.name] = (b.to(wide) @ a.to(wide) * (t.lora_alpha / t.lora_rank)).t()
     rows = {p.name: p.rows for p in projections(m)[linear.split(".", 2)[2]]}
     return join(parts, rows, m.head_dim).t()
 
 
 def merged(config: Resolved, get: Get) -> Get:
-    """A function of whole parameters' names: W + (alpha / r) B A, in W's dtype. `get` gives weights and factors."""
+    """A function that returns the whole merged parameter of a name, in W's dtype. `get`: reads weights and factors."""
     linears = adapted(config.model, config.tune)
 
-    def found(name: str) -> Tensor:
+    def read(name: str) -> Tensor:
         weight, linear = get(name), name.removesuffix(".weight")
         if linear not in linears:
             return weight
         change = delta(linear, linears[linear], config, get)
         return (weight.to(torch.promote_types(weight.dtype, change.dtype)) + change).to(weight.dtype)
 
-    return found
+    return read
 
 
 def read_base(base: Path) -> tuple[Get, Callable[[str], torch.dtype]]:
-    """Two functions of a parameter's name: its whole value, and the dtype that it is stored in."""
+    """Two functions of a parameter's name: its whole value, and the dtype it is stored in."""
     if is_hf(base):
         folder = open_folder(base)
         return (lambda name: read_whole(folder, name)), (lambda name: stored_dtype(folder, name))
@@ -67,10 +64,10 @@ def read_base(base: Path) -> tuple[Get, Callable[[str], torch.dtype]]:
 
 
 def open_merged(adapter: Path, base: Path | None = None) -> tuple[Resolved, Get, Callable[[str], torch.dtype]]:
-    """Of a LoRA checkpoint or run: its configuration, its merged weights by name, and the dtypes of the base's.
+    """Open a LoRA run or checkpoint. Returns its configuration, and two functions as in `read_base`, of merged weights.
 
-    One parameter is read at a time. `base`: where its base lies now, if not where it lay. ValueError where that is gone
-    or another.
+    `base`: the base's path now; None: the path recorded at training. Raises ValueError if that is missing or another
+    model.
     """
     folder = find_adapter(adapter)
     manifest = read_manifest(folder)
@@ -84,8 +81,8 @@ def open_merged(adapter: Path, base: Path | None = None) -> tuple[Resolved, Get,
 
 
 def find_adapter(path: Path) -> Path:
-    """The LoRA checkpoint meant by `path`, a run or a step folder; ValueError if it is none."""
+    """The LoRA checkpoint that `path`, a run or step folder, means. Raises ValueError if it is not one."""
     folder = find(path)
     if not is_adapter(read_manifest(folder)):
-        raise ValueError(f"{folder} holds whole weights and no LoRA factors; there is nothing to merge or to export")
+        raise ValueError(f"{folder} holds whole weights and no LoRA factors; name a run with tune.mode=lora")
     return folder

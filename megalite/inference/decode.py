@@ -16,7 +16,7 @@ from megalite.checkpoint.folder import read_manifest
 from megalite.checkpoint.load import load
 from megalite.engine.stage import Stage, build_stage
 from megalite.exchange.hf_folder import HFFolder
-from megalite.exchange.hf_weights import fill, nothing
+from megalite.exchange.hf_weights import fill, placeholder
 from megalite.exchange.merge import open_merged
 from megalite.inference.reply import Reply, Settings
 from megalite.inference.sampling import choose
@@ -101,14 +101,14 @@ def load_stage(source: Source, world: World) -> Stage:
     ValueError where they are damaged or of another model.
     """
     if isinstance(source.weights, HFFolder):
-        stage = build_stage(source.config, world, nothing)
+        stage = build_stage(source.config, world, placeholder)
         fill(stage.parameters, stage.shards, source.weights)
         return stage
     manifest = read_manifest(source.weights)
     if is_adapter(manifest):
         _, merged, _ = open_merged(source.weights)
         return build_stage(source.config, world, lambda name, _: merged(name))
-    stage = build_stage(source.config, world, nothing)
+    stage = build_stage(source.config, world, placeholder)
     load(source.weights, manifest, stage.shards, {"weight": dict(stage.parameters)})
     return stage
 

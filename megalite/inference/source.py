@@ -10,6 +10,7 @@ from megalite.checkpoint.contents import config_of, is_adapter
 from megalite.checkpoint.folder import find, read_manifest
 from megalite.config import Config, ConfigError, ModelConfig, ParallelConfig, Resolved, TrainConfig, check, resolve
 from megalite.config.check import valid_tp
+from megalite.config.dtypes import BY_CODE
 from megalite.data.origin import tokenizer_of_run
 from megalite.exchange.base import base_of
 from megalite.exchange.hf_fields import read_json
@@ -107,7 +108,7 @@ def _of_folder(path: Path, dtype: str | None) -> Source:
         found = read_json(path / name).get("eos_token_id") if (path / name).is_file() else None
         stops |= {each for each in (found if isinstance(found, list) else [found]) if isinstance(each, int)}
     stored = {tensor.dtype for tensor in folder.tensors.values()}
-    one = {"F32": "fp32", "BF16": "bf16", "F16": "fp16", "F64": "fp64"}[stored.pop()] if len(stored) == 1 else "fp32"
+    one = BY_CODE[stored.pop()].name if len(stored) == 1 else "fp32"
     config = resolve(Config(model=folder.model, train=TrainConfig(dtype=dtype or one, seq_len=folder.context)), 1)
     return Source(folder, config, tokenizer, tokenizer.prefix, frozenset(stops), folder.context)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from megalite.config import Resolved
-
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+from megalite.config.dtypes import DTYPES
 
 
 def activation_bytes(config: Resolved, recompute: str = "none") -> int:
@@ -25,16 +24,16 @@ def activation_bytes(config: Resolved, recompute: str = "none") -> int:
     core: float = 4 * heads + product * m.qk_norm if repeated else 3 * heads + product
     if m.attention_dropout:
         # softmax's output, what dropout makes of it, and a mask of one byte
-        core += m.num_heads * t.seq_len * (2 + 1 / BYTES[t.dtype])
+        core += m.num_heads * t.seq_len * (2 + 1 / DTYPES[t.dtype].bytes)
     elif t.kernels != "auto" and m.sliding_window is None:
         # probabilities; the reference keeps them before and after it empties hidden rows
         core += m.num_heads * t.seq_len * (1 if t.kernels == "fused" else 2)
     if recompute == "selective":
         core = 2 * heads + kv + product
     feed_forward = (4 if m.gated else 2) * m.ffn_hidden_size
-    masks = 2 * residual / BYTES[t.dtype] if m.dropout else 0
+    masks = 2 * residual / DTYPES[t.dtype].bytes if m.dropout else 0
     kept = residual if recompute == "full" else 4 * residual + masks + (core + feed_forward) / p.tp
-    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * kept)
+    return int(t.micro_batch_size * t.seq_len * DTYPES[t.dtype].bytes * kept)
 
 
 def stage_activation_bytes(config: Resolved, layers: int) -> int:
@@ -59,4 +58,4 @@ def deferred_bytes(config: Resolved, layers: int, last: bool) -> int:
     inputs = 2 * m.hidden_size / (p.tp if p.sp else 1) + (heads + m.ffn_hidden_size) / p.tp
     gradients = (products + (2 if m.gated else 1) * m.ffn_hidden_size) / p.tp + 2 * m.hidden_size
     head = m.hidden_size / (p.tp if p.sp else 1) + math.ceil(m.vocab_size / p.tp) if last else 0
-    return int(t.micro_batch_size * t.seq_len * BYTES[t.dtype] * (layers * (inputs + gradients) + head))
+    return int(t.micro_batch_size * t.seq_len * DTYPES[t.dtype].bytes * (layers * (inputs + gradients) + head))

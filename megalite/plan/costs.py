@@ -13,12 +13,13 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from megalite.config import Resolved, ResolvedModel, TuneConfig
+from megalite.config.dtypes import DTYPES
 from megalite.config.parameters import TABLE, Row, row_of, split_layer
 from megalite.config.shapes import local_shape
 from megalite.config.trained import named_shapes
 from megalite.pipeline.forecast import peak_bytes
 from megalite.pipeline.schedule import SCHEDULES, stages_of_rank
-from megalite.plan.activations import BYTES, deferred_bytes, recompute_bytes, stage_activation_bytes
+from megalite.plan.activations import deferred_bytes, recompute_bytes, stage_activation_bytes
 from megalite.plan.counts import head_flops, layer_flops
 
 GIB = 2**30
@@ -116,7 +117,7 @@ def rank_memory(config: Resolved, device: str) -> list[Memory]:
     """Bytes per rank of a resolved configuration, by pipeline rank; a rank's stages are summed."""
     m, p, t = config.model, config.parallel, config.train
     microbatches = max(1, t.global_batch_size // (t.micro_batch_size * p.dp))
-    element, wide = BYTES[t.dtype], max(4, BYTES[t.dtype])
+    element, wide = DTYPES[t.dtype].bytes, DTYPES[DTYPES[t.dtype].wide].bytes
     masters = wide if element < wide else 0
     chosen = config.shapes.trained
     model, factors, some = (_elements(m, config.tune, p.tp, of) for of in ("model", "factors", "trained"))

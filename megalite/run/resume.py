@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from megalite.checkpoint import lock
-from megalite.checkpoint.contents import check_adapter, is_adapter, new_rows
+from megalite.checkpoint.contents import check_adapter, config_of, is_adapter, new_rows
 from megalite.checkpoint.folder import check_model, complete, find, read_manifest
 from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, from_mapping, resolve_model
@@ -70,8 +70,8 @@ def _check_continued(config: Config, newest: Path) -> None:
     """Raise ConfigError or ValueError if the run cannot continue from its own checkpoint."""
     manifest = read_manifest(newest)
     check_model(manifest, dataclasses.asdict(config.model), newest)
-    kept = manifest["config"]["model"].get("add_tokens", ())
-    if tuple(kept) != config.model.add_tokens:
+    kept = config_of(manifest).model.add_tokens
+    if kept != config.model.add_tokens:
         raise ConfigError(
             f"{newest} was trained with model.add_tokens=[{', '.join(kept)}]; use the same here, or start another run "
             f"with checkpoint.load={newest.parents[1]}"
@@ -83,7 +83,7 @@ def _check_loaded(config: Config, source: Path) -> None:
     """Raise ConfigError or ValueError if the run cannot start from the checkpoint that checkpoint.load names."""
     manifest = read_manifest(source)
     check_model(manifest, dataclasses.asdict(config.model), source, grows=bool(config.model.add_tokens))
-    if new_rows(config, manifest["config"]["model"].get("add_tokens", ())) and config.checkpoint.load_optim:
+    if new_rows(config, config_of(manifest).model.add_tokens) and config.checkpoint.load_optim:
         raise ConfigError(
             f"model.add_tokens: the optimizer state of {source} has no rows for them; set checkpoint.load_optim=false"
         )

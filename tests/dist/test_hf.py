@@ -76,7 +76,7 @@ def test_mistakes_are_told_before_training(settings: Settings, source: Path, tmp
     whole = load_file(source / "model.safetensors")
     whole.pop("model.norm.weight")
     save_file(whole, source / "model.safetensors")
-    told("tensor model.norm.weight is of config.json's model missing", f"model.from_hf={source}")
+    told("tensor model.norm.weight is missing", f"model.from_hf={source}")
 
 
 def wider(source: Path, folder: Path) -> Path:

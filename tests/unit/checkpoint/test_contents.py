@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from models import tiny
 
 from megalite.checkpoint import save as save_module
 from megalite.checkpoint.folder import complete, read_manifest
@@ -14,7 +15,6 @@ from megalite.checkpoint.save import SaveFailed, save
 from megalite.checkpoint.state import State
 from megalite.config import (
     Config,
-    ModelConfig,
     OptimConfig,
     ParallelConfig,
     TrainConfig,
@@ -35,9 +35,7 @@ TOPOLOGIES = {
     "tp4": ParallelConfig(tp=4),  # two replicas of each kv head, a padded vocabulary
     "tp2pp2dp2zero": ParallelConfig(tp=2, pp=2, dp=2, zero=1),
 }
-LLAMA = ModelConfig(
-    vocab_size=101, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, ffn_hidden_size=24, qkv_bias=True
-)
+LLAMA = tiny(qkv_bias=True)
 TIED = dataclasses.replace(LLAMA, tie_embeddings=True, qk_norm=True)
 GPT2 = dataclasses.replace(
     LLAMA, position="learned", norm="layernorm", activation="gelu", linear_bias=True, tie_embeddings=True

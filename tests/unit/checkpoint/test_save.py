@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from models import TINY
 
 from megalite.checkpoint import save as save_module
 from megalite.checkpoint.folder import complete, read_manifest, step_folder
 from megalite.checkpoint.save import Saver
 from megalite.checkpoint.state import State
-from megalite.config import CheckpointConfig, Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config import CheckpointConfig, Config, ParallelConfig, TrainConfig, check, resolve
 from megalite.engine.engine import Engine, build
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
@@ -23,7 +24,7 @@ RANKS = 4
 
 def begin(world: World, run_dir: Path, async_save: bool = True, step: int = 3) -> tuple[Engine, Saver]:
     """This rank's engine and a save of it that is under way."""
-    model = ModelConfig(vocab_size=101, hidden_size=16, num_layers=2, num_heads=2, ffn_hidden_size=24)
+    model = TINY
     parallel = ParallelConfig(pp=2, dp=2, zero=1, bucket_mb=0.005)
     train = TrainConfig(seq_len=8, micro_batch_size=1, global_batch_size=2, dtype="bf16")
     config = resolve(

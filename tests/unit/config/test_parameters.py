@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny
 from torch import nn
 
 from megalite.config import (
@@ -44,7 +45,7 @@ from megalite.parallel.threads import run_threads
 from megalite.plan.costs import rank_memory
 from megalite.plan.counts import parameters
 
-BASE = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=40)
+BASE = tiny(num_layers=3, ffn_hidden_size=40)
 GPT2 = {"position": "learned", "max_positions": 13, "norm": "layernorm", "activation": "gelu_tanh", "linear_bias": True}
 MODELS: Mapping[str, dict[str, Any]] = {
     "llama": {},

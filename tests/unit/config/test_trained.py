@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import pytest
+from models import TINY
 
 from megalite.config import (
     CheckpointConfig,
@@ -15,16 +16,13 @@ from megalite.config import (
     TuneConfig,
     check,
     resolve,
-    resolve_model,
 )
 from megalite.config.shapes import shapes
 from megalite.config.trained import adapted
 from megalite.plan import counts
 from megalite.plan.costs import memory
 
-MODEL = resolve_model(
-    ModelConfig(vocab_size=101, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, ffn_hidden_size=36), 8
-)
+MODEL = TINY
 
 
 def config(mode: str = "lora", model: ModelConfig = MODEL, **tune: object) -> Resolved:

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from models import tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from megalite.config import (
     Config,
-    ModelConfig,
     ParallelConfig,
     ResolvedModel,
     TrainConfig,
     check,
     resolve,
-    resolve_model,
 )
 from megalite.config.shapes import shapes
 from megalite.engine.batches import Microbatch
@@ -48,21 +47,17 @@ class Shape:
     tps: tuple[int, ...]
 
     def model(self, tied: bool) -> ResolvedModel:
-        model = ModelConfig(
-            vocab_size=101,
-            hidden_size=24,
+        return tiny(
             num_layers=self.layers,
             num_heads=self.heads,
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
-            ffn_hidden_size=36,
             norm_eps=1e-3,
             rope_theta=100.0,
             tie_embeddings=tied,
             qkv_bias=self.family == "Qwen2",
             qk_norm=self.family == "Qwen3",
         )
-        return resolve_model(model, SEQ)
 
 
 # tp 3 cuts three kv groups and 2 cuts two; 4 replicates two, and 2 and 3 the one of mqa

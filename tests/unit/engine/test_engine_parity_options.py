@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny
 from test_engine_parity import BATCH, MICROBATCHES, SEQ, TOLERANCE, batches, rms_norm
 from torch import Tensor
 
@@ -29,9 +30,7 @@ from megalite.model.layouts import from_hf
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
 
-SMALL = ModelConfig(
-    vocab_size=101, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, ffn_hidden_size=36, norm_eps=1e-3
-)
+SMALL = tiny(norm_eps=1e-3)
 Weights = dict[str, Tensor]
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from models import tiny
 from torch import Tensor
 
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config import Config, ParallelConfig, TrainConfig, check, resolve
 from megalite.data.indexed import IndexedWriter
 from megalite.data.instructions import weights_prefix
 from megalite.data.packing import Conversations, SftDataset
@@ -37,13 +38,9 @@ class Case:
         return f"{words}-{self.schedule}-{self.model}"
 
     def config(self) -> Config:
-        model = ModelConfig(
+        model = tiny(
             vocab_size=VOCAB,
-            hidden_size=24,
             num_layers=4,
-            num_heads=4,
-            num_kv_heads=2,
-            ffn_hidden_size=36,
             position="learned" if self.model == "learned" else "rope",
             sliding_window=3 if self.model == "window" else None,
             init_std=0.2,

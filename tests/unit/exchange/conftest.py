@@ -20,3 +20,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Make:
         return made[family]
 
     return _folder_of
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the Hugging Face folders of lora_runs.py are."""
+    return tmp_path_factory.mktemp("hf")

@@ -159,7 +159,7 @@ def test_targets_are_pefts(tmp_path: Path, keys: dict[str, Any], held: str) -> N
     settings = read_settings(write(tmp_path, **keys))
     chosen = [module for module in MODULES if module[-6] in held]
     require_targets(settings, chosen, MODULES)
-    with pytest.raises(ValueError, match=r"target_modules=.* names more: the file has none of model\.layers\.0"):
+    with pytest.raises(ValueError, match=r"target_modules=.* names model\.layers\.0.* whose factors are missing"):
         require_targets(settings, chosen[1:], MODULES)
     if len(chosen) < len(MODULES):
         with pytest.raises(ValueError, match=r"target_modules=.* does not name .*, whose factors the file has"):
@@ -169,11 +169,11 @@ def test_targets_are_pefts(tmp_path: Path, keys: dict[str, Any], held: str) -> N
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"target_modules": None}, "target_modules=null is neither a text nor a list of texts"),
+        ({"target_modules": None}, "target_modules=null is neither a string nor a list of strings"),
         ({"target_modules": [1]}, "target_modules=[1] is neither"),
-        ({"target_modules": "(q"}, 'target_modules="(q" is no pattern'),
+        ({"target_modules": "(q"}, 'target_modules="(q" is not a regular expression'),
         *(
-            ({"target_modules": pattern}, "repeats a repetition, which may take for ever")
+            ({"target_modules": pattern}, "repeats a repetition, which may take forever")
             for pattern in (
                 "(.+)+x",
                 "(a|b|.)*x",

@@ -10,7 +10,8 @@ import transformers
 
 from megalite.config import Config, ModelConfig, check, resolve
 from megalite.config.parameters import TABLE, Row
-from megalite.exchange.hf_config import ARCHITECTURES, differing, read_model, write_model
+from megalite.exchange.hf_config import ARCHITECTURES, read_model, write_model
+from megalite.exchange.hf_export import differing
 from megalite.exchange.hf_fields import read_json
 
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 80}
@@ -120,7 +121,7 @@ def test_read_and_written_back(config: dict[str, Any], expected: dict[str, Any])
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         (LLAMA | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=true"),
-        (GPT2 | {"embd_pdrop": 0.2}, "embd_pdrop=0.2 beside resid_pdrop=0.1 is not supported; make them equal"),
+        (GPT2 | {"embd_pdrop": 0.2}, "embd_pdrop=0.2 with resid_pdrop=0.1 is not supported; make them equal"),
         (GPT2 | {"n_head": 5}, "n_head=5 does not divide n_embd=64"),
         (LLAMA | {"hidden_size": "64"}, 'hidden_size="64" is not of type int'),
         (LLAMA | {"num_hidden_layers": True}, "num_hidden_layers=true is not of type int"),
@@ -143,7 +144,7 @@ def test_read_and_written_back(config: dict[str, Any], expected: dict[str, Any])
         (LLAMA | {"transformers_weights": "other.safetensors"}, 'transformers_weights="other.safetensors"'),
         (GPT2 | {"pruned_heads": {"0": [1]}}, 'pruned_heads={"0": [1]}'),
         (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights=false"),
-        (GPT2 | {"hidden_size": 32}, "hidden_size=32 beside n_embd=64 is not supported"),
+        (GPT2 | {"hidden_size": 32}, "hidden_size=32 with n_embd=64 is not supported"),
         (LLAMA | {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping=30.0"),
         (LLAMA | {"logits_scaling": 8.0}, "logits_scaling=8.0"),
         # absent and null are not one

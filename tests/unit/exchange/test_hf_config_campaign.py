@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megalite.config import Config, TrainConfig, check, resolve
 from megalite.exchange.hf_folder import open_config, open_folder
-from megalite.exchange.hf_weights import nothing, read_whole
+from megalite.exchange.hf_weights import placeholder, read_whole
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 from megalite.model.init import materialise
@@ -163,7 +163,7 @@ def our_logits(folder: Path) -> Tensor:
     check(resolve(config, 1), 1)
     with torch.device("meta"):
         decoder = Decoder(opened.model, range(opened.model.num_layers), kernel="torch")
-    materialise(decoder, opened.model, Group([0], 0), nothing, dtype=torch.float32, device=torch.device("cpu"))
+    materialise(decoder, opened.model, Group([0], 0), placeholder, dtype=torch.float32, device=torch.device("cpu"))
     for name, parameter in decoder.named_parameters():
         parameter.copy_(read_whole(opened, name))
     logits: Tensor = decoder.eval()(TOKENS, Context(torch.arange(TOKENS.shape[1]).expand(len(TOKENS), -1)))

@@ -85,7 +85,7 @@ def test_a_stored_copy_of_a_tied_matrix(folder_of: Make, tmp_path: Path) -> None
     assert "lm_head.weight" not in open_folder(folder).tensors
     whole["lm_head.weight"][3, 3] += 1
     save_file(whole, folder / SINGLE)
-    refused(folder, "lm_head.weight is another matrix than model.embed_tokens.weight")
+    refused(folder, "lm_head.weight differs from model.embed_tokens.weight")
 
 
 def test_a_pickle_is_never_opened(folder: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_pickle_is_never_opened(folder: Path, tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "opened",)  # type: ignore[return-value]
 
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap()))
-    refused(folder, "pytorch_model.bin: a pickle, which can run code as it is opened")
+    refused(folder, "pytorch_model.bin: a pickle, which can run code when opened")
     assert not (tmp_path / "opened").exists()
 
 
@@ -105,14 +105,14 @@ def test_missing_extra_and_misshapen(folder: Path) -> None:
     lost = {key: value for key, value in whole.items() if "layers.2.self_attn" not in key}
     save_file(lost, folder / SINGLE)
     refused(folder, "tensors model.layers.2.self_attn.q_proj.weight, model.layers.2.self_attn.k_proj.weight, "
-                    "model.layers.2.self_attn.v_proj.weight and 1 more are of config.json's model missing")  # fmt: skip
+                    "model.layers.2.self_attn.v_proj.weight and 1 more are missing")  # fmt: skip
     save_file(whole | {"model.layers.0.mlp.gate_proj.bias": torch.zeros(56)}, folder / SINGLE)
-    refused(folder, "tensor model.layers.0.mlp.gate_proj.bias is not of config.json's model")
+    refused(folder, "tensor model.layers.0.mlp.gate_proj.bias is not part of config.json's model")
     save_file(whole | {"model.norm.weight": torch.zeros(31)}, folder / SINGLE)
     refused(folder, "tensor model.norm.weight is [31], config.json's model has [32]")
     save_file(whole, folder / SINGLE)
     change(folder, "config.json", num_hidden_layers=3)
-    refused(folder, "not of config.json's model")
+    refused(folder, "not part of config.json's model")
 
 
 def test_quantised_weights_and_settings(folder: Path) -> None:
@@ -142,7 +142,7 @@ def test_files_linked_from_another_folder(folder: Path, tmp_path: Path) -> None:
     assert "tokenizer.json" in carry(linked, tmp_path / "kept")
     assert not any(file.is_symlink() for file in (tmp_path / "kept").iterdir())
     (folder / SINGLE).rename(folder / "gone")
-    refused(linked, f"{SINGLE}: a link to {folder / SINGLE}, which is no file")
+    refused(linked, f"{SINGLE}: a link to {folder / SINGLE}, which is not a file")
 
 
 def test_the_layout_of_hugging_faces_cache_is_opened(folder: Path, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_no_weights_no_config_no_folder(folder: Path) -> None:
     refused(folder, "config.json: no such file")
     refused(folder / "x", "no such folder")
     (folder / "adapter_config.json").write_text("{}")
-    refused(folder, "an adapter of peft and no model; import it with convert --from peft")
+    refused(folder, "a peft adapter, not a model; import it with convert --from peft")
 
 
 def test_what_goes_along(folder: Path, tmp_path: Path) -> None:

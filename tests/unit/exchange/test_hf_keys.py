@@ -43,9 +43,7 @@ def config(folder: Path, values: dict[str, Any], seq_len: int) -> Config:
 def test_a_sample_longer_than_the_context_is_told(tmp_path: Path, values: dict[str, Any], context: int) -> None:
     assert context_warning(config(tmp_path / "fits", LLAMA | values, context)) == ""
     found = context_warning(config(tmp_path / "long", LLAMA | values, 2 * context))
-    assert found.startswith(
-        f"WARNING: train.seq_len={2 * context} is more than the {context} positions that {tmp_path}"
-    )
+    assert found.startswith(f"WARNING: train.seq_len={2 * context} is more than the {context} positions of {tmp_path}")
     assert f"Use train.seq_len={context}, or stretch RoPE: " in found
     assert "\n" not in found
 
@@ -80,7 +78,7 @@ def test_a_run_that_came_from_a_folder_remembers_its_context(tmp_path: Path) -> 
     train = TrainConfig(seq_len=256)
     load = CheckpointConfig(load=str(tmp_path / "run"))
     loaded = resolve(Config(model=read_model(values, "config.json"), train=train, checkpoint=load), 1)
-    assert "is more than the 128 positions that" in context_warning(loaded)
+    assert "is more than the 128 positions of" in context_warning(loaded)
     assert context_warning(dataclasses.replace(loaded, train=TrainConfig(seq_len=128))) == ""
 
 

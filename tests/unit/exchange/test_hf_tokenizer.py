@@ -1,4 +1,4 @@
-"""A run's own tokenizer, opened by AutoTokenizer, cuts text as it does in megalite."""
+"""A run's own tokenizer, opened by AutoTokenizer, splits text as it does in megalite."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_a_model_as_the_demo_trains_it(prefix: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [{"model_type": "unigram"}, {"model_type": "bpe"}])
 def test_a_model_without_an_equal_is_refused(settings: dict[str, str], tmp_path: Path) -> None:
     """Unigram cuts otherwise; sentencepiece's usual normalisation rewrites characters."""
-    with pytest.raises(ValueError, match=r"no tokenizer.json cuts text as this sentencepiece model does"):
+    with pytest.raises(ValueError, match=r"no tokenizer.json splits text as this sentencepiece model does"):
         write_tokenizer(train(tmp_path, **settings), tmp_path)
     assert not (tmp_path / "tokenizer.json").exists()
 
@@ -113,6 +113,6 @@ def test_what_lies_beside_a_tokenizer_comes_along(tmp_path: Path) -> None:
 def test_a_model_type_that_transformers_opens_with_steps_of_its_own(tmp_path: Path) -> None:
     settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "model_type": "bpe"}
     model = train(tmp_path, add_dummy_prefix=False, **settings)
-    with pytest.raises(ValueError, match="transformers opens the tokenizer of a qwen2 model with steps of its own"):
+    with pytest.raises(ValueError, match="for a qwen2 model transformers adds its own steps to the tokenizer"):
         write_tokenizer(model, tmp_path, model_type="qwen2")
     write_tokenizer(model, tmp_path, model_type="qwen3")

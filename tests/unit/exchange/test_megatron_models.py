@@ -233,9 +233,9 @@ def test_a_gpt2_with_the_gelu_it_was_trained_with(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("args"), "holds no args"),
-        (lambda c: c.pop("model"), "holds no model.language_model"),
-        (lambda c: c.update(model={"decoder.layers.0.mlp": torch.zeros(2)}), "holds no model.language_model"),
+        (lambda c: c.pop("args"), "has no args"),
+        (lambda c: c.pop("model"), "has no model.language_model"),
+        (lambda c: c.update(model={"decoder.layers.0.mlp": torch.zeros(2)}), "has no model.language_model"),
         (lambda c: c.update(checkpoint_version=1.0), "checkpoint_version=1.0 is not supported"),
         (lambda c: c.update(iteration=6), "is of another run or iteration than mp_rank_00"),
         (lambda c: setattr(c["args"], "norm_epsilon", 1e-3), "is of another run or iteration than mp_rank_00"),
@@ -243,7 +243,7 @@ def test_a_gpt2_with_the_gelu_it_was_trained_with(
         (lambda c: c["model"]["language_model"]["encoder"]["layers.0.input_norm.weight"].add_(1), "differs between tp"),
         (
             lambda c: c["model"]["language_model"]["encoder"].update({"x.weight": 3}),
-            "encoder.x.weight is no plain tensor",
+            "encoder.x.weight is not a dense tensor",
         ),
         (
             lambda c: c["model"]["language_model"]["encoder"].update({"layers.0.mlp.router.weight": torch.zeros(2)}),

@@ -7,8 +7,9 @@ from itertools import islice
 
 import pytest
 import torch
+from models import tiny
 
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
+from megalite.config import Config, ParallelConfig, TrainConfig, check, resolve
 from megalite.engine.stage import build_stage
 from megalite.inference import decode as decode_module
 from megalite.inference.decode import CachedCore, decode
@@ -21,16 +22,7 @@ from megalite.parallel.threads import run_threads
 
 NEW = 9
 PROMPTS = ([5, 17, 3, 88, 41, 2, 60], [9], [77, 30, 12])
-BASE = ModelConfig(
-    vocab_size=101,
-    hidden_size=24,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=6,
-    ffn_hidden_size=36,
-    init_std=0.4,
-)
+BASE = tiny(num_layers=4, init_std=0.4)
 MODELS = {
     "llama": BASE,
     "window": dataclasses.replace(BASE, sliding_window=3, tie_embeddings=True),

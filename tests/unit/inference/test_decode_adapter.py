@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny
 
 from megalite.checkpoint.save import save
 from megalite.checkpoint.state import State
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, TuneConfig, resolve, to_yaml
+from megalite.config import Config, ParallelConfig, TrainConfig, TuneConfig, resolve, to_yaml
 from megalite.data.corpus import train_tokenizer
 from megalite.engine.engine import build
 from megalite.exchange.adapter import merge_adapter
@@ -27,16 +28,7 @@ from megalite.parallel.threads import run_threads
 CORPUS = Path(__file__).parents[3] / "examples" / "corpus"
 PROMPTS = ([5, 17, 3, 88], [9], [77, 30, 12])
 NEW = 12
-MODEL = ModelConfig(
-    vocab_size=400,
-    hidden_size=24,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    ffn_hidden_size=36,
-    tie_embeddings=True,
-    init_std=0.3,
-)
+MODEL = tiny(vocab_size=400, tie_embeddings=True, init_std=0.3)
 
 
 def write(run_dir: Path, config: Config, state: dict[str, str]) -> None:
@@ -97,7 +89,7 @@ def test_it_says_what_its_merged_weights_say(runs: Path, tmp_path: Path) -> None
 def test_without_its_base_it_is_refused(runs: Path) -> None:
     (runs / "base").rename(runs / "elsewhere")
     try:
-        with pytest.raises(ValueError, match=r"holds adapters, and their base is not there: .*/base.*no such folder"):
+        with pytest.raises(ValueError, match=r"holds adapters whose base is missing: .*/base.*no such folder"):
             open_source(runs / "lora")
     finally:
         (runs / "elsewhere").rename(runs / "base")

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from assets import asset
+from models import TINY
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.config import Config, ParallelConfig, TrainConfig, resolve
 from megalite.engine.stage import build_stage
 from megalite.inference.decode import load_stage
 from megalite.inference.eval_rows import Cloze, cloze_sequences
@@ -21,9 +22,7 @@ from megalite.parallel.threads import run_threads
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 2)]
 SEQUENCES = [([5], [17, 3]), ([9, 88, 4, 61], [7]), ([1, 2], [3] * 9), ([30], [31])]
-MODEL = ModelConfig(
-    vocab_size=101, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, ffn_hidden_size=36
-)
+MODEL = TINY
 
 
 @pytest.fixture(scope="module")

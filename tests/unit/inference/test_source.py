@@ -127,12 +127,12 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither a checkpoint nor a run folder"):
         open_source(tmp_path)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="is a run folder of megalite, no Hugging Face folder"):
+    with pytest.raises(ValueError, match="is a run folder of megalite, not a Hugging Face folder"):
         open_folder(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     with pytest.raises(ValueError, match=r'model_type="mixtral" is not supported'):
         open_source(tmp_path)
-    with pytest.raises(ValueError, match=r"is a Hugging Face folder and no run folder; .* model.from_hf="):
+    with pytest.raises(ValueError, match=r"is a Hugging Face folder, not a run folder; .* model.from_hf="):
         find(tmp_path)
 
 

@@ -4,29 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from models import tiny
 from torch import Tensor
 from torch.nn import functional as F
 
 from megalite import ops
-from megalite.config import ModelConfig, ResolvedModel, resolve_model
+from megalite.config import ResolvedModel
 from megalite.config.shapes import shapes
 from megalite.model.context import Context
 from megalite.model.decoder import Decoder
 
-MODEL = resolve_model(
-    ModelConfig(
-        vocab_size=31,
-        hidden_size=24,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=6,
-        ffn_hidden_size=20,
-        qkv_bias=True,
-        qk_norm=True,
-    ),
-    12,
-)
+MODEL = tiny(vocab_size=31, num_layers=3, ffn_hidden_size=20, qkv_bias=True, qk_norm=True)
 B, S = 2, 10
 
 

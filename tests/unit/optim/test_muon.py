@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import tiny
 from torch import Tensor, nn
 
 from megalite.checkpoint.load import load
@@ -34,7 +35,7 @@ from megalite.parallel.threads import run_threads
 from megalite.plan.counts import describe_muon
 
 STEPS = 20
-MODEL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, num_kv_heads=2, ffn_hidden_size=36)
+MODEL = tiny(num_layers=3)
 GPT2 = {"norm": "layernorm", "position": "learned", "max_positions": 9, "linear_bias": True, "tie_embeddings": True}
 FAMILIES = {
     "llama": {},

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import LLAMA_7B, tiny
 
 from megalite.config import (
     Config,
@@ -19,18 +20,9 @@ from megalite.parallel.groups import SoloWorld
 from megalite.plan.costs import memory, rank_memory, stage_layers
 from megalite.plan.counts import head_flops, layer_flops, parameters
 
-SMALL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, ffn_hidden_size=20)
+SMALL = tiny(num_layers=3, ffn_hidden_size=20, num_kv_heads=None)
 FULL = {"train": {"global_batch_size": 1024}}  # enough microbatches to fill a pipeline
 EIGHT = {"seq_len": 64, "micro_batch_size": 1, "global_batch_size": 8}
-LLAMA_7B = ModelConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    ffn_hidden_size=11008,
-    num_kv_heads=32,
-    head_dim=128,
-)
 
 
 def make(model: ModelConfig = SMALL, ranks: int = 1, train: dict[str, Any] | None = None, **parallel: Any) -> Config:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from models import LLAMA_7B, tiny
 
 from megalite.config import (
-    ModelConfig,
     parse_command_line,
     resolve,
     resolve_model,
@@ -15,17 +15,7 @@ from megalite.config import (
 from megalite.model.decoder import Decoder
 from megalite.plan.counts import layer_flops, layer_parameters, parameters, training_flops
 
-SMALL = ModelConfig(vocab_size=101, hidden_size=24, num_layers=3, num_heads=4, ffn_hidden_size=20)
-LLAMA_7B = resolve_model(
-    ModelConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        num_layers=32,
-        num_heads=32,
-        ffn_hidden_size=11008,
-    ),
-    8,
-)
+SMALL = tiny(num_layers=3, ffn_hidden_size=20, num_kv_heads=None)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import pytest
+from models import LLAMA_7B
 
 from megalite.config import (
     CheckpointConfig,
     Config,
     ConfigError,
-    ModelConfig,
     ParallelConfig,
     Resolved,
     TrainConfig,
@@ -27,15 +27,6 @@ from megalite.plan.costs import GIB, memory
 from megalite.plan.describe import describe
 from megalite.plan.topology import Machine, check_memory, choose_topology, lay_out, other_machine
 
-LLAMA_7B = ModelConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    num_layers=32,
-    num_heads=32,
-    ffn_hidden_size=11008,
-    num_kv_heads=32,
-    head_dim=128,
-)
 TRAIN = TrainConfig(seq_len=2048, micro_batch_size=1, global_batch_size=64, dtype="bf16")
 
 
