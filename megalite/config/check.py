@@ -85,7 +85,7 @@ def _check_rope(m: ResolvedModel) -> None:
     )
     rotated = int(m.head_dim * m.rope_fraction)
     _require(
-        0 < m.rope_fraction <= 1 and rotated >= 2 and rotated % 2 == 0,
+        rotated >= 2 and rotated % 2 == 0,
         f"model.rope_fraction={m.rope_fraction} rotates {rotated} of head_dim {m.head_dim} features; it must be "
         f"an even number of at least 2: e.g. model.rope_fraction={max(2, m.head_dim // 4 * 2) / m.head_dim:g}",
     )

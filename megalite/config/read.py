@@ -91,9 +91,9 @@ def read_yaml_file(path: Path) -> Any:
 def coerce(
     key: str, value: Any, hint: Any, choices: Sequence[str] = (), nearest: Callable[[str], str | None] | None = None
 ) -> Any:
-    """`value` (text, list or mapping, as YAML gave it) as the type of its key; ConfigError if it is not one.
+    """Convert `value`, text or a list or mapping of text, to the type of its key. Raises ConfigError if it cannot be.
 
-    `nearest`: the choice that an unknown text may mean, or None; default: the one of most similar spelling.
+    `nearest`: a function that returns the choice an unknown text may mean, or None; default: by similar spelling.
     """
     if typing.get_origin(hint) is types.UnionType:
         if value is None or (isinstance(value, str) and value in ("null", "~", "", "auto")):
@@ -115,7 +115,7 @@ def coerce(
         raise ConfigError(f"{key}={shown(value)}: expected {type_name(hint)}, not a list or mapping")
     if hint is str:
         if choices and value not in choices:
-            near = nearest(value[:80]) if nearest else _most_alike(value[:80], choices)
+            near = nearest(value[:80]) if nearest else _nearest_choice(value[:80], choices)
             raise ConfigError(
                 f"{key}={shown(value)}: must be one of {', '.join(choices)}"
                 + (f"; did you mean {near}?" if near else "")
@@ -128,7 +128,7 @@ def coerce(
     return _int(key, value) if hint is int else _float(key, value)
 
 
-def _most_alike(value: str, choices: Sequence[str]) -> str | None:
+def _nearest_choice(value: str, choices: Sequence[str]) -> str | None:
     return next(iter(difflib.get_close_matches(value, choices, n=1, cutoff=0.4)), None)
 
 

@@ -1,4 +1,4 @@
-"""What a run is told of its plan before it starts: size, mesh, stages, memory, work. Text, by arithmetic alone."""
+"""The plan of a run as text, printed before it starts: mesh, stages, memory, work. By arithmetic alone."""
 
 from __future__ import annotations
 

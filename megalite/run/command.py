@@ -7,7 +7,7 @@ weights that the run starts from; and those win over the preset. Each time a lin
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megalite.checkpoint.folder import complete
@@ -15,10 +15,9 @@ from megalite.config import Config, ConfigError, Request, from_mapping, parse_co
 from megalite.config.batch import total_samples
 from megalite.config.read import read_yaml_file
 from megalite.exchange.hf_keys import with_hf
+from megalite.run import Say
 from megalite.run.inherit import inherit_checkpoint, inherit_template, inherit_tokenizer
 from megalite.text.tokenizer import load_tokenizer
-
-Say = Callable[[str], None]
 
 
 def understand(argv: Sequence[str], default_preset: str, tuning: bool, say: Say) -> Request:

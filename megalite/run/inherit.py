@@ -6,7 +6,6 @@ Only keys that the user has not set are taken over, and a line tells of each. No
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from megalite.checkpoint.contents import config_of, is_adapter
@@ -16,10 +15,9 @@ from megalite.data.origin import tokenizer_of_run
 from megalite.exchange.base import is_hf
 from megalite.exchange.hf_config import set_by_user
 from megalite.exchange.hf_folder import find_tokenizer
+from megalite.run import Say
 from megalite.text.chat import find_template
 from megalite.text.tokenizer import load_tokenizer
-
-Say = Callable[[str], None]
 
 
 def first_checkpoint(load: str, run_dir: Path) -> Path:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from megalite.config.batch import steps_for, total_samples
 from megalite.config.resolved import ResolvedOptim
 from megalite.config.schema import MOST_STEPS
 from megalite.optim.lr import learning_rate
+from megalite.run import Say
 from megalite.run.resume import newest_readable
-
-Say = Callable[[str], None]
 
 # the keys that make the learning-rate curve
 CURVE = ("lr", "min_lr", "lr_schedule", "wsd_decay_fraction", "warmup_samples", "decay_samples")

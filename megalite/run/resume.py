@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from megalite.checkpoint import lock
@@ -15,9 +14,8 @@ from megalite.checkpoint.folder import check_model, complete, find, read_manifes
 from megalite.checkpoint.manifest import Damaged
 from megalite.config import Config, ConfigError, from_mapping, resolve_model
 from megalite.config.read import read_yaml_file
+from megalite.run import Say
 from megalite.run.run_folder import holds_files, make_run_folder
-
-Say = Callable[[str], None]
 
 
 def resume_from(config: Config, say: Say) -> Path | None:

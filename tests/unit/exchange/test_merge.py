@@ -39,7 +39,7 @@ def test_merged_is_unmerged_in_float64(root: Path, tmp_path: Path) -> None:
         return from_hf(weights.__getitem__, name, config.model)
 
     plain, inside = dataclasses.replace(config, tune=TuneConfig()), merged(config, get)
-    beside = build(config, SoloWorld(), lambda name, shape: get(name)).evaluate(batches(False))[0]
-    without = build(plain, SoloWorld(), lambda name, shape: get(name)).evaluate(batches(False))[0]
-    together = build(plain, SoloWorld(), lambda name, shape: inside(name)).evaluate(batches(False))[0]
+    beside = build(config, SoloWorld(), lambda name, shape: get(name)).evaluate(batches(False))["loss"]
+    without = build(plain, SoloWorld(), lambda name, shape: get(name)).evaluate(batches(False))["loss"]
+    together = build(plain, SoloWorld(), lambda name, shape: inside(name)).evaluate(batches(False))["loss"]
     assert abs(together - beside) <= 1e-12 * beside < 1e-3 * abs(without - beside)
