@@ -1,10 +1,16 @@
-"""What ZeRO is for: the bytes that a replica keeps of a parameter."""
+"""ZeRO: the bytes that a replica keeps of a parameter, and that shares are gathered before they are used."""
+
+from typing import Any
 
 import pytest
+import torch
+from nets import model
 from torch import Tensor
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
 from megalite.engine.engine import Engine, build
+from megalite.parallel.grad_buffers import GradBuffers
+from megalite.parallel.param_buffers import ParamBuffers
 from megalite.parallel.threads import run_threads
 
 
@@ -48,3 +54,28 @@ def test_wide_shares_are_their_own_masters() -> None:
         assert engine.state().keys() == {"weight", "exp_avg", "exp_avg_sq"}
         storages = {p.untyped_storage().data_ptr() for p in engine.parameters.values()}
         assert all(m.untyped_storage().data_ptr() in storages for m in engine.optimizer.masters.values())
+
+
+def test_parameters_are_gathered_before_they_are_used() -> None:
+    """Each rank writes its number into its share; whichever module runs first sees all of them."""
+
+    def main(world: Any) -> list[Tensor]:
+        net = model()
+        parameters = dict(net.named_parameters())
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        grads = GradBuffers(parameters, world.split([[0, 1, 2]]), 12 * 4, True, True)
+        buffers = ParamBuffers(parameters, grads, net)
+        assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+        for share in buffers.shares.values():
+            share.fill_(world.rank)
+        buffers.gather()
+        net[2](torch.zeros(1, 4))
+        for name in ("2.weight", "2.bias"):
+            assert torch.equal(parameters[name], parameters[name].round())
+        buffers.finish()
+        return [p.detach() for p in parameters.values()]
+
+    ranks = run_threads(3, main)
+    for tensors in zip(*ranks):
+        assert all(torch.equal(t, tensors[0]) for t in tensors)
+        assert set(tensors[0].unique().tolist()) <= {0.0, 1.0, 2.0}
