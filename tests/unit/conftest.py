@@ -10,8 +10,9 @@ from megalite.data.corpus import Corpus, prepare
 from megalite.data.indexed import IndexedDataset, IndexedWriter
 from megalite.text.tokenizer import Tokenizer, load_tokenizer
 
-# tests of other folders share the batches and tolerances of the parity tests
+# tests of other folders share the batches and tolerances of engine/parity.py
 sys.path.insert(0, str(Path(__file__).parent / "engine"))
+pytest.register_assert_rewrite("parity")
 CORPUS = Path(__file__).parents[2] / "examples" / "corpus"
 
 

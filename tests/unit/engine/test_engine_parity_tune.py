@@ -9,18 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_parity import BATCH, TOLERANCE
-from test_engine_parity_options import GPT2, formula_reference, largest_error, loss_of, make_config, numbered
+from formulas import GPT2, formula_reference, largest_error, loss_of, make_config, numbered
+from parity import TOLERANCE
 from torch import Tensor
 
 from megalite.config import CheckpointConfig, Config, TuneConfig, check
 from megalite.config.parameters import is_factor
-from megalite.config.shapes import Projection, shapes
+from megalite.config.shapes import shapes
 from megalite.engine.engine import build
-from megalite.model.context import Context
-from megalite.model.dropout import Dropout, keep_mask, sample_keys
-from megalite.model.lora import LoraRow
-from megalite.parallel.groups import Group, World
+from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
 
 RANK, ALPHA = 3, 4.0
@@ -168,21 +165,6 @@ def test_dropout_of_lora_is_the_same_at_every_topology(model: dict[str, Any], pa
     loss, grads = alone(whole)
     assert abs(loss - alone(tuned({"mode": "lora"}, model, {}))[0]) > 1e-6 * loss
     assert largest_error(tuned(tune, model, PARALLEL[parallel]), weights, False, loss, grads) <= TOLERANCE
-
-
-def test_dropout_of_lora_is_that_of_the_formula() -> None:
-    linear = torch.nn.Linear(6, 4, bias=False).double()
-    of, alone = Projection("o", "o_proj", 4, 6), Group([0], 0)
-    row = LoraRow(linear, alone, False, of, rank=2, scale=0.5, dropout=Dropout(0.4, 7)).double()
-    pair = row.pairs["o"]
-    torch.nn.init.normal_(pair.a)
-    torch.nn.init.normal_(pair.b)
-    x, keys = torch.randn(BATCH, 5, 6, dtype=torch.float64), sample_keys(1, torch.arange(BATCH))
-    context = Context(torch.arange(5).expand(BATCH, -1), keys=keys)
-    kept = keep_mask(keys, 7, (BATCH, 6, 5), 0.4).transpose(1, 2)
-    expected = linear(x) + 0.5 * (x * kept / 0.6) @ pair.a.T @ pair.b.T
-    assert torch.allclose(row(x, context), expected, rtol=1e-13)
-    assert torch.allclose(row.eval()(x, context), linear(x) + 0.5 * x @ pair.a.T @ pair.b.T, rtol=1e-13)
 
 
 @pytest.mark.parametrize("parallel", ["tp1", "tp4-pp3", "tp2-sp-pp2-dp2-zero"])

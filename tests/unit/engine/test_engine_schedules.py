@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_parity import batches
+from parity import batches
 from torch import Tensor
 
 from megalite.config import (

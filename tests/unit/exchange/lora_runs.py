@@ -7,20 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_parity import BATCH, SEQ, batches
+from parity import BATCH, SEQ, batches
 from torch import Tensor
 
 from megalite.checkpoint.save import save
 from megalite.checkpoint.state import State
-from megalite.config import (
-    Config,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-    TuneConfig,
-    check,
-    resolve,
-)
+from megalite.config import Config, OptimConfig, ParallelConfig, TrainConfig, TuneConfig, check, resolve
 from megalite.engine.engine import build
 from megalite.exchange.base import name_of
 from megalite.exchange.hf_folder import open_config
@@ -37,7 +29,6 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 COMMON = {"vocab_size": 101, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-
 LLAMA = {
     "hidden_size": 24,
     "num_hidden_layers": 2,

@@ -6,15 +6,12 @@ from typing import Any
 import pytest
 import torch
 from lora_runs import ALPHA, FAMILIES, LR, RANK, STEPS, folder, make_config, ours, peft, theirs
-from test_engine_parity import batches
+from parity import batches
 from torch.nn import functional as F
 
 from megalite.checkpoint.folder import read_manifest
 from megalite.checkpoint.load import read_tensor
-from megalite.config import (
-    ModelConfig,
-    to_yaml,
-)
+from megalite.config import ModelConfig, to_yaml
 from megalite.exchange.adapter import export_peft, import_peft, merge_adapter
 from megalite.exchange.base import base_of
 from megalite.exchange.convert import to_hf_folder

@@ -3,20 +3,13 @@
 import dataclasses
 from pathlib import Path
 
-from lora_runs import (
-    folder,
-    make_config,
-    ours,
-    theirs,
-)
-from test_engine_parity import batches
+from lora_runs import folder, make_config, ours, theirs
+from parity import batches
 from torch import Tensor
 
 from megalite.checkpoint.folder import read_manifest
 from megalite.checkpoint.load import read_tensor
-from megalite.config import (
-    TuneConfig,
-)
+from megalite.config import TuneConfig
 from megalite.engine.engine import build
 from megalite.exchange.merge import merged
 from megalite.model.layouts import from_hf
