@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, check, resolve
-from megalite.data.dataset import Batch
-from megalite.engine.batches import Microbatch, load_microbatches
+from megalite.engine.batches import Microbatch
 from megalite.engine.engine import Engine, build
 from megalite.model import dropout
 from megalite.model.context import Context
 from megalite.model.dropout import Dropout, keep_mask, sample_keys
 from megalite.parallel.groups import SoloWorld, World
-from megalite.parallel.mesh import Mesh
 from megalite.parallel.threads import run_threads
 
 SEQ, GLOBAL_BATCH = 8, 8
@@ -193,14 +191,3 @@ def test_expectation_and_gradient() -> None:
     assert x.grad is not None
     assert torch.equal(x.grad, out.detach())
     assert module.eval()(x, Context(torch.arange(32).expand(64, -1))) is x
-
-
-def test_samples_are_numbered_as_they_are_consumed() -> None:
-    class Windows:
-        def batch(self, samples: range) -> Batch:
-            zeros = torch.zeros(len(samples), SEQ, dtype=torch.long).numpy()
-            return Batch(zeros, zeros, zeros.astype("float32"), zeros, None)
-
-    mesh = Mesh(SoloWorld())
-    found = load_microbatches(Windows(), range(40, 48), make(), mesh)  # type: ignore[arg-type]
-    assert [mb.samples.tolist() for mb in found if mb.samples is not None] == [[40, 41], [42, 43], [44, 45], [46, 47]]
