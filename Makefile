@@ -2,7 +2,7 @@
 # make demo      train a small model on real text with tp 2 x pp 2 on a CPU, tune it on questions, and test it
 # make test      run all tests (downloads 110 MB of real tokenizers and weights once: make assets)
 # make soak      kill ranks at random a hundred times, and run every campaign of random variations in full
-# make check     lint, formats, types, import floors
+# make check     lint, formats, types, import floors, names of tests
 # make slurm     test a preempted job on a two-node Slurm cluster in this machine (root, Debian; 1 to 2 minutes)
 # make format    fix formats          make clean    remove everything made here except runs/
 #
@@ -63,7 +63,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy megalite tools examples docs benchmarks
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
-	$(BIN)/python -m pytest tests/unit/test_floors.py
+	$(BIN)/python -m pytest tests/unit/test_floors.py tests/unit/test_mirror.py
 
 format:
 	$(BIN)/ruff check --fix .
