@@ -30,7 +30,6 @@ from megalite.model.layouts import from_hf
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
 
-SMALL = tiny(norm_eps=1e-3)
 Weights = dict[str, Tensor]
 
 
@@ -41,7 +40,7 @@ def make_config(
     layout = ParallelConfig(**({"tp": 1, "pp": 1, "dp": 1, "sp": False, "bucket_mb": 0.02} | parallel))
     sizes = {"seq_len": SEQ, "micro_batch_size": BATCH, "global_batch_size": BATCH * MICROBATCHES, "dtype": "fp64"}
     config = Config(
-        model=dataclasses.replace(SMALL, **model),
+        model=tiny(norm_eps=1e-3, **model),
         parallel=layout,
         train=TrainConfig(**(sizes | (train or {}))),
         optim=OptimConfig(label_smoothing=smoothing),

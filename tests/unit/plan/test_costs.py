@@ -184,7 +184,7 @@ def test_activations_are_about_what_autograd_keeps() -> None:
     tokens = torch.zeros(2, 128, dtype=torch.long)
     mb = Microbatch(tokens, tokens, torch.ones(2, 128), torch.arange(128).expand(2, 128))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = engine.models[0](mb.tokens, Context(mb.positions), mb.labels, mb.loss_mask)
+        loss = engine.models[0](mb.tokens, Context(mb.positions), mb.labels, mb.loss_mask)["loss"]
     kept = sum(saved.values())
     loss.backward()
     planned = memory(config, "cpu")
