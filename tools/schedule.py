@@ -12,10 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megalite.config.schedules import SCHEDULES, nearest
 from megalite.launch.arguments import Parser
 from megalite.pipeline.draw import save_png, text_grid
 from megalite.pipeline.lower import lower
-from megalite.pipeline.schedule import SCHEDULES, forward_only, make_plan
+from megalite.pipeline.schedule import forward_only, make_plan
 from megalite.pipeline.simulate import Costs, simulate
 
 EXAMPLES = """examples:
@@ -48,6 +49,11 @@ def build_parser() -> Parser:
 
 def show(args: argparse.Namespace) -> None:
     p, m, v = args.stages, args.microbatches, args.chunks
+    known = (*SCHEDULES, "forward_only")
+    if args.schedule not in known and (near := nearest(args.schedule)):
+        raise ValueError(f"unknown schedule {args.schedule!r}: did you mean {near}? use one of {', '.join(known)}")
+    if v == 1 and args.schedule in SCHEDULES and SCHEDULES[args.schedule].chunked:
+        raise ValueError(f"schedule {args.schedule} with --chunks 1 is 1f1b with more warmup; use --chunks 2 or more")
     plan = (forward_only if args.schedule == "forward_only" else partial(make_plan, args.schedule))(p, m, v)
     if args.stage_factors and len(args.stage_factors) != p * v:
         raise ValueError(

@@ -6,9 +6,9 @@ The checks raise these messages; the search for a topology leaves out what break
 from __future__ import annotations
 
 from megalite.config.resolved import Resolved
+from megalite.config.schedules import SCHEDULES, nearest
 from megalite.config.schema import MOST_BATCH
 from megalite.config.values import shown
-from megalite.pipeline.schedule import SCHEDULES, nearest
 
 PLAIN = "parallel.schedule=1f1b parallel.chunks=1"
 

@@ -15,8 +15,8 @@ from typing import Any
 from megalite.config.dtypes import DTYPES
 from megalite.config.keys import MOST_LAYERS, SHARE, key
 from megalite.config.model import ModelConfig
+from megalite.config.schedules import SCHEDULES, nearest
 from megalite.config.values import Range
-from megalite.pipeline.schedule import SCHEDULES, nearest
 
 MOST_STEPS = 10**9
 MOST_BATCH = 10**5

@@ -53,7 +53,7 @@ def first_state(
         base = find_base(config, source)
         load_base(engine, base)
         state.base = name_of(base)
-        say(f"adapters beside the weights of {base}")
+        say(f"adapters for the weights of {base}")
         source = source if source is not None and is_adapter(folders.read_manifest(source)) else None
     if source is not None:
         whole = resume is not None or config.checkpoint.load_optim

@@ -93,7 +93,7 @@ def import_peft(source: Path, base: Path, target: Path) -> Path:
     base = base if is_hf(base) else find(base)
     settings = read_settings(source)
     tune = tune_config(settings)
-    config = dataclasses.replace(_config_beside(base, target), tune=tune)
+    config = dataclasses.replace(_config_for(base, target), tune=tune)
     factors = _read_factors(source / "adapter_model.safetensors")
     every = _peft_names(config)
     tune = dataclasses.replace(tune, lora_targets=_targets(config, set(factors), source))
@@ -132,7 +132,7 @@ def _model_files(run_dir: Path) -> tuple[Path | None, list[Path]]:
     return hf if hf.is_dir() else None, [*run_dir.glob("tokenizer*"), *run_dir.glob("chat_template.jinja")]
 
 
-def _config_beside(base: Path, run_dir: Path) -> Resolved:
+def _config_for(base: Path, run_dir: Path) -> Resolved:
     """The configuration of a new run in `run_dir` that starts from the weights `base`."""
     if is_hf(base):
         folder = open_folder(base)
@@ -172,7 +172,7 @@ def _module_of(factor: str) -> str:
 
 
 def _fused_rows(config: Resolved) -> Tensor:
-    """Which of our rows of qkv, ordered by kv group, stands where in GPT-2's [queries, keys, values]."""
+    """For each row of GPT-2's [queries, keys, values], its index in our qkv, which is ordered by kv group."""
     m = config.model
     rows = torch.arange((m.num_heads + 2 * m.num_kv_heads) * m.head_dim).view(m.num_kv_heads, -1, m.head_dim)
     return torch.cat([rows[:, :-2].flatten(), rows[:, -2].flatten(), rows[:, -1].flatten()])

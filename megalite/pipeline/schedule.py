@@ -14,8 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +51,7 @@ def stages_of_rank(rank: int, num_ranks: int, chunks: int) -> range:
     return range(rank, num_ranks * chunks, num_ranks)
 
 
-def gpipe(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
+def gpipe(num_ranks: int, num_microbatches: int) -> Plan:
     """All forwards, then all backwards (Huang et al. 2019, "GPipe", sections 2.2 and 2.3).
 
     Bubble (p-1)/(m+p-1); every rank keeps all m activations. The paper's figure 2 runs the backwards last
@@ -63,7 +61,7 @@ def gpipe(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
     return [[Action(s, op, m) for op in "FB" for m in microbatches] + [Action(s, "REDUCE")] for s in range(num_ranks)]
 
 
-def one_f_one_b(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
+def one_f_one_b(num_ranks: int, num_microbatches: int) -> Plan:
     """Warmup forwards, then one forward and one backward in turn, then the backwards left over.
 
     Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
@@ -108,7 +106,7 @@ def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Plan:
     return plan
 
 
-def zb_h1(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
+def zb_h1(num_ranks: int, num_microbatches: int) -> Plan:
     """1F1B whose weight gradients wait until there is nothing else to do (Qi et al. 2023, section 3, ZB-H1).
 
     On rank r a W follows its I by r microbatches. In units of one microbatch's forward f, input gradient i and weight
@@ -147,54 +145,27 @@ def forward_only(num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan
     return plan
 
 
-class Schedule(NamedTuple):
-    """A row of `SCHEDULES`. `names`: what others call it, for messages."""
-
-    plan: Callable[[int, int, int], Plan]
-    """plan(num_ranks, num_microbatches, chunks)."""
-    names: tuple[str, ...] = ()
-    chunked: bool = False
-    """Needs at least two chunks a rank, and a multiple of as many microbatches as there are ranks; else one chunk."""
-    splits: bool = False
-    """Whether it divides a backward into input gradient and weight gradient."""
-
-
-SCHEDULES: Mapping[str, Schedule] = {
-    "1f1b": Schedule(one_f_one_b, ("one_f_one_b", "pipedream_flush", "pipedream")),
-    "gpipe": Schedule(gpipe, ("afab", "fill_drain")),
-    "interleaved": Schedule(interleaved, ("interleaved_1f1b", "interleaved1f1b", "virtual", "vpp"), chunked=True),
-    "zb-h1": Schedule(zb_h1, ("zbh1", "zb_h1", "zb1p", "zero_bubble", "zerobubble"), splits=True),
-}
-"""The schedules one can train with, by the name a user writes."""
-
-
-def nearest(name: str) -> str | None:
-    """The schedule a user may have meant by an unknown `name`; None if nothing is near."""
-    known = {alias: key for key, row in SCHEDULES.items() for alias in (key, *row.names)}
-    near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.6) or get_close_matches(
-        name.lower(), known, n=1, cutoff=0.4
-    )
-    return known[near[0]] if near else None
+PLANS: Mapping[str, Callable[[int, int], Plan]] = {"1f1b": one_f_one_b, "gpipe": gpipe, "zb-h1": zb_h1}
+CHUNKED_PLANS: Mapping[str, Callable[[int, int, int], Plan]] = {"interleaved": interleaved}
+"""The schedules one can train with, by the names that `megalite/config/schedules.py` describes: plan(num_ranks,
+num_microbatches), or with several chunks a rank plan(num_ranks, num_microbatches, chunks)."""
 
 
 def make_plan(name: str, num_ranks: int, num_microbatches: int, chunks: int = 1) -> Plan:
     """The plan of the schedule called `name`.
 
-    Raises ValueError, with the nearest name, for an unknown name, for numbers below 1, and for chunks or microbatches
-    that the schedule cannot run with.
+    Raises ValueError for an unknown name, for numbers below 1, and for chunks or microbatches that the schedule cannot
+    run with.
     """
-    if name not in SCHEDULES:
-        near = nearest(name)
-        hint = f"did you mean {near}? " if near else ""
-        raise ValueError(f"unknown schedule {name!r}: {hint}use one of {', '.join(SCHEDULES)}")
+    if name not in (*PLANS, *CHUNKED_PLANS):
+        raise ValueError(f"unknown schedule {name!r}: use one of {', '.join([*PLANS, *CHUNKED_PLANS])}")
     _require_one(num_ranks, num_microbatches, chunks)
-    schedule = SCHEDULES[name]
-    if schedule.chunked and chunks == 1:
-        raise ValueError(f"schedule {name} with chunks=1 is 1f1b; use 2 or more chunks, or 1f1b")
-    if chunks > 1 and not schedule.chunked:
-        chunked = " or ".join(key for key, row in SCHEDULES.items() if row.chunked)
+    if name in CHUNKED_PLANS:
+        return CHUNKED_PLANS[name](num_ranks, num_microbatches, chunks)
+    if chunks > 1:
+        chunked = " or ".join(CHUNKED_PLANS)
         raise ValueError(f"schedule {name} runs one chunk a rank, not chunks={chunks}; use chunks=1, or {chunked}")
-    return schedule.plan(num_ranks, num_microbatches, chunks)
+    return PLANS[name](num_ranks, num_microbatches)
 
 
 def _require_one(num_ranks: int, num_microbatches: int, chunks: int) -> None:

@@ -15,10 +15,11 @@ from itertools import accumulate, pairwise
 from megalite.config import Resolved, ResolvedModel, TuneConfig
 from megalite.config.dtypes import DTYPES
 from megalite.config.parameters import TABLE, Row, row_of, split_layer
+from megalite.config.schedules import SCHEDULES
 from megalite.config.shapes import local_shape
 from megalite.config.trained import named_shapes
 from megalite.pipeline.forecast import peak_bytes
-from megalite.pipeline.schedule import SCHEDULES, stages_of_rank
+from megalite.pipeline.schedule import stages_of_rank
 from megalite.plan.activations import deferred_bytes, recompute_bytes, stage_activation_bytes
 from megalite.plan.counts import head_flops, layer_flops
 

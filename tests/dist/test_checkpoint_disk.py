@@ -130,8 +130,8 @@ def test_the_last_checkpoint_of_a_run_may_not_fail(settings, straight: Path, tmp
 def test_room_is_looked_for_before_a_byte_is_written(settings, tmp_path: Path) -> None:
     with Ranks(2, pretrain_blind, settings(tmp_path, *CUT), 1000) as ranks:
         line = failed(ranks)
-    assert "cannot write the checkpoint of step 1: it takes " in line
-    assert f"bytes and 1,000 are free ({tmp_path}/checkpoints)" in line
+    assert "cannot write the checkpoint of step 1: it needs " in line
+    assert f"bytes, 1,000 are free ({tmp_path}/checkpoints)" in line
     assert os.listdir(tmp_path / "checkpoints") == []
 
 
@@ -143,7 +143,7 @@ def test_a_full_disk(settings, straight: Path, tmpfs: Callable[[int], Path], bli
     argv = settings(run_dir, *CUT, "checkpoint.keep=0")
     with Ranks(2, *((pretrain_blind, argv, 10**12) if blind else (pretrain, argv))) as ranks:
         line = failed(ranks)
-    reason = "No space left on device" if blind else "it takes "
+    reason = "No space left on device" if blind else "it needs "
     assert f"cannot write the checkpoint of step 3: {reason}" in line
     goes_on(settings, run_dir, straight, [1, 2])
 

@@ -8,9 +8,10 @@ from ranks import run_ranks
 from torch.profiler import ProfilerActivity, profile
 
 from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.config.schedules import SCHEDULES
 from megalite.engine.batches import Microbatch
 from megalite.engine.engine import Engine, build
-from megalite.pipeline.schedule import SCHEDULES, make_plan
+from megalite.pipeline.schedule import make_plan
 from megalite.pipeline.simulate import live_counts
 from megalite.plan.activations import deferred_bytes
 from megalite.run.world import start_world

@@ -18,8 +18,8 @@ FLOORS = {
     4: ("engine",),  # the only place where the tables meet
     3: ("exchange", "optim", "doctor"),
     2: ("model", "checkpoint", "data", "plan"),
-    1: ("config", "parallel", "ops", "text", "launch", "watch"),
-    0: ("megalite", "pipeline"),  # the version, and schedules, which config names; neither imports anything of megalite
+    1: ("config", "parallel", "pipeline", "ops", "text", "launch", "watch"),
+    0: ("megalite",),  # the version alone
 }
 
 # (who, whom, who may all the same); a name stands for all that is under it too

@@ -19,13 +19,14 @@ from megalite.config import (
     check,
     resolve,
 )
+from megalite.config.schedules import SCHEDULES as TABLE
+from megalite.config.schedules import Schedule
 from megalite.engine.engine import build
 from megalite.parallel.grad_buffers import GradBuffers
 from megalite.parallel.groups import World
 from megalite.parallel.threads import run_threads
 from megalite.pipeline import executor
-from megalite.pipeline.schedule import SCHEDULES as TABLE
-from megalite.pipeline.schedule import Action, Plan, Schedule, make_plan
+from megalite.pipeline.schedule import PLANS, Action, Plan, make_plan
 from megalite.plan.costs import rank_memory
 
 MODEL = ModelConfig(
@@ -89,7 +90,7 @@ def test_bits_are_those_of_one_stage(name: str, more: dict[str, Any]) -> None:
     assert any(grad.any() for grad in expected.values())
 
 
-def eager(num_ranks: int, num_microbatches: int, chunks: int) -> Plan:
+def eager(num_ranks: int, num_microbatches: int) -> Plan:
     """1F1B with twice the warmup, as docs/pipeline-parallel.md has it."""
     plan: Plan = []
     for rank, actions in enumerate(make_plan("gpipe", num_ranks, num_microbatches)):
@@ -100,11 +101,12 @@ def eager(num_ranks: int, num_microbatches: int, chunks: int) -> Plan:
     return plan
 
 
-def test_a_new_schedule_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_schedule_is_a_function_and_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks, plan and engine take it from the table; keys and help do so when they are imported."""
     with pytest.raises(ConfigError, match=r"schedule=eager: must be one of"):
         make(pp=4, schedule="eager")
-    monkeypatch.setitem(TABLE, "eager", Schedule(eager))
+    monkeypatch.setitem(TABLE, "eager", Schedule())
+    monkeypatch.setitem(PLANS, "eager", eager)
     config, plain = make(pp=4, schedule="eager"), make(pp=4)
     expected, found = bits(plain), bits(config)
     assert [key for key in expected if not torch.equal(expected[key], found[key])] == []

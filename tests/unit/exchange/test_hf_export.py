@@ -9,7 +9,7 @@ import torch
 from folders import Make, change
 from safetensors.torch import load_file
 
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, resolve_model
 from megalite.exchange.convert import from_hf_folder, to_hf_folder
 from megalite.exchange.hf_export import INDEX, differing
 
@@ -42,6 +42,6 @@ def test_shards_hold_whole_parameters_and_an_index(folder_of: Make, tmp_path: Pa
 
 
 def test_models_differ_in_what_is_computed() -> None:
-    model = ModelConfig()
+    model = resolve_model(ModelConfig(), 64)
     assert differing(model, dataclasses.replace(model, init_std=0.5, dropout=0.1, from_hf="x")) == []
     assert differing(model, dataclasses.replace(model, norm_eps=0.5)) == ["norm_eps"]

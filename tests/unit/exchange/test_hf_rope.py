@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from megalite.config import ModelConfig
+from megalite.config import ModelConfig, resolve_model
 from megalite.exchange.hf_fields import Fields
 from megalite.exchange.hf_rope import read_rope, rope_context, write_rope
 
+MODEL = resolve_model(ModelConfig(), 64)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -23,7 +24,7 @@ def read(**config: Any) -> dict[str, Any]:
     [None, {"rope_type": "linear", "factor": 2.0}, LLAMA3, YARN, YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}],
 )
 def test_what_is_written_is_read_back(scaling: dict[str, Any] | None) -> None:
-    model = dataclasses.replace(ModelConfig(), **read(rope_theta=5e5, rope_scaling=scaling))
+    model = dataclasses.replace(MODEL, **read(rope_theta=5e5, rope_scaling=scaling))
     assert model.rope_theta == 5e5
     written = write_rope(model)
     assert read(**written) == read(rope_theta=5e5, rope_scaling=scaling)
@@ -71,5 +72,5 @@ def test_what_is_not_computed_is_refused(config: dict[str, Any], message: str) -
     ],
 )
 def test_the_context_of_a_model(scaling: dict[str, Any] | None, stated: Any, context: int | None) -> None:
-    model = dataclasses.replace(ModelConfig(), **read(rope_scaling=scaling))
+    model = dataclasses.replace(MODEL, **read(rope_scaling=scaling))
     assert rope_context(model, stated) == context

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from megalite.config.schedules import SCHEDULES
 from megalite.parallel.threads import ThreadWorld, run_threads
 from megalite.pipeline.executor import Jobs, Spec, Values, execute
 from megalite.pipeline.lower import lower
-from megalite.pipeline.schedule import SCHEDULES, Action, Plan, forward_only, make_plan
+from megalite.pipeline.schedule import Action, Plan, forward_only, make_plan
 from megalite.pipeline.simulate import simulate
 
 SHAPE = (2, 3)

@@ -4,8 +4,9 @@ import time
 
 import pytest
 
+from megalite.config.schedules import SCHEDULES
 from megalite.pipeline.forecast import bubble, peak_bytes
-from megalite.pipeline.schedule import SCHEDULES, make_plan
+from megalite.pipeline.schedule import make_plan
 from megalite.pipeline.simulate import live_counts, simulate
 
 
