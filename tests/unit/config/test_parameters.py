@@ -1,25 +1,22 @@
 """The table of parameters against the modules of the model, and against the cuts of tensor parallelism."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
+from families import MODELS, decoder_of, model_of
 from models import tiny
 from torch import nn
 
 from megalite.config import (
     Config,
-    ModelConfig,
     ParallelConfig,
-    ResolvedModel,
     TrainConfig,
     TuneConfig,
     resolve,
     resolve_model,
 )
-from megalite.config.check import valid_tp
 from megalite.config.parameters import (
     TABLE,
     find_row,
@@ -32,46 +29,14 @@ from megalite.config.parameters import (
     row_of,
     split_layer,
 )
-from megalite.config.shapes import local_shape, projections, rows_of, shape_of, shapes
-from megalite.config.trained import named_shapes
-from megalite.model.cut_table import cut_model, shard_of
-from megalite.model.decoder import Decoder
-from megalite.model.init import materialise
-from megalite.model.lora import adapt
+from megalite.config.shapes import projections, rows_of, shapes
 from megalite.model.names import FAMILIES, names_there
 from megalite.parallel.groups import SoloWorld, World
-from megalite.parallel.mesh import Mesh
 from megalite.parallel.threads import run_threads
 from megalite.plan.costs import rank_memory
 from megalite.plan.counts import parameters
 
 BASE = tiny(num_layers=3, ffn_hidden_size=40)
-GPT2 = {"position": "learned", "max_positions": 13, "norm": "layernorm", "activation": "gelu_tanh", "linear_bias": True}
-MODELS: Mapping[str, dict[str, Any]] = {
-    "llama": {},
-    "llama with biases": {"linear_bias": True},
-    "llama, tied": {"tie_embeddings": True},
-    "llama, one kv head": {"num_kv_heads": 1},
-    "mistral": {"sliding_window": 5},
-    "qwen2": {"qkv_bias": True},
-    "qwen2, tied": {"qkv_bias": True, "tie_embeddings": True},
-    "qwen3": {"qk_norm": True, "head_dim": 10},
-    "stablelm": {"norm": "layernorm", "qkv_bias": True, "rope_fraction": 0.3334},
-    "geglu": {"activation": "geglu_tanh", "tie_embeddings": True, "head_dim": 8},
-    "gpt2": {**GPT2, "num_kv_heads": 4, "tie_embeddings": True},
-    "gpt2, untied": {**GPT2, "num_kv_heads": 4},
-    "learned positions with a gate": {"position": "learned", "max_positions": 13},
-    "no gate": {"activation": "gelu"},
-}
-
-
-def model_of(name: str) -> ResolvedModel:
-    return resolve_model(dataclasses.replace(BASE, **MODELS[name]), 8)
-
-
-def decoder_of(m: ModelConfig) -> Decoder:
-    with torch.device("meta"):
-        return Decoder(m, range(m.num_layers))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -89,47 +54,6 @@ def test_the_order_is_that_of_a_forward(name: str) -> None:
     assert places == sorted(places)
     assert row_of(names[0]).where == "first"
     assert row_of(names[-1]).where == "last"
-
-
-@pytest.mark.parametrize("lora", [False, True], ids=["weights", "factors"])
-@pytest.mark.parametrize("name", MODELS)
-def test_local_shapes_are_those_of_a_cut_model(name: str, lora: bool) -> None:
-    """tp 2: the names and shapes of a stage's modules after cut, adapters and materialise."""
-    m = model_of(name)
-    tune = TuneConfig(mode="lora", lora_rank=3) if lora else TuneConfig()
-    config = resolve(Config(model=m, parallel=ParallelConfig(tp=2, pp=1, dp=1), tune=tune), 2)
-
-    def main(world: World) -> dict[str, tuple[int, ...]]:
-        group = Mesh(world, tp=2, pp=1, dp=1, cp=1, kv_replicas=max(1, 2 // (m.num_kv_heads or 1))).tp
-        decoder = decoder_of(m)
-        cut_model(decoder, m, group, sp=True)
-        adapt(decoder, config, group)
-        materialise(
-            decoder,
-            m,
-            group,
-            lambda _, shape: torch.zeros(shape),
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-        )
-        return {n: tuple(p.shape) for n, p in decoder.named_parameters()}
-
-    expected = {n: local_shape(row_of(n), m, 2, rank=3) for n in [*shapes(m), *config.shapes.factors]}
-    assert run_threads(2, main) == [expected, expected]
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_local_shapes_are_those_of_the_shards(name: str) -> None:
-    m = model_of(name)
-    factors = named_shapes(m, TuneConfig(mode="lora", lora_rank=3)).factors
-    for tp in valid_tp(m):
-        for parameter, shape in [*shapes(m).items(), *factors.items()]:
-            row = row_of(parameter)
-            shard = shard_of(parameter, shape, m, tp, tp - 1)
-            assert shape_of(row, m, rank=3) == shape
-            assert local_shape(row, m, tp, rank=3) == shard.local_shape
-            assert bool(row.cut) or shard.local_shape == shape
-            assert not (row.cut and row.partial)  # a gradient is cut or summed, never both
 
 
 def test_every_row_is_in_some_model() -> None:
