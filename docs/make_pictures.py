@@ -6,6 +6,7 @@ Diagrams are drawn here, pipeline-parallel.png from a simulated schedule; number
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from itertools import accumulate, pairwise
@@ -218,15 +219,15 @@ def design() -> Figure:
 
     card(
         1.5,
-        "cuts",
-        "attn.qkv    by kv group\nattn.out    rows\nmlp.gate_up columns × 2\nmlp.down    rows",
+        "parameters",
+        "attn.qkv    cut qkv\nattn.out    cut row\nmlp.gate_up cut column\nmlp.down    cut row",
         "config/parameters.py",
     )
     card(
         24,
         "stages",
         "llama3-8b on pp 4:\nlayers 0–7,   8–16,\n      17–25, 26–31",
-        "plan.py",
+        "plan/costs.py",
     )
     card(
         46.5,
@@ -242,9 +243,28 @@ def design() -> Figure:
     )
     style = "round,pad=0,rounding_size=1.0"
     axes.add_patch(FancyBboxPatch((27, 22), 36, 4.4, boxstyle=style, facecolor=RANKS[0], edgecolor="none"))
-    text(axes, 45, 24.2, "build(config, world): one rank's engine", 9.5, "white", weight="bold")
+    text(axes, 45, 24.2, "engine.build(config, world): one rank", 9.5, "white", weight="bold")
     arrow(axes, 45, 26.8, 45, 29.6)
     text(axes, 45, 31.5, "trainer: forward_backward, one sum over ranks, clip, AdamW, save", 9)
+    return figure
+
+
+def house() -> Figure:
+    """The floors of docs/design.md, which tests/unit/test_floors.py compares with the imports."""
+    table = re.findall(
+        r"^\| (\d) \| ([\w, ]+)", (IMAGES.parent / "design.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    figure, axes = canvas(9, 3.9)
+    blue = ("engine", "pipeline", "parallel", "model")
+    for row, (number, rooms) in enumerate(table):
+        names, y = rooms.strip().split(", "), 3 + 5.4 * row
+        text(axes, 3, y + 2, number, 11, SOFT, weight="bold")
+        width = 82 / len(names)
+        for column, name in enumerate(names):
+            x = 6 + column * width
+            box(axes, x + 0.4, y, width - 0.8, 4, RANKS[0] if name in blue else WHOLE)
+            text(axes, x + width / 2, y + 2, name, 9, "white" if name in blue else INK)
+    text(axes, 45, 36.6, "a folder imports folders of lower floors only; blue: what splits and runs a model", 8.5, SOFT)
     return figure
 
 
@@ -254,6 +274,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
     "pipeline-parallel": pipeline_parallel,
     "data-parallel": data_parallel,
     "design": design,
+    "house": house,
     "numbers": numbers,
 }
 

@@ -16,6 +16,7 @@ from megalite.config.param_groups import check_groups
 from megalite.config.parameters import has_kv_rows, is_decayed, is_factor, is_partial
 from megalite.engine.batches import Microbatch
 from megalite.engine.stage import Stage, build_stage
+from megalite.model.decoder import Decoder
 from megalite.optim.adamw import AdamW
 from megalite.optim.muon import Muon
 from megalite.parallel.cuts import Shard, sum_of_squares
@@ -125,12 +126,13 @@ def build(
     world: World,
     value: Callable[[str, tuple[int, ...]], Tensor] | None = None,
     head: str = "next-token",
+    decoder: type[Decoder] = Decoder,
 ) -> Engine:
-    """This rank's engine for a resolved, checked `config`; `value` and `head` as in `build_stage`."""
+    """This rank's engine for a resolved, checked `config`; the other arguments as in `build_stage`."""
     m, p = config.model, config.parallel
     chosen = config.shapes.trained
     check_groups(config.optim, [*config.shapes.model, *config.shapes.factors])
-    stage = build_stage(config, world, value, head)
+    stage = build_stage(config, world, value, head, decoder)
     mesh, models, parameters, shards = stage.mesh, stage.models, stage.parameters, stage.shards
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in chosen)

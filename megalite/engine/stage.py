@@ -158,11 +158,12 @@ def build_stage(
     world: World,
     value: Callable[[str, tuple[int, ...]], Tensor] | None = None,
     head: str = "next-token",
+    decoder: type[Decoder] = Decoder,
 ) -> Stage:
     """This rank's part of the model of a resolved, checked `config`.
 
     value(global name, whole shape): the initial whole parameter; default: drawn from train.seed. head: what ends the
-    model, a key of HEADS.
+    model, a key of HEADS. decoder: the class of the model.
     """
     m, p, t = config.model, config.parallel, config.train
     mesh = Mesh(world, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, kv_replicas=max(1, p.tp // m.num_kv_heads))
@@ -172,7 +173,7 @@ def build_stage(
     layers = stage_layers(config)
     for stage in stages_of_rank(mesh.pp.rank, mesh.pp.size, p.chunks):
         with torch.device("meta"):
-            model = models[stage] = Decoder(
+            model = models[stage] = decoder(
                 m,
                 layers[stage],
                 first=stage == 0,

@@ -30,7 +30,8 @@ from megalite.model.recompute import KINDS, recomputed
 class Block(nn.Module):
     """x + attention(norm x), then x + mlp(norm x), with dropout on each summand; [b, s, h] -> [b, s, h].
 
-    `recompute`: backward runs the block again instead of keeping its activations.
+    `recompute`: backward runs the block again instead of keeping its activations. A subclass that computes something
+    else overrides `compute`.
     """
 
     def __init__(self, c: ResolvedModel, kernel: str, layer: int) -> None:
@@ -45,9 +46,9 @@ class Block(nn.Module):
         self.recompute = False
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return recomputed(self._forward, x, context) if self.recompute else self._forward(x, context)
+        return recomputed(self.compute, x, context) if self.recompute else self.compute(x, context)
 
-    def _forward(self, x: Tensor, context: Context) -> Tensor:
+    def compute(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attn_dropout(self.attn(self.attn_norm(x), context), context)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x), context), context)
 
@@ -103,8 +104,11 @@ HEADS = {"next-token": LossHead}
 class Decoder(nn.Module):
     """The layers `layers` of the model; `first` has the embeddings, `last` the loss head, which `head` of HEADS names.
 
-    The whole model is `Decoder(config, range(config.num_layers))`.
+    The whole model is `Decoder(config, range(config.num_layers))`. A subclass may have another `block`
+    (docs/extending.md).
     """
+
+    block: type[Block] = Block
 
     def __init__(
         self,
@@ -127,7 +131,7 @@ class Decoder(nn.Module):
         if first and c.position == "learned":
             self.pos_embed = nn.Embedding(c.learned_positions, c.hidden_size)
         self.dropout = Dropout(c.dropout, site=0) if first else None
-        self.layers = nn.ModuleDict({str(layer): Block(c, kernel, layer) for layer in layers})
+        self.layers = nn.ModuleDict({str(layer): self.block(c, kernel, layer) for layer in layers})
         self.loss_head = None
         self.tied = c.tie_embeddings and first and last
         if last:

@@ -93,7 +93,7 @@ class _Elements:
 
 @lru_cache(maxsize=256)
 def _elements(model: ResolvedModel, tune: TuneConfig, tp: int, of: str) -> _Elements:
-    """Of all parameters ("model"), of those that are trained ("trained"), or of LoRA's factors ("factors").
+    """Of the parameters that `NamedShapes` calls model, factors, trained or hidden.
 
     Each is counted once, not for every stage: a plan compares many topologies of up to 1,000 layers.
     """
@@ -121,7 +121,9 @@ def rank_memory(config: Resolved, device: str) -> list[Memory]:
     element, wide = DTYPES[t.dtype].bytes, DTYPES[DTYPES[t.dtype].wide].bytes
     masters = wide if element < wide else 0
     chosen = config.shapes.trained
-    model, factors, some = (_elements(m, config.tune, p.tp, of) for of in ("model", "factors", "trained"))
+    model, factors, some, hidden = (
+        _elements(m, config.tune, p.tp, of) for of in ("model", "factors", "trained", "hidden")
+    )
     # in half precision a gradient stands beside the fp32 one until it is added; the largest is the embedding's
     uses = 2 if m.tie_embeddings and p.pp == 1 else 1
     ends_trained = any(n in chosen for n in ("embed.weight", "loss_head.head.weight"))
@@ -132,6 +134,8 @@ def rank_memory(config: Resolved, device: str) -> list[Memory]:
         ends = (rank == 0) + (last and not (m.tie_embeddings and p.pp == 1))
         local = model.on(rank, p.pp, layers) + factors.on(rank, p.pp, layers)
         updated = some.on(rank, p.pp, layers)
+        # AdamW has two moments, Muon one momentum
+        moments = 2 * updated - (hidden.on(rank, p.pp, layers) if config.optim.name == "muon" else 0)
         # logits, and their softmax in fp32 with one temporary
         logits = t.micro_batch_size * t.seq_len * -(-m.vocab_size // p.tp) * (element + 2 * wide) if last else 0
         passing = uses * m.vocab_size * m.hidden_size * element // p.tp if masters and ends and ends_trained else 0
@@ -139,7 +143,7 @@ def rank_memory(config: Resolved, device: str) -> list[Memory]:
             Memory(
                 weights=local * element,
                 gradients=updated * wide + passing,
-                optimizer=updated * (2 * wide + masters) // (p.dp if p.zero else 1),
+                optimizer=(moments * wide + updated * masters) // (p.dp if p.zero else 1),
                 activations=activations[rank],
                 logits=logits,
                 overhead=OVERHEAD_BYTES[device],

@@ -45,6 +45,7 @@ from megalite.watch.metrics import require_tensorboard
 
 if typing.TYPE_CHECKING:
     from megalite.data.sets import DataSets
+    from megalite.model.decoder import Decoder
     from megalite.parallel.groups import World
 
 
@@ -53,11 +54,18 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, objective: Objective | None = None) -> int:
+def pretrain(
+    argv: Sequence[str],
+    *,
+    default_preset: str,
+    corpus: Path,
+    objective: Objective | None = None,
+    decoder: type[Decoder] | None = None,
+) -> int:
     """Run `examples/pretrain_7b.py`, or the script of another objective. Returns the exit status.
 
     objective: what the script trains for; None: the one that applies to the configuration. corpus: the folder of text
-    that the preset tiny learns from by default.
+    that the preset tiny learns from by default. decoder: a class of model other than `Decoder` (docs/extending.md).
     """
     tuning = objective is not None and objective.starts_trained
     hear_signals()
@@ -90,7 +98,7 @@ def pretrain(argv: Sequence[str], *, default_preset: str, corpus: Path, objectiv
         mine = report(config, resume, HERE) if WORLD_SIZE > 1 else None
     except (ConfigError, ValueError, OSError) as error:
         return fail(error, meets=not {"--dry-run", "--print-config"} & set(argv))
-    return run(config, objective, data, resume, mine)
+    return run(config, objective, data, resume, mine, decoder)
 
 
 def log_choices() -> None:
@@ -185,15 +193,24 @@ def is_complete(config: Resolved, resume: Path) -> bool:
     return True
 
 
-def run(config: Resolved, objective: Objective, data: DataSets, resume: Path | None, mine: Report | None) -> int:
+def run(
+    config: Resolved,
+    objective: Objective,
+    data: DataSets,
+    resume: Path | None,
+    mine: Report | None,
+    decoder: type[Decoder] | None = None,
+) -> int:
     """Train, then export if train.export_hf is set. Returns the exit status. `mine`: the report to the other ranks."""
     done = False
 
     def main(world: World) -> None:
         nonlocal done
+        from megalite.model.decoder import Decoder
         from megalite.run.trainer import train
 
-        done = train(config, objective, data, world, resume).step >= config.train.steps and not config.train.eval_only
+        state = train(config, objective, data, world, resume, decoder or Decoder)
+        done = state.step >= config.train.steps and not config.train.eval_only
 
     try:
         status = in_world(config, main, mine, Path(config.train.run_dir))

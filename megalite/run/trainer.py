@@ -18,6 +18,7 @@ from megalite.engine.engine import Engine, build
 from megalite.engine.restore import first_state, first_values
 from megalite.exchange.hf_keys import keep_hf
 from megalite.launch.stop import Stop
+from megalite.model.decoder import Decoder
 from megalite.parallel.groups import World, sum_numbers
 from megalite.plan.counts import run_flops
 from megalite.run import meter as flops
@@ -55,15 +56,24 @@ class Run:
     spikes: Spikes = field(default_factory=Spikes)
 
 
-def train(config: Resolved, objective: Objective, data: DataSets, world: World, resume: Path | None) -> State:
+def train(
+    config: Resolved,
+    objective: Objective,
+    data: DataSets,
+    world: World,
+    resume: Path | None,
+    decoder: type[Decoder] = Decoder,
+) -> State:
     """Train on a resolved, checked configuration until its last step or a stop; under train.eval_only only evaluate.
 
-    data: what the objective opened. resume: the checkpoint to resume from, the same on every rank. Raises TrainingError
-    if training diverges or the user has to change something, and SaveFailed if a checkpoint cannot be written.
+    data: what the objective opened. resume: the checkpoint to resume from, the same on every rank. decoder: the class
+    of the model. Raises TrainingError if training diverges or the user has to change something, and SaveFailed if a
+    checkpoint cannot be written.
     """
     stop = Stop(Path(config.train.run_dir), config.train.time_limit_s, world.rank == 0)
     try:
-        run = _start(config, objective, data, world, resume, stop)
+        engine = build(config, world, first_values(config), objective.head, decoder)
+        run = _start(config, objective, data, engine, resume, stop)
     except BaseException:
         stop.close()
         raise
@@ -96,10 +106,10 @@ def train(config: Resolved, objective: Objective, data: DataSets, world: World, 
 
 
 def _start(
-    config: Resolved, objective: Objective, data: DataSets, world: World, resume: Path | None, stop: Stop
+    config: Resolved, objective: Objective, data: DataSets, engine: Engine, resume: Path | None, stop: Stop
 ) -> Run:
-    run_dir, first = Path(config.train.run_dir), world.rank == 0
-    engine = build(config, world, first_values(config), objective.head)
+    world, run_dir = engine.mesh.link, Path(config.train.run_dir)
+    first = world.rank == 0
     progress = Progress(first, config.train.steps, config.log.interval)
     source, state = first_state(engine, data.fingerprint, resume, progress.say)
     if first:

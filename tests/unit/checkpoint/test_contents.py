@@ -37,8 +37,8 @@ TOPOLOGIES = {
 }
 LLAMA = tiny(qkv_bias=True)
 TIED = dataclasses.replace(LLAMA, tie_embeddings=True, qk_norm=True)
-GPT2 = dataclasses.replace(
-    LLAMA, position="learned", norm="layernorm", activation="gelu", linear_bias=True, tie_embeddings=True
+GPT2 = tiny(
+    qkv_bias=True, position="learned", norm="layernorm", activation="gelu", linear_bias=True, tie_embeddings=True
 )
 MUON, LORA = OptimConfig(name="muon"), TuneConfig(mode="lora", lora_rank=2, lora_targets="q_proj v_proj mlp.down")
 KINDS: dict[str, Config] = {

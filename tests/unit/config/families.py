@@ -1,16 +1,14 @@
-"""Models of every family and option that the table of parameters has rows for."""
+"""A model of every family, and with every option that adds or drops a parameter."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from models import tiny
 
-from megalite.config import ModelConfig, ResolvedModel, resolve_model
+from megalite.config import ResolvedModel
 from megalite.model.decoder import Decoder
 
-BASE = tiny(num_layers=3, ffn_hidden_size=40)
 GPT2 = {"position": "learned", "max_positions": 13, "norm": "layernorm", "activation": "gelu_tanh", "linear_bias": True}
 MODELS: Mapping[str, dict[str, Any]] = {
     "llama": {},
@@ -31,9 +29,9 @@ MODELS: Mapping[str, dict[str, Any]] = {
 
 
 def model_of(name: str) -> ResolvedModel:
-    return resolve_model(dataclasses.replace(BASE, **MODELS[name]), 8)
+    return tiny(num_layers=3, ffn_hidden_size=40, **MODELS[name])
 
 
-def decoder_of(m: ModelConfig) -> Decoder:
+def decoder_of(m: ResolvedModel) -> Decoder:
     with torch.device("meta"):
         return Decoder(m, range(m.num_layers))

@@ -4,10 +4,17 @@ import dataclasses
 from typing import Any
 
 import pytest
-from families import BASE, MODELS, decoder_of, model_of
+from families import MODELS, decoder_of, model_of
+from models import tiny
 from torch import nn
 
-from megalite.config import Config, ParallelConfig, TrainConfig, TuneConfig, resolve
+from megalite.config import (
+    Config,
+    ParallelConfig,
+    TrainConfig,
+    TuneConfig,
+    resolve,
+)
 from megalite.config.parameters import (
     TABLE,
     find_row,
@@ -24,6 +31,8 @@ from megalite.model.names import FAMILIES
 from megalite.parallel.groups import SoloWorld, World
 from megalite.parallel.threads import run_threads
 from megalite.plan.costs import rank_memory
+
+BASE = tiny(num_layers=3, ffn_hidden_size=40)
 
 
 def test_every_row_is_in_some_model() -> None:

@@ -1,13 +1,11 @@
 """Shapes of parameters, whole and on one rank, against the modules of the model and the cuts of tensor parallelism."""
 
-import dataclasses
-
 import pytest
 import torch
-from families import BASE, GPT2, MODELS, decoder_of, model_of
+from families import GPT2, MODELS, decoder_of, model_of
 from models import tiny
 
-from megalite.config import Config, ParallelConfig, TuneConfig, resolve, resolve_model
+from megalite.config import Config, ParallelConfig, TuneConfig, resolve
 from megalite.config.check import valid_tp
 from megalite.config.parameters import row_of, split_layer
 from megalite.config.shapes import local_shape, projections, shape_of, shapes, sizes
@@ -81,7 +79,7 @@ def test_local_shapes_are_those_of_the_shards(name: str) -> None:
 
 
 def test_learned_positions_do_not_make_a_gpt2() -> None:
-    other = resolve_model(dataclasses.replace(BASE, position="learned", max_positions=13, family="llama"), 8)
+    other = tiny(num_layers=3, position="learned", max_positions=13, family="llama")
     assert [p.there for p in projections(other)["attn.qkv"]] == ["q_proj", "k_proj", "v_proj"]
     assert names_there("layers.1.attn.out.weight", other) == ["model.layers.1.self_attn.o_proj.weight"]
     with pytest.raises(ValueError, match=r"'pos_embed\.weight' has no counterpart"):

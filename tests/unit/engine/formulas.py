@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from models import opened
+from models import tiny
 from parity import BATCH, MICROBATCHES, SEQ, batches
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def make_config(
     layout = ParallelConfig(**({"tp": 1, "pp": 1, "dp": 1, "sp": False, "bucket_mb": 0.02} | parallel))
     sizes = {"seq_len": SEQ, "micro_batch_size": BATCH, "global_batch_size": BATCH * MICROBATCHES, "dtype": "fp64"}
     config = Config(
-        model=opened(norm_eps=1e-3, **model),
+        model=tiny(norm_eps=1e-3, **model),
         parallel=layout,
         train=TrainConfig(**(sizes | (train or {}))),
         optim=OptimConfig(label_smoothing=smoothing),

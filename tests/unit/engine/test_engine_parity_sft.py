@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import opened
+from models import tiny
 from torch import Tensor
 
 from megalite.config import Config, ParallelConfig, TrainConfig, check, resolve
@@ -38,7 +38,7 @@ class Case:
         return f"{words}-{self.schedule}-{self.model}"
 
     def config(self) -> Config:
-        model = opened(
+        model = tiny(
             vocab_size=VOCAB,
             num_layers=4,
             position="learned" if self.model == "learned" else "rope",

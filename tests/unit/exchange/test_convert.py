@@ -181,7 +181,7 @@ def test_smollm2_has_the_perplexity_that_transformers_finds() -> None:
                 out = stage(x, Context(positions), tokens[:, 1:] if last else None, mask if last else None)
                 if not last:
                     world.send(out, 1)
-            return out.item() if last and mesh.tp.rank == 0 else 0.0
+            return out["loss"].item() if last and mesh.tp.rank == 0 else 0.0
 
         losses = [main(SoloWorld())] if tp * pp == 1 else run_threads(tp * pp, main)
         found = math.exp(sum(losses) / length)

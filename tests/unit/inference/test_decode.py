@@ -26,8 +26,9 @@ BASE = tiny(num_layers=4, init_std=0.4)
 MODELS = {
     "llama": BASE,
     "window": dataclasses.replace(BASE, sliding_window=3, tie_embeddings=True),
-    "gpt2": dataclasses.replace(
-        BASE,
+    "gpt2": tiny(
+        num_layers=4,
+        init_std=0.4,
         num_kv_heads=4,
         norm="layernorm",
         activation="gelu_tanh",

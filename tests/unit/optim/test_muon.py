@@ -147,7 +147,7 @@ def test_equals_torch_on_whole_unfused_matrices(rule: str, cuts: dict[str, int])
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_of_a_block_is_hidden_and_nothing_else_is(family: str) -> None:
-    c = config("original", model=dataclasses.replace(MODEL, **FAMILIES[family]))
+    c = config("original", model=tiny(num_layers=3, **FAMILIES[family]))
     parameters = dict(Decoder(c.model, range(c.model.num_layers)).named_parameters())
     expected = {n for n, p in parameters.items() if n.startswith("layers.") and p.dim() == 2}
     assert set(c.shapes.hidden) == expected
@@ -168,7 +168,7 @@ def test_every_matrix_of_a_block_is_hidden_and_nothing_else_is(family: str) -> N
 @pytest.mark.parametrize("cuts", [{}, {"tp": 2, "dp": 2, "zero": 1}], ids=str)
 def test_every_family_equals_torch(family: str, cuts: dict[str, int]) -> None:
     # Jordan's rule distinguishes [out, in] from [in, out]
-    c = config("original", model=dataclasses.replace(MODEL, **FAMILIES[family]), **cuts)
+    c = config("original", model=tiny(num_layers=3, **FAMILIES[family]), **cuts)
     assert largest_error(c) <= 2e-6
 
 

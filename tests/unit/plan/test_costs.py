@@ -2,12 +2,19 @@
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import pytest
 from models import LLAMA_7B, tiny
 
-from megalite.config import Config, ModelConfig, ParallelConfig, TrainConfig, resolve
+from megalite.config import (
+    Config,
+    ModelConfig,
+    ParallelConfig,
+    TrainConfig,
+    resolve,
+)
 from megalite.plan.costs import memory, rank_memory, stage_layers
 from megalite.plan.counts import head_flops, layer_flops, parameters
 
@@ -164,3 +171,13 @@ def test_zero_divides_optimizer_states_alone() -> None:
     assert dataclasses.replace(shared, optimizer=whole.optimizer) == whole
     # of bf16: 2 bytes of weights, 4 of gradients, 12 / dp of optimizer
     assert shared.optimizer * 4 == pytest.approx(6 * shared.weights, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_muon_keeps_one_moment_of_hidden_matrices(dtype: str) -> None:
+    config = make(train={"dtype": dtype})
+    adamw = memory(config, "cpu")
+    muon = memory(dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="muon")), "cpu")
+    hidden = sum(math.prod(config.shapes.trained[name]) for name in config.shapes.hidden)
+    assert adamw.optimizer - muon.optimizer == 4 * hidden > 0
+    assert dataclasses.replace(muon, optimizer=adamw.optimizer) == adamw

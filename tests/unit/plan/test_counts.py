@@ -43,7 +43,7 @@ def test_parameters_are_those_of_the_model(tied: bool, qkv_bias: bool, qk_norm: 
     ids=str,
 )
 def test_parameters_of_options_are_those_of_the_model(options: dict[str, Any]) -> None:
-    model = resolve_model(dataclasses.replace(SMALL, num_kv_heads=2, **options), 8)
+    model = tiny(num_layers=3, ffn_hidden_size=20, **options)
     with torch.device("meta"):
         decoder = Decoder(model, range(3))
     assert parameters(model) == sum(p.numel() for p in decoder.parameters())
