@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from decoders import MODEL
-from parity import BATCH
+from decoders import MODEL, B
 
 from megalite.config import Config, ParallelConfig, TuneConfig, resolve
 from megalite.config.shapes import Projection
@@ -22,9 +21,9 @@ def test_dropout_of_lora_is_that_of_the_formula() -> None:
     pair = row.pairs["o"]
     torch.nn.init.normal_(pair.a)
     torch.nn.init.normal_(pair.b)
-    x, keys = torch.randn(BATCH, 5, 6, dtype=torch.float64), sample_keys(1, torch.arange(BATCH))
-    context = Context(torch.arange(5).expand(BATCH, -1), keys=keys)
-    kept = keep_mask(keys, 7, (BATCH, 6, 5), 0.4).transpose(1, 2)
+    x, keys = torch.randn(B, 5, 6, dtype=torch.float64), sample_keys(1, torch.arange(B))
+    context = Context(torch.arange(5).expand(B, -1), keys=keys)
+    kept = keep_mask(keys, 7, (B, 6, 5), 0.4).transpose(1, 2)
     expected = linear(x) + 0.5 * (x * kept / 0.6) @ pair.a.T @ pair.b.T
     assert torch.allclose(row(x, context), expected, rtol=1e-13)
     assert torch.allclose(row.eval()(x, context), linear(x) + 0.5 * x @ pair.a.T @ pair.b.T, rtol=1e-13)
