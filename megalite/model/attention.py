@@ -51,16 +51,20 @@ class AttentionCore(nn.Module):
         if repeat > 1:
             k, v = k.repeat_interleave(repeat, 2), v.repeat_interleave(repeat, 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        seen = self._seen(q.shape[2], k.shape[2], context.bounds, q.device)
+        visible = self._visible(q.shape[2], k.shape[2], context.bounds, q.device)
         if self.dropout.active:
             # torch's fused attention would draw from a generator
             wide = torch.promote_types(q.dtype, torch.float32)
             scores = (q @ k.transpose(-2, -1)).to(wide) * q.shape[-1] ** -0.5
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1) if seen is None else ~seen
+            hidden = (
+                torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+                if visible is None
+                else ~visible
+            )
             probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(q.dtype)
             out = self.dropout(probabilities, context) @ v
-        elif seen is not None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        elif visible is not None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         elif self.kernel in ("fused", "torch"):
             scores = q @ k.transpose(-2, -1)
             out = ops.causal_softmax(scores, q.shape[-1] ** -0.5, kernel=self.kernel) @ v
@@ -68,7 +72,7 @@ class AttentionCore(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return out.transpose(1, 2)
 
-    def _seen(self, queries: int, keys: int, bounds: Tensor | None, device: torch.device) -> Tensor | None:
+    def _visible(self, queries: int, keys: int, bounds: Tensor | None, device: torch.device) -> Tensor | None:
         """Which keys each query attends to, bool [b or 1, 1, queries, keys]; None: plain causal attention.
 
         The last query stands at the last key: if there are more keys than queries, the first keys come from a cache.
@@ -78,12 +82,12 @@ class AttentionCore(nn.Module):
         key = torch.arange(keys, device=device)
         query = key[keys - queries :, None]
         if bounds is None:
-            seen = (key <= query).unsqueeze(0)
+            visible = (key <= query).unsqueeze(0)
         else:
-            seen = (key >= bounds[..., :1]) & (key < bounds[..., 1:])
+            visible = (key >= bounds[..., :1]) & (key < bounds[..., 1:])
         if self.window is not None:
-            seen = seen & (query - key < self.window)
-        return seen.unsqueeze(1)
+            visible = visible & (query - key < self.window)
+        return visible.unsqueeze(1)
 
 
 class Attention(nn.Module):

@@ -17,7 +17,7 @@ from megalite.engine.batches import Microbatch
 from megalite.engine.engine import Engine
 from megalite.parallel.groups import share_text
 
-# a loss so many times the median of the last steps is told; one batch is seldom twice as hard as another
+# a loss of SPIKE times the median of the last WINDOW steps is reported; one batch is seldom twice as hard as another
 SPIKE = 4.0
 WINDOW = 32
 ENOUGH = 8
@@ -31,22 +31,22 @@ class Spikes:
         self.high = False
 
     def ratio(self, loss: float) -> float:
-        """`loss` over the median where that is a spike, else 0; `high` tells whether the one before was one, too."""
+        """`loss` over the median if that is a spike, else 0. `high`: whether the loss before it was a spike too."""
         usual = statistics.median(self.recent) if len(self.recent) >= ENOUGH else 0.0
         self.recent.append(loss)
         return loss / usual if 0 < SPIKE * usual < loss else 0.0
 
     def begins(self, ratio: float) -> bool:
-        """Whether the step of this ratio is the first of a spike, which is the one to tell about."""
+        """Whether the step of this ratio is the first of a spike, the one to report."""
         first, self.high = ratio > 0 and not self.high, ratio > 0
         return first
 
 
 def locate(engine: Engine, microbatches: Sequence[Microbatch], dataset: Samples, finite_loss: bool) -> str:
-    """Which rank and tensor of this step were the first that are not finite, and for which samples. Collective.
+    """Find the first rank and tensor of this step that are not finite, and the samples. Every rank must call it.
 
-    Weights come first, for they spoil all the rest; then the forward, which is run again to see each module's output;
-    then the losses, and the gradients.
+    It looks at weights first, since they affect everything else; then at each module's output, for which the forward
+    runs again; then at losses and gradients.
     """
     looks: list[Callable[[], str]] = [partial(_weights, engine)]
     if not finite_loss:
@@ -90,14 +90,14 @@ def _losses(engine: Engine, microbatches: Sequence[Microbatch], dataset: Samples
 
 
 def _outputs(engine: Engine, microbatches: Sequence[Microbatch], dataset: Samples) -> str:
-    """Run the forward again and watch the output of each module: children are done before their parents."""
-    seen: list[str] = []
+    """Run the forward again and check the output of each module, children before their parents."""
+    found: list[str] = []
     done = dict.fromkeys(engine.models, 0)
 
     def look(stage: int, name: str, module: nn.Module, inputs: object, output: object) -> None:
-        if not seen and isinstance(output, Tensor) and not _finite(output):
+        if not found and isinstance(output, Tensor) and not _finite(output):
             samples = _samples(microbatches[done[stage]], dataset)
-            seen.append(f"the output of {name or 'the stage'} on {_here(engine)}, of {samples}")
+            found.append(f"the output of {name or 'the stage'} on {_here(engine)}, of {samples}")
         done[stage] += name == ""
 
     hooks = [
@@ -110,7 +110,7 @@ def _outputs(engine: Engine, microbatches: Sequence[Microbatch], dataset: Sample
     finally:
         for hook in hooks:
             hook.remove()
-    return seen[0] if seen else ""
+    return found[0] if found else ""
 
 
 def _samples(microbatch: Microbatch, dataset: Samples) -> str:
@@ -120,7 +120,7 @@ def _samples(microbatch: Microbatch, dataset: Samples) -> str:
 
 
 def advice(config: Config, samples: range, dataset: Samples) -> str:
-    """What the batch was, and how to get past it, as every resume meets it again."""
+    """The batch, and how to skip it: a run that resumes reads the same batch again."""
     passed = ",".join(filter(None, (config.train.skip_samples, f"{samples.start}:{samples.stop}")))
     source = Path(config.data.sft or config.data.path or "").name
     name = f" of {source}" if source else ""
