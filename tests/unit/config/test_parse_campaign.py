@@ -203,7 +203,7 @@ def words(drawn: random.Random) -> tuple[list[str], Callable[[Config], None]]:
 @pytest.mark.timeout(1800)
 def test_fuzzed_configurations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing but a Config that says what was written, or a ConfigError of one line, in two seconds each."""
-    count = rounds(600, 6000)
+    count = rounds(300, 6000)
     found: Counter[str] = Counter()
     for seed in range(count):
         drawn = random.Random(seed)

@@ -164,7 +164,7 @@ def changed(config: Config) -> str:
 
 @pytest.mark.timeout(3600)
 def test_random_training_problems(capsys: pytest.CaptureFixture[str]) -> None:
-    count = rounds(25, 400)
+    count = rounds(12, 400)
     found: Counter[str] = Counter()
     refusals: Counter[str] = Counter()
     for seed in range(count):
