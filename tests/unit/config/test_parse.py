@@ -6,27 +6,17 @@ import time
 from pathlib import Path
 
 import pytest
+from command_lines import from_yaml, parse
 
 from megalite.config import (
     Config,
     ConfigError,
-    Request,
     check,
     from_mapping,
     parse_command_line,
     resolve,
 )
 from megalite.config.parse import preset_names
-
-
-def parse(*argv: str, default_preset: str | None = None) -> Request:
-    return parse_command_line(argv, default_preset=default_preset, prog="train.py")
-
-
-def from_yaml(text: str, tmp_path: Path) -> Config:
-    file = tmp_path / "run.yaml"
-    file.write_text(text)
-    return parse("--config", str(file)).config
 
 
 @pytest.mark.parametrize(

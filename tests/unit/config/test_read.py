@@ -4,23 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_lines import from_yaml, parse
 
 from megalite.config import (
-    Config,
     ConfigError,
-    Request,
-    parse_command_line,
 )
-
-
-def parse(*argv: str, default_preset: str | None = None) -> Request:
-    return parse_command_line(argv, default_preset=default_preset, prog="train.py")
-
-
-def from_yaml(text: str, tmp_path: Path) -> Config:
-    file = tmp_path / "run.yaml"
-    file.write_text(text)
-    return parse("--config", str(file)).config
 
 
 @pytest.mark.parametrize(

@@ -5,26 +5,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_lines import from_yaml, parse
 
 from megalite.config import (
     Config,
     DataConfig,
-    Request,
     key_help,
-    parse_command_line,
     to_yaml,
 )
 from megalite.config.parse import SECTIONS
-
-
-def parse(*argv: str, default_preset: str | None = None) -> Request:
-    return parse_command_line(argv, default_preset=default_preset, prog="train.py")
-
-
-def from_yaml(text: str, tmp_path: Path) -> Config:
-    file = tmp_path / "run.yaml"
-    file.write_text(text)
-    return parse("--config", str(file)).config
 
 
 def odd() -> Config:
